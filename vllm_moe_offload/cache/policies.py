@@ -1,0 +1,101 @@
+"""The eviction policies, one small class each, chosen by name."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ..errors import ConfigError
+from .base import EvictionPolicy, FloatArray, IntArray
+
+
+class LeastRecentlyUsed(EvictionPolicy):
+    """Evicts the expert whose last use lies furthest back."""
+
+    def __init__(self, layer_of: IntArray):
+        self._last_use = np.zeros(len(layer_of))
+        self._uses = 0
+
+    def begin_step(self) -> None:
+        pass
+
+    def use(self, experts: IntArray) -> None:
+        self._uses += 1
+        self._last_use[experts] = self._uses
+
+    def load(self, experts: IntArray) -> None:
+        self.use(experts)
+
+    def keep_scores(self, experts: IntArray) -> FloatArray:
+        return self._last_use[experts]
+
+
+class DecayedFrequency(EvictionPolicy):
+    """Evicts the expert with the fewest uses, a use counting half as much every ``half_life`` steps.
+
+    A count ``c`` at step ``t`` is kept as ``log2(c) + t / half_life``. All counts decay alike, so these keys order the
+    experts at any later step without ever being touched for the decay. Counts survive eviction.
+    """
+
+    def __init__(self, layer_of: IntArray, half_life: float = 16.0):
+        self._key = np.full(len(layer_of), -np.inf)
+        self._half_life = half_life
+        self._step = 0
+
+    def begin_step(self) -> None:
+        self._step += 1
+
+    def use(self, experts: IntArray) -> None:
+        self._key[experts] = np.logaddexp2(self._key[experts], self._step / self._half_life)
+
+    def keep_scores(self, experts: IntArray) -> FloatArray:
+        return self._key[experts]
+
+
+class LeastStale(EvictionPolicy):
+    """Evicts experts the running pass has not touched, in layer order; those it has touched only when none is left.
+
+    Source: SpecMD (arXiv 2602.03921). Within a layer the expert that was loaded first goes first.
+    """
+
+    def __init__(self, layer_of: IntArray):
+        self._layer_of = np.asarray(layer_of, dtype=np.float64)
+        self._touched_in = np.full(len(layer_of), -1)
+        self._loaded_at = np.zeros(len(layer_of))
+        self._step = 0
+        self._loads = 0
+
+    def begin_step(self) -> None:
+        self._step += 1
+
+    def use(self, experts: IntArray) -> None:
+        self._touched_in[experts] = self._step
+
+    def load(self, experts: IntArray) -> None:
+        self._loaded_at[experts] = np.arange(self._loads, self._loads + len(experts))
+        self._loads += len(experts)
+        self._touched_in[experts] = self._step
+
+    def keep_scores(self, experts: IntArray) -> FloatArray:
+        layers = self._layer_of.max(initial=0) + 1
+        current = self._touched_in[experts] == self._step
+        age_within_layer = self._loaded_at[experts] / (self._loads + 1)
+        return current * layers + self._layer_of[experts] + age_within_layer
+
+
+_POLICIES: dict[str, Callable[[IntArray], EvictionPolicy]] = {
+    "lfu": DecayedFrequency,
+    "lru": LeastRecentlyUsed,
+    "least-stale": LeastStale,
+}
+POLICY_NAMES = tuple(_POLICIES)
+
+
+def create_policy(name: str, layer_of: IntArray) -> EvictionPolicy:
+    """Make the policy called ``name`` for experts whose layers are ``layer_of`` (int ``[N]``).
+
+    Raises:
+        ConfigError: there is no policy of that name.
+    """
+    if name not in _POLICIES:
+        raise ConfigError(f"policy: {name!r} is unknown; choose one of {', '.join(POLICY_NAMES)}")
+    return _POLICIES[name](layer_of)
