@@ -27,6 +27,9 @@ class ExpertCache:
 
     Invariants (``check_integrity``): ``slot_of`` and ``expert_of`` mirror each other; a pinned slot is never given
     away; no more experts are resident than there are slots.
+
+    A *transient* slot holds an expert that streamed through for a long prefill: nothing is lost when it leaves, so it
+    is the first to go, until an ordinary ``acquire`` uses it.
     """
 
     def __init__(self, layer_of: IntArray, num_slots: int, policy: EvictionPolicy):
@@ -36,6 +39,7 @@ class ExpertCache:
         self.slot_of = np.full(len(layer_of), ABSENT, dtype=np.int32)
         self.expert_of = np.full(num_slots, FREE, dtype=np.int32)
         self.pins = np.zeros(num_slots, dtype=np.int32)
+        self.transient = np.zeros(num_slots, dtype=bool)
 
     def begin_step(self) -> None:
         """A forward pass starts."""
@@ -51,14 +55,15 @@ class ExpertCache:
             ValueError: more experts are missing than there are unpinned slots; nothing has changed then.
         """
         slots = self.slot_of[experts]
-        resident = slots[slots != ABSENT]
-        if len(resident) == len(slots):
+        absent = slots == ABSENT
+        if not absent.any():
             self.pins[slots] += 1
+            self.transient[slots] = False
             self.policy.use(experts)
             return Acquisition(slots, _NONE, _NO_SLOTS, _NONE)
 
+        resident = slots[~absent]
         self.pins[resident] += 1
-        absent = slots == ABSENT
         missing = np.asarray(experts, dtype=np.int64)[absent]
         taken = self._cheapest_slots(len(missing))
         if len(taken) < len(missing):
@@ -66,8 +71,35 @@ class ExpertCache:
             raise ValueError(f"{len(missing)} experts are missing but only {len(taken)} slots are unpinned")
         evicted = self._place(missing, taken)
         self.pins[taken] += 1
-        self.policy.use(experts)
         slots[absent] = taken
+        self.transient[slots] = False
+        self.policy.use(experts)
+        return Acquisition(slots, missing, taken, evicted)
+
+    def stream(self, experts: IntArray, share: int) -> Acquisition:
+        """Pin ``experts`` (distinct) for a pass that will not come back to them soon, such as a long prefill.
+
+        Resident ones are used where they are. The missing ones become transient and never occupy more than ``share``
+        slots, so the rest of the pool keeps what decoding needs; they leave no mark in the policy. When fewer can be
+        placed than are missing, the tail is left out (``slots`` is ABSENT there).
+        """
+        slots = self.slot_of[experts]
+        absent = np.flatnonzero(slots == ABSENT)
+        resident = slots[slots != ABSENT]
+        self.pins[resident] += 1
+        room = max(0, share - int(np.count_nonzero(self.transient)))
+        taken = np.flatnonzero(self.transient & (self.pins == 0))[: len(absent)].astype(np.int32)
+        if len(taken) < len(absent) and room:
+            self.pins[taken] += 1
+            further = self._cheapest_slots(min(len(absent) - len(taken), room))
+            self.pins[taken] -= 1
+            taken = np.concatenate([taken, further])
+        placed = absent[: len(taken)]
+        missing = np.asarray(experts, dtype=np.int64)[placed]
+        evicted = self._place(missing, taken)
+        self.transient[taken] = True
+        self.pins[taken] += 1
+        slots[placed] = taken
         return Acquisition(slots, missing, taken, evicted)
 
     def release(self, slots: IntArray) -> None:
@@ -83,8 +115,8 @@ class ExpertCache:
     ) -> Acquisition:
         """Give slots to ``experts`` (distinct) on a guess, pinning them while they are loaded.
 
-        Best guesses come first: when slots run out the tail is left out (``slots`` is ABSENT there). Pinned slots and
-        the experts in ``protect`` are never taken. Experts already resident are neither pinned nor touched.
+        Best guesses come first: when slots run out the tail is left out (``slots`` is ABSENT there). Pinned slots,
+        those of other ``experts`` and of ``protect`` are never taken. Experts already resident are neither pinned nor touched.
 
         Args:
             bias: added to the keep score of every expert, float64 ``[N]``; what is about to be used can be guarded so.
@@ -92,8 +124,8 @@ class ExpertCache:
         """
         slots = self.slot_of[experts]
         absent = np.flatnonzero(slots == ABSENT)
-        guarded = np.empty(0, np.int32) if protect is None else self.slot_of[protect]
-        guarded = guarded[guarded != ABSENT]
+        guarded = slots if protect is None else np.concatenate([slots, self.slot_of[protect]])
+        guarded = np.unique(guarded[guarded != ABSENT])
         self.pins[guarded] += 1
         taken = self._cheapest_slots(len(absent), bias)
         self.pins[guarded] -= 1
@@ -110,6 +142,7 @@ class ExpertCache:
         slots = self.slot_of[experts]
         self.slot_of[experts] = ABSENT
         self.expert_of[slots] = FREE
+        self.transient[slots] = False
 
     def check_integrity(self) -> None:
         """Assert the invariants. Tests call it after every operation."""
@@ -119,6 +152,7 @@ class ExpertCache:
         assert (self.expert_of[self.slot_of[resident]] == resident).all()
         assert (self.pins >= 0).all()
         assert (self.pins[self.expert_of == FREE] == 0).all(), "a free slot is pinned"
+        assert not self.transient[self.expert_of == FREE].any(), "a free slot is transient"
 
     def _cheapest_slots(self, count: int, bias: FloatArray | None = None) -> NDArray[np.int32]:
         """Up to ``count`` unpinned slots, free ones first, then the least worth keeping."""
@@ -132,12 +166,14 @@ class ExpertCache:
             scores = self.policy.keep_scores(residents)
             if bias is not None:
                 scores = scores + bias[residents]
+            scores = np.where(self.transient[candidates], -np.inf, scores)
             candidates = candidates[np.argpartition(scores, wanted - 1)[:wanted]]
         return np.concatenate([free, candidates]).astype(np.int32)
 
     def _place(self, experts: NDArray[np.int64], slots: NDArray[np.int32]) -> NDArray[np.int64]:
         evicted = self.expert_of[slots]
         evicted = evicted[evicted != FREE].astype(np.int64)
+        self.transient[slots] = False
         self.slot_of[evicted] = ABSENT
         self.slot_of[experts] = slots
         self.expert_of[slots] = experts

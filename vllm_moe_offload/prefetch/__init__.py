@@ -1,0 +1,1 @@
+"""What to load, and the loading itself: demand first, guesses behind it."""

@@ -1,0 +1,191 @@
+"""OffloadConfig: one typed, validated object, whatever door it came through.
+
+Doors, most explicit first: ``--moe-offload-*`` flags and ``additional_config["moe_offload"]`` (vLLM carries both to
+every process as one dict), then the environment variable ``VLLM_MOE_OFFLOAD``. Nothing given means off.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from .cache import POLICY_NAMES
+from .errors import ConfigError
+
+ADDITIONAL_CONFIG_KEY = "moe_offload"
+ENVIRONMENT_VARIABLE = "VLLM_MOE_OFFLOAD"
+
+_UNITS = {
+    "B": 1,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B)", re.IGNORECASE)
+_SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*%")
+_CACHE_EXAMPLES = "a share like '25%', a size like '4GiB', or 'auto'"
+
+
+class CacheBudget(BaseModel):
+    """Fast memory for routed experts: a share of all experts, a size in bytes, or what the machine can spare."""
+
+    model_config = ConfigDict(frozen=True)
+
+    share: float | None = None
+    size: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "CacheBudget":
+        """Read ``25%``, ``4GiB`` or ``auto``.
+
+        Raises:
+            ValueError: it is none of these, or out of range.
+        """
+        text = text.strip()
+        if text.lower() == "auto":
+            return cls()
+        if match := _SHARE.fullmatch(text):
+            share = float(match[1]) / 100
+            if not 0 < share <= 1:
+                raise ValueError(f"{text!r} must be above 0% and at most 100%")
+            return cls(share=share)
+        if match := _SIZE.fullmatch(text):
+            size = int(float(match[1]) * _UNITS[match[2].upper()])
+            if size == 0:
+                raise ValueError(f"{text!r} leaves no room at all; give {_CACHE_EXAMPLES}")
+            return cls(size=size)
+        raise ValueError(f"{text!r} is not {_CACHE_EXAMPLES}")
+
+
+class OffloadConfig(BaseModel):
+    """Everything a user can set. Field names are the keys of all doors (flags spell ``_`` as ``-``)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cache: str = Field("auto", description=f"fast memory for routed experts, per worker: {_CACHE_EXAMPLES}")
+    policy: Literal[POLICY_NAMES] = Field(  # type: ignore[valid-type]
+        "lfu", description="which resident expert leaves when another must come"
+    )
+    store: Path | None = Field(
+        None,
+        description="folder of the record stores (default: $VLLM_MOE_OFFLOAD_STORE_ROOT, else "
+        "vllm-moe-offload/stores in the user's cache folder)",
+    )
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _check_cache(cls, value: object) -> str:
+        if not isinstance(value, str):
+            raise ValueError(f"{value!r} is not {_CACHE_EXAMPLES}")
+        CacheBudget.parse(value)
+        return value
+
+    @property
+    def budget(self) -> CacheBudget:
+        return CacheBudget.parse(self.cache)
+
+    @classmethod
+    def from_mapping(cls, settings: Mapping[str, Any], door: str) -> "OffloadConfig":
+        """Validate ``settings``; ``door`` says in errors where they came from.
+
+        Raises:
+            ConfigError: an unknown key (naming the nearest valid one) or a bad value.
+        """
+        for key in settings:
+            if key not in cls.model_fields:
+                near = difflib.get_close_matches(key, cls.model_fields, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(cls.model_fields)}"
+                raise ConfigError(f"{door}: unknown key {key!r}; {hint}")
+        try:
+            return cls(**settings)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            raise ConfigError(
+                f"{door}: {'.'.join(map(str, problem['loc']))} = {problem['input']!r}: "
+                f"{problem['msg'].removeprefix('Value error, ')}"
+            ) from None
+
+
+def settings_from_environment(environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """The settings in ``VLLM_MOE_OFFLOAD``: None if unset or empty, ``{}`` for ``1`` (on, with defaults).
+
+    Raises:
+        ConfigError: it is neither ``0``, ``1`` nor a JSON object.
+    """
+    text = environment.get(ENVIRONMENT_VARIABLE, "").strip()
+    if text in ("", "0"):
+        return None
+    if text == "1":
+        return {}
+    try:
+        settings = json.loads(text)
+    except json.JSONDecodeError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise ConfigError(
+            f"{ENVIRONMENT_VARIABLE}={text!r} is not a JSON object; write for example "
+            f'{ENVIRONMENT_VARIABLE}=\'{{"cache": "25%"}}\', or 1 for the defaults'
+        )
+    return settings
+
+
+def settings_from_additional_config(additional_config: object) -> dict[str, Any] | None:
+    """The settings under ``additional_config["moe_offload"]``: None if absent or ``False``, ``{}`` for ``True``.
+
+    Raises:
+        ConfigError: the value is neither a dict nor a boolean.
+    """
+    settings = additional_config.get(ADDITIONAL_CONFIG_KEY) if isinstance(additional_config, dict) else None
+    if settings is None or settings is False:
+        return None
+    if settings is True:
+        return {}
+    if not isinstance(settings, dict):
+        raise ConfigError(
+            f"additional_config[{ADDITIONAL_CONFIG_KEY!r}] = {settings!r} is not a dict of settings; "
+            f"write for example {{{ADDITIONAL_CONFIG_KEY!r}: {{'cache': '25%'}}}}"
+        )
+    return settings
+
+
+def merge_settings(
+    explicit: dict[str, Any], implicit: dict[str, Any], explicit_door: str, implicit_door: str
+) -> tuple[dict[str, Any], list[str]]:
+    """``implicit`` overridden by ``explicit``, and one sentence for every key on which they disagree."""
+    sentences = [
+        f"{key} is {explicit[key]!r} in {explicit_door} and {implicit[key]!r} in {implicit_door}: {explicit_door} wins"
+        for key in explicit.keys() & implicit.keys()
+        if explicit[key] != implicit[key]
+    ]
+    return implicit | explicit, sorted(sentences)
+
+
+def resolve(additional_config: object, environment: Mapping[str, str]) -> tuple[OffloadConfig | None, list[str]]:
+    """The configuration all doors together give (None: off), and what the user should be told about conflicts.
+
+    ``additional_config["moe_offload"] = False`` switches off whatever the environment says.
+
+    Raises:
+        ConfigError: a setting is unknown or bad.
+    """
+    given = settings_from_additional_config(additional_config)
+    ambient = settings_from_environment(environment)
+    if isinstance(additional_config, dict) and additional_config.get(ADDITIONAL_CONFIG_KEY) is False:
+        sentences = [f"{ENVIRONMENT_VARIABLE} is set, but additional_config switches offloading off"]
+        return None, sentences if ambient is not None else []
+    if given is None and ambient is None:
+        return None, []
+    for settings, door in ((given, "additional_config['moe_offload']"), (ambient, ENVIRONMENT_VARIABLE)):
+        if settings is not None:
+            OffloadConfig.from_mapping(settings, door)
+    merged, sentences = merge_settings(given or {}, ambient or {}, "additional_config", ENVIRONMENT_VARIABLE)
+    return OffloadConfig.from_mapping(merged, "moe_offload"), sentences
