@@ -1,0 +1,28 @@
+"""The records of one model on disk: written once, atomically, and checked before they are believed.
+
+Bytes in, bytes out: this room knows nothing of tensors, engines or devices, and must never serve a record
+of another checkpoint, another kernel or an unfinished build.
+"""
+
+from vllm_moe_offload.store.identity import StoreIdentity, checkpoint_identity
+from vllm_moe_offload.store.layout import ALIGNMENT, Component, RecordLayout
+from vllm_moe_offload.store.manifest import FORMAT_VERSION, LayerEntry
+from vllm_moe_offload.store.reader import Store, UnusableStoreError
+from vllm_moe_offload.store.root import StoreInfo, StoreRoot, default_root
+from vllm_moe_offload.store.writer import StoreWriter
+
+__all__ = [
+    "ALIGNMENT",
+    "FORMAT_VERSION",
+    "Component",
+    "LayerEntry",
+    "RecordLayout",
+    "Store",
+    "StoreIdentity",
+    "StoreInfo",
+    "StoreRoot",
+    "StoreWriter",
+    "UnusableStoreError",
+    "checkpoint_identity",
+    "default_root",
+]
