@@ -184,9 +184,9 @@ def dbrx() -> Recipe:
         "norm_attn_norm.attn.Wqkv.weight": linear((HEADS + 2 * KV_HEADS) * HEAD_DIM, hidden),
         "norm_attn_norm.attn.out_proj.weight": linear(hidden, hidden, 2.0),
         "ffn.router.layer.weight": router(count, hidden),
-        "ffn.experts.mlp.w1": linear(count * intermediate, hidden),
-        "ffn.experts.mlp.v1": linear(count * intermediate, hidden),
-        "ffn.experts.mlp.w2": Normal((count * intermediate, hidden), DOWN_GAIN * intermediate**-0.5),
+        "ffn.experts.routed_experts.mlp.w1": linear(count * intermediate, hidden),
+        "ffn.experts.routed_experts.mlp.v1": linear(count * intermediate, hidden),
+        "ffn.experts.routed_experts.mlp.w2": Normal((count * intermediate, hidden), DOWN_GAIN * intermediate**-0.5),
     }
     layout = {
         "transformer.wte.weight": Normal((VOCAB, hidden), 1.0),
