@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from .architectures import ARCHITECTURES
+from .quantized import QUANTIZED
 from .recipe import Checkpoint, write
 
-RECIPES = ARCHITECTURES
+RECIPES = {**ARCHITECTURES, **QUANTIZED}
 NAMES = tuple(RECIPES)
 
 
