@@ -1,0 +1,54 @@
+"""What every test session shares: no network, one core per worker, throw-away stores and caches.
+
+Must stay free of vLLM and torch: most tests need neither.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+_OWNER = "MOE_OFFLOAD_TEST_OWNER"
+
+
+def _core_of_this_worker() -> str:
+    """The core this pytest-xdist worker's engines compute on; the first one without xdist."""
+    cores = sorted(os.sched_getaffinity(0))
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0")
+    return str(cores[int(worker.removeprefix("gw")) % len(cores)])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set the environment before any test module imports vLLM; workers share the controller's folder."""
+    if "MOE_OFFLOAD_TEST_ROOT" not in os.environ:
+        os.environ["MOE_OFFLOAD_TEST_ROOT"] = tempfile.mkdtemp(prefix="moe-offload-tests-")
+        os.environ[_OWNER] = str(os.getpid())
+    root = Path(os.environ["MOE_OFFLOAD_TEST_ROOT"])
+    os.environ["VLLM_MOE_OFFLOAD_STORE_ROOT"] = str(root / "stores")
+    # A compiled graph of an earlier session must not hide what today's code does.
+    os.environ["VLLM_CACHE_ROOT"] = str(root / "vllm-cache")
+    if "PYTEST_XDIST_WORKER" in os.environ or not hasattr(config.option, "dist") or config.option.dist == "no":
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _core_of_this_worker())
+    for name, value in {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_DO_NOT_TRACK": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def pytest_unconfigure() -> None:
+    """Remove the session's folder, in the process that made it."""
+    if os.environ.get(_OWNER) == str(os.getpid()):
+        shutil.rmtree(os.environ["MOE_OFFLOAD_TEST_ROOT"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_moe() -> Path:
+    """The bundled model."""
+    return Path(__file__).parent.parent / "examples" / "models" / "tiny-moe"
