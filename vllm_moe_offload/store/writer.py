@@ -49,7 +49,7 @@ class StoreWriter:
         self._in_flight: Future[None] | None = None
         self._open = True
         with self._or_abort():
-            self._fd, self.direct = open_direct(building / manifest.RECORDS_NAME, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+            self._fd, self.direct = open_direct(building / manifest.RECORDS_NAME, os.O_WRONLY | os.O_CREAT)
 
     def expect(self, total_bytes: int) -> None:
         """Announce the bytes of all records together; raises StoreError at once if the disk has less to give."""

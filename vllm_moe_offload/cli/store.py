@@ -1,0 +1,133 @@
+"""`vllm-moe-offload store …`: see, check and remove what is on disk. Must never remove without being told to."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from vllm_moe_offload.errors import StoreError
+from vllm_moe_offload.store import Store, StoreInfo, StoreRoot
+from vllm_moe_offload.store.files import size_text
+
+store = typer.Typer(name="store", help="List, verify and prune the stores of expert records.", no_args_is_help=True)
+
+RootOption = Annotated[
+    Path | None,
+    typer.Option("--root", help="Folder of the stores.", envvar="VLLM_MOE_OFFLOAD_STORE_ROOT", show_default=False),
+]
+
+
+@store.command()
+def ls(root: RootOption = None) -> None:
+    """Show each store's model, size, age and fingerprint."""
+    with _plain_errors():
+        stores = StoreRoot(root)
+        infos = stores.ls()
+    if not infos:
+        typer.echo(f"no stores in {stores.path}")
+        return
+    rows = [("MODEL", "SIZE", "AGE", "FINGERPRINT", "STATE")] + [_row(info) for info in infos]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        typer.echo("  ".join([*map(str.ljust, row[:4], widths), row[4]]).rstrip())
+
+
+@store.command()
+def verify(
+    fingerprint: Annotated[
+        str, typer.Argument(help="Start of the fingerprint of one store; all without it.", show_default=False)
+    ] = "",
+    root: RootOption = None,
+) -> None:
+    """Read every record and compare it with its checksum; exit with 1 if any is damaged."""
+    with _plain_errors():
+        stores = StoreRoot(root)
+        chosen = [info for info in stores.ls() if _is_store(info) and info.fingerprint.startswith(fingerprint)]
+        if not chosen:
+            raise StoreError(f"no store in {stores.path} is named {fingerprint!r}…; see `store ls`")
+        sound = [_verify_one(info) for info in chosen]
+    if not all(sound):
+        raise typer.Exit(1)
+
+
+@store.command()
+def prune(
+    everything: Annotated[bool, typer.Option("--all", help="Remove every store, not only those of no use.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    root: RootOption = None,
+) -> None:
+    """Remove what killed builds left, damaged stores, and stores whose checkpoint is gone."""
+    with _plain_errors():
+        stores = StoreRoot(root)
+        doomed = stores.prunable(everything)
+        if not doomed:
+            typer.echo(f"nothing to prune in {stores.path}")
+            return
+        for info in doomed:
+            typer.echo("  ".join(_row(info)))
+        if not yes:
+            typer.confirm(f"remove {len(doomed)} from {stores.path}?", abort=True)
+        typer.echo(f"freed {size_text(stores.prune(doomed))}")
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    try:
+        yield
+    except StoreError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+def _is_store(info: StoreInfo) -> bool:
+    return info.path.name == info.fingerprint
+
+
+def _row(info: StoreInfo) -> tuple[str, str, str, str, str]:
+    state = f"{info.state}, checkpoint gone" if info.orphaned else info.state
+    return (
+        _model_name(info.model),
+        size_text(info.size),
+        _age_text(time.time() - info.built),
+        info.fingerprint,
+        f"{state}: {info.detail}" if info.detail else state,
+    )
+
+
+def _model_name(model: str) -> str:
+    """The last folder, or `org/name` for a snapshot in the Hugging Face cache."""
+    for part in Path(model).parts:
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/")
+    return Path(model).name or "?"
+
+
+def _age_text(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+def _verify_one(info: StoreInfo) -> bool:
+    """Says what is wrong with one store, by record; True if nothing is."""
+    try:
+        opened = Store.open(info.path)
+    except StoreError as error:
+        typer.echo(f"{info.fingerprint}: {error}")
+        return False
+    columns = (TextColumn("{task.description}"), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"verifying {info.fingerprint[:12]}", total=opened.data_bytes)
+        damaged = opened.verify(lambda done: bar.update(task, completed=done))
+    opened.close()
+    for layer, expert in damaged:
+        typer.echo(f"{info.fingerprint}: damaged: {layer}, expert {expert}")
+    records = sum(layer.experts for layer in opened.layers)
+    typer.echo(f"{info.fingerprint}: {records - len(damaged)} of {records} records are intact")
+    return not damaged
