@@ -182,6 +182,14 @@ def gpt_oss_mxfp4() -> Recipe:
     )
 
 
+UNSUPPORTED_BY_VLLM_CPU = {
+    "fp8-tensor": "both FP8 experts kernels of the CPU platform take 128 x 128 blocks only; loading already fails: "
+    "_C::static_scaled_fp8_quant() expected at most 0 argument(s) but received 4",
+    "int8-w8a16": "No WNA16 MoE backend supports the deployment configuration: the CPU platform's kernel is int4 only",
+    "int4-w4a8": "No W4A8 Int8 MoE backend supports the deployment configuration: kernel only supports Arm CPU",
+}
+"""Checkpoints that no x86 CPU runs with vLLM 0.32, and the reason it gives."""
+
 QUANTIZED = {
     "fp8-block": fp8_block,
     "fp8-block-online": fp8_block_online,
