@@ -90,6 +90,7 @@ def test_prune_removes_leftovers_damage_and_orphans_and_nothing_else(
     orphan = build(root, StoreIdentity({"a": 1}, str(tmp_path / "deleted")))
     damaged = build(root, StoreIdentity({"a": 2}, identity.model))
     root.set_aside(damaged, "wrong checksum")
+    relative = build(root, StoreIdentity({"a": 4}, "models/mine"))
     leftover = root.path / f"{StoreIdentity({'a': 3}).fingerprint}.building-1-0badcafe"
     leftover.mkdir()
     (leftover / "records.bin").write_bytes(bytes(4096))
@@ -101,9 +102,10 @@ def test_prune_removes_leftovers_damage_and_orphans_and_nothing_else(
     result = run("prune", input="y\n")
     assert result.exit_code == 0 and "remove 3 from" in result.stdout
     assert re.search(r"freed 2\d\d\.\d KiB", result.stdout)
-    assert [info.path for info in root.ls()] == [kept.path]
+    names = [kept.path.name, relative.path.name]
+    assert sorted(info.path.name for info in root.ls()) == sorted(names)
     assert sorted(path.name for path in root.path.iterdir()) == sorted(
-        [kept.path.name, f"{kept.path.name}.lock", "notes"]
+        [*names, *(f"{name}.lock" for name in names), "notes"]
     )
     assert run("prune").stdout == f"nothing to prune in {root.path}\n"
 

@@ -26,7 +26,7 @@ class StoreIdentity:
 
     `facts` is JSON-like (nested dicts of str, int, float, bool, None, lists): checkpoint, vLLM version, quantization,
     method and kernel class, instruction set, dtypes, TP/EP/PP rank and world.
-    `model` is the checkpoint's folder, for people and for `store prune`; it is not part of the fingerprint.
+    `model` is the checkpoint's absolute folder, for people and for `store prune`; it is not part of the fingerprint.
     """
 
     facts: Mapping[str, Any]

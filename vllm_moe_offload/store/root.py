@@ -49,8 +49,8 @@ class StoreInfo:
 
     @property
     def orphaned(self) -> bool:
-        """The checkpoint it was built from is no longer where it was."""
-        return bool(self.model) and not Path(self.model).exists()
+        """The checkpoint it was built from is no longer where it was; unknown, hence False, for a relative path."""
+        return Path(self.model).is_absolute() and not Path(self.model).exists()
 
 
 class StoreRoot:
