@@ -116,7 +116,8 @@ class ExpertCache:
         """Give slots to ``experts`` (distinct) on a guess, pinning them while they are loaded.
 
         Best guesses come first: when slots run out the tail is left out (``slots`` is ABSENT there). Pinned slots,
-        those of other ``experts`` and of ``protect`` are never taken. Experts already resident are neither pinned nor touched.
+        those of other ``experts`` and of ``protect`` are never taken. Experts already resident are neither pinned nor
+        touched.
 
         Args:
             bias: added to the keep score of every expert, float64 ``[N]``; what is about to be used can be guarded so.

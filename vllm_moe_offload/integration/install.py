@@ -1,0 +1,9 @@
+"""Puts the wrappers around the seams. Every wrapper first asks whether this engine offloads, and if not steps aside."""
+
+from . import engine_config, flags, layers, loading, step
+
+
+def install() -> None:
+    """Wrap all seams, once per process."""
+    for module in (engine_config, flags, layers, loading, step):
+        module.install()

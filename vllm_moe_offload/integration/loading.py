@@ -1,0 +1,141 @@
+"""Loading a model whose experts go into a store instead of into memory.
+
+The first time, vLLM's own loaders and processing run layer by layer and each finished layer becomes records; later
+the store is found and the checkpoint's expert tensors are passed over unread.
+"""
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.logger import init_logger
+
+from ..config import OffloadConfig
+from ..errors import StoreError, UnsupportedError
+from ..store.reader import Store
+from ..store.root import StoreRoot
+from ..store.writer import StoreWriter
+from . import seams
+from .engine_config import offload_config
+from .identity import store_identity
+from .kernel import forget_kernel
+from .records import as_bytes, drop, expert_tensors, record_layout
+from .serving import ServedModel
+
+if TYPE_CHECKING:
+    from .method import OffloadedMoEMethod
+
+logger = init_logger("vllm.moe_offload")
+
+_loading: ContextVar["ModelOffload | None"] = ContextVar("moe_offload_loading", default=None)
+
+
+def install() -> None:
+    seams.LOAD_MODEL.wrap(_load_with_store)
+
+
+def loading_offload() -> "ModelOffload | None":
+    """The offload of the model that is being loaded right now, or None."""
+    return _loading.get()
+
+
+def _load_with_store(load_model: Callable[..., Any]) -> Callable[..., Any]:
+    def load(self: Any, vllm_config: Any, model_config: Any, prefix: str = "") -> torch.nn.Module:
+        config = offload_config(vllm_config)
+        if config is None or model_config is not vllm_config.model_config:
+            return load_model(self, vllm_config, model_config, prefix)
+        from .forward import register_op
+
+        register_op()
+        self.download_model(model_config)
+        offload = ModelOffload(vllm_config, config)
+        token = _loading.set(offload)
+        try:
+            model = load_model(self, vllm_config, model_config, prefix)
+            model.moe_offload = offload.finish()
+        except BaseException:
+            offload.abort()
+            raise
+        finally:
+            _loading.reset(token)
+        return model
+
+    return load
+
+
+class ModelOffload:
+    """One model on its way from checkpoint to store to slots."""
+
+    def __init__(self, vllm_config: Any, config: OffloadConfig):
+        self._vllm_config = vllm_config
+        self._config = config
+        self._methods: dict[str, tuple[torch.nn.Module, OffloadedMoEMethod]] = {}
+        self._store: Store | None = None
+        self._writer: StoreWriter | None = None
+        self._recorded: set[str] = set()
+
+    def adopt(self, layer: torch.nn.Module, method: "OffloadedMoEMethod") -> None:
+        """Take a layer whose weights have just been created on the meta device."""
+        if not self._methods:
+            self._open(method)
+        self._methods[layer.layer_name] = (layer, method)
+        if self._store is not None:
+            for parameter in layer.parameters(recurse=False):
+                parameter.weight_loader = _pass_over
+            return
+        from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
+
+        initialize_online_processing(layer)
+
+    def record(self, layer: torch.nn.Module, method: "OffloadedMoEMethod") -> None:
+        """Process a layer that is completely loaded, and turn it into records. vLLM calls this twice; once counts."""
+        if self._writer is None or layer.layer_name in self._recorded:
+            return
+        method.real.process_weights_after_loading(layer)
+        tensors = expert_tensors(layer)
+        self._writer.add_layer(layer.layer_name, record_layout(tensors), as_bytes(tensors))
+        drop(layer, tensors)
+        forget_kernel(method.real)
+        self._recorded.add(layer.layer_name)
+
+    def finish(self) -> ServedModel:
+        """All layers are loaded: complete the store and give every layer its slots.
+
+        Raises:
+            UnsupportedError: the model has no MoE layer that could be offloaded.
+            StoreError: the store lacks a layer.
+        """
+        if not self._methods:
+            raise UnsupportedError(
+                f"moe-offload is on, but {self._vllm_config.model_config.model} has no MoE layers it could offload; "
+                "switch moe-offload off for this model"
+            )
+        if self._writer is not None:
+            missing = self._methods.keys() - self._recorded
+            if missing:
+                raise StoreError(f"the checkpoint has no complete weights for {', '.join(sorted(missing))}")
+            self._store, self._writer = self._writer.finish(), None
+        assert self._store is not None
+        return ServedModel(self._vllm_config, self._config, self._store, self._methods)
+
+    def abort(self) -> None:
+        """Leave nothing half-built behind."""
+        if self._writer is not None:
+            self._writer.abort()
+
+    def _open(self, method: "OffloadedMoEMethod") -> None:
+        identity = store_identity(self._vllm_config, method.real)
+        root = StoreRoot(self._config.store) if self._config.store else StoreRoot()
+        found = root.open_or_build(identity, lambda sentence: logger.warning("moe-offload: %s", sentence))
+        if isinstance(found, Store):
+            logger.info("moe-offload: experts come from store %s", found.path)
+            self._store = found
+        else:
+            logger.info("moe-offload: building store %s", root.path / identity.fingerprint)
+            self._writer = found
+
+
+def _pass_over(*args: Any, return_success: bool = False, **kwargs: Any) -> bool | None:
+    """The weight loader of parameters whose records are already in the store."""
+    return True if return_success else None

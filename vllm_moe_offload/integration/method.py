@@ -1,0 +1,134 @@
+"""The quantization method of an offloaded MoE layer: vLLM's own around slots instead of around all experts."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.utils.torch_utils import LayerName
+
+from ..runtime import OffloadRuntime, PooledLayer
+
+if TYPE_CHECKING:
+    from .loading import ModelOffload
+
+
+class OffloadedMoEMethod(FusedMoEMethodBase):
+    """Stands in for ``real``, which keeps doing everything that is about numbers.
+
+    Until the model is loaded it hands weights to the store. After that the layer's per-expert parameters are slots:
+    its own window of the pool if all experts are resident (then ``real`` runs as ever), else the whole pool, and
+    each step asks the runtime to bring the chosen experts in.
+    """
+
+    uses_meta_device = True
+
+    def __init__(self, real: FusedMoEMethodBase, offload: "ModelOffload"):
+        self.real = real
+        self.offload = offload
+        self.moe = real.moe
+        self.create_arguments: dict[str, Any] = {}
+        self.pooled: tuple[OffloadRuntime, PooledLayer] | None = None
+
+    def create_weights(self, layer: torch.nn.Module, **kwargs: Any) -> None:  # type: ignore[override]
+        self.create_arguments = kwargs
+        with torch.device("meta"):
+            self.real.create_weights(layer=layer, **kwargs)
+        self.offload.adopt(layer, self)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        self.offload.record(layer, self)
+
+    def apply(
+        self,
+        layer: torch.nn.Module,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if self.pooled is None:
+            return self.real.apply(layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input)
+        return torch.ops.vllm.moe_offload_experts(x, topk_weights, topk_ids, LayerName(layer.layer_name))
+
+    def compute(
+        self, layer: torch.nn.Module, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """``apply`` over the slot pool: what the opaque op runs."""
+        assert self.pooled is not None
+        runtime, pooled_layer = self.pooled
+        expert_map = layer._expert_map
+        chosen = topk_ids if expert_map is None else expert_map[topk_ids.long()]
+        output = torch.empty_like(x)
+        for wave in runtime.serve(pooled_layer, chosen.numpy()):
+            slots = torch.from_numpy(wave.slots).to(topk_ids.dtype)
+            if wave.rows is None:
+                output = self._compute_wave(layer, x, topk_weights, slots)
+            else:
+                rows = torch.from_numpy(wave.rows)
+                output[rows] = self._compute_wave(layer, x[rows], topk_weights[rows], slots)
+        return output
+
+    def _compute_wave(
+        self, layer: torch.nn.Module, x: torch.Tensor, topk_weights: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor:
+        if layer._expert_map is not None:
+            elsewhere = slots < 0
+            if elsewhere.all():
+                return torch.zeros_like(x)
+            # CPU kernels know no "skip this choice": weight zero on an expert that is certainly loaded and pinned
+            slots = torch.where(elsewhere, slots.max(), slots)
+            topk_weights = torch.where(elsewhere, 0, topk_weights)
+        result = self.real.apply(layer, x, topk_weights, slots, None, None)
+        assert isinstance(result, torch.Tensor)
+        return result
+
+    def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> Any:
+        return self.real.get_fused_moe_quant_config(layer)
+
+    def maybe_roundup_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        return self.real.maybe_roundup_sizes(*args, **kwargs)
+
+    def uses_weight_scale_2_pattern(self) -> bool:
+        return self.real.uses_weight_scale_2_pattern()
+
+    @property
+    def moe_kernel(self) -> Any:
+        return self.real.moe_kernel
+
+    @property
+    def moe_quant_config(self) -> Any:
+        return self.real.moe_quant_config
+
+    @moe_quant_config.setter
+    def moe_quant_config(self, quant_config: Any) -> None:
+        self.real.moe_quant_config = quant_config
+
+    @property
+    def supports_internal_mk(self) -> bool:
+        return self.real.supports_internal_mk
+
+    @property
+    def mk_can_overlap_shared_experts(self) -> bool:
+        """A wave is not a whole step, so shared experts run outside of it."""
+        return False
+
+    @property
+    def topk_indices_dtype(self) -> torch.dtype | None:
+        return self.real.topk_indices_dtype
+
+    @property
+    def skip_forward_padding(self) -> bool:
+        return self.real.skip_forward_padding
+
+    @property
+    def has_unpadded_output(self) -> bool:
+        return self.real.has_unpadded_output
+
+    @property
+    def method_name(self) -> str:
+        return self.real.method_name
+
+    @property
+    def is_monolithic(self) -> bool:
+        return self.real.is_monolithic

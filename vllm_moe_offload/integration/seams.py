@@ -1,0 +1,148 @@
+"""Every vLLM internal we lean on, in one table, each with a probe that says what moved.
+
+Verified with vLLM 0.32. ``install`` wraps what this table names and nothing else does.
+"""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Seam:
+    """``module.path`` is ours to lean on as long as it exists and takes ``parameters``."""
+
+    module: str
+    path: str
+    purpose: str
+    parameters: tuple[str, ...] = ()
+
+    def resolve(self) -> Any:
+        """The object itself.
+
+        Raises:
+            ImportError, AttributeError: it is not there.
+        """
+        target = importlib.import_module(self.module)
+        return functools.reduce(getattr, self.path.split("."), target)
+
+    def problem(self) -> str | None:
+        """What is wrong with this seam in the installed vLLM, or None."""
+        try:
+            target = self.resolve()
+        except (ImportError, AttributeError) as error:
+            return f"{self.module}.{self.path} is gone ({error})"
+        if self.parameters:
+            missing = [name for name in self.parameters if name not in inspect.signature(target).parameters]
+            if missing:
+                return f"{self.module}.{self.path} no longer takes {', '.join(missing)}"
+        return None
+
+    def wrap(self, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Replace the function by ``make(function)``, once. Static and class methods stay what they are."""
+        *owner_path, name = self.path.split(".")
+        owner = functools.reduce(getattr, owner_path, importlib.import_module(self.module))
+        found = inspect.getattr_static(owner, name)
+        kind = type(found) if isinstance(found, staticmethod | classmethod) else None
+        function = found.__func__ if kind else found
+        if getattr(function, "_moe_offload", False):
+            return
+        wrapped = functools.wraps(function)(make(function))
+        wrapped._moe_offload = True  # type: ignore[attr-defined]
+        setattr(owner, name, kind(wrapped) if kind else wrapped)
+
+
+_FUSED_MOE = "vllm.model_executor.layers.fused_moe"
+
+ENGINE_CONFIG = Seam(
+    "vllm.engine.arg_utils",
+    "EngineArgs.create_engine_config",
+    "validate the settings before an engine starts",
+    ("self",),
+)
+CLI_ARGUMENTS = Seam("vllm.engine.arg_utils", "EngineArgs.add_cli_args", "add our flags", ("parser",))
+CLI_VALUES = Seam("vllm.engine.arg_utils", "EngineArgs.from_cli_args", "read our flags", ("args",))
+QUANT_METHOD = Seam(
+    f"{_FUSED_MOE}.routed_experts",
+    "RoutedExperts._get_quant_method",
+    "take over the MoE layers, subclasses included",
+    ("self", "prefix", "quant_config", "moe_config"),
+)
+LOAD_MODEL = Seam(
+    "vllm.model_executor.model_loader.base_loader",
+    "BaseModelLoader.load_model",
+    "know where loading begins and ends",
+    ("self", "vllm_config", "model_config", "prefix"),
+)
+RELOAD_WEIGHTS = Seam("vllm.v1.worker.gpu_worker", "Worker.reload_weights", "refuse what would leave the store behind")
+EXECUTE_MODEL = Seam(
+    "vllm.v1.worker.gpu_worker", "Worker.execute_model", "know where a step begins", ("self", "scheduler_output")
+)
+SAMPLE_TOKENS = Seam(
+    "vllm.v1.worker.gpu_worker", "Worker.sample_tokens", "report requests whose experts could not be read", ("self",)
+)
+AVAILABLE_MEMORY = Seam(
+    "vllm.v1.worker.cpu_worker",
+    "CPUWorker.determine_available_memory",
+    "keep slot memory out of the KV cache",
+    ("self",),
+)
+UPDATE_FROM_OUTPUT = Seam(
+    "vllm.v1.core.sched.scheduler",
+    "Scheduler.update_from_output",
+    "fail those requests and keep the engine",
+    ("self", "scheduler_output", "model_runner_output"),
+)
+
+LEANED_ON = (
+    Seam(f"{_FUSED_MOE}.fused_moe_method_base", "FusedMoEMethodBase", "be a quantization method of a MoE layer"),
+    Seam(
+        f"{_FUSED_MOE}.fused_moe_method_base",
+        "FusedMoEMethodBase.get_fused_moe_quant_config",
+        "rebuild scales",
+        ("layer",),
+    ),
+    Seam(f"{_FUSED_MOE}.modular_kernel", "FusedMoEExperts", "hand the kernel the pool's scales"),
+    Seam(f"{_FUSED_MOE}.runner.moe_runner", "MoERunner", "find a layer in the forward context"),
+    Seam(
+        "vllm.model_executor.model_loader.reload.layerwise",
+        "initialize_online_processing",
+        "load layer by layer",
+        ("layer",),
+    ),
+    Seam("vllm.forward_context", "get_forward_context", "find a layer from inside the compiled graph"),
+    Seam(
+        "vllm.utils.torch_utils",
+        "direct_register_custom_op",
+        "keep torch.compile out of our Python",
+        ("op_name", "op_func"),
+    ),
+    Seam("vllm.utils.torch_utils", "LayerName", "name a layer inside the compiled graph"),
+    Seam("vllm.v1.core.kv_cache_manager", "KVCacheManager.evict_blocks", "forget void KV blocks", ("block_ids",)),
+    Seam("vllm.v1.core.kv_cache_manager", "KVCacheManager.get_block_ids", "find void KV blocks", ("request_id",)),
+    Seam(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler.finish_requests",
+        "fail a request",
+        ("request_ids", "finished_status"),
+    ),
+    Seam("vllm.v1.request", "RequestStatus.FINISHED_ERROR", "fail a request"),
+    Seam("vllm.v1.engine", "EngineCoreOutput", "tell the client"),
+)
+
+SEAMS: tuple[Seam, ...] = (
+    ENGINE_CONFIG,
+    CLI_ARGUMENTS,
+    CLI_VALUES,
+    QUANT_METHOD,
+    LOAD_MODEL,
+    RELOAD_WEIGHTS,
+    EXECUTE_MODEL,
+    SAMPLE_TOKENS,
+    AVAILABLE_MEMORY,
+    UPDATE_FROM_OUTPUT,
+    *LEANED_ON,
+)

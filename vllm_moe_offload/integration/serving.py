@@ -1,0 +1,155 @@
+"""A loaded model and the runtime that serves its experts, as one worker holds them."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.logger import init_logger
+
+from ..cache.sizing import LayoutNeeds, slots_for_budget
+from ..config import ADDITIONAL_CONFIG_KEY, OffloadConfig
+from ..devices.memory import available_bytes
+from ..errors import StoreError
+from ..runtime import OffloadRuntime
+from ..store.reader import Store
+from .kernel import attach_slots
+
+if TYPE_CHECKING:
+    from .method import OffloadedMoEMethod
+
+logger = init_logger("vllm.moe_offload")
+
+SPARE_SHARE = 0.9
+"""Of the memory that is free when the dense weights are loaded, this much may become slots and KV cache."""
+
+Layers = Mapping[str, tuple[torch.nn.Module, "OffloadedMoEMethod"]]
+
+
+class ServedModel:
+    """Gives every layer its slots, and answers for the runtime to the rest of the integration."""
+
+    def __init__(self, vllm_config: Any, config: OffloadConfig, store: Store, layers: Layers):
+        self._vllm_config = vllm_config
+        self._check_layers(store, layers)
+        needs = _needs(store, layers)
+        self._expert_bytes = sum(need.record_bytes * need.experts for need in needs.values())
+        budget, why = self._budget_bytes(config)
+        slots = slots_for_budget(needs, budget, f"{config.cache!r}{why}")
+        by_layout = {entry.layout: slots[repr(entry.layout)] for entry in store.layers}
+        self._resident = all(slots[key] == need.experts for key, need in needs.items())
+        self.runtime = OffloadRuntime(store, by_layout, config.policy, _io_cpus())
+        for layer, method in layers.values():
+            self._attach(layer, method)
+        if self._resident:
+            self.runtime.load_everything()
+        self._mark_in_config()
+        self._step_requests: dict[str, int] = {}
+        logger.info(
+            "moe-offload: offloading %d of %d MoE layers: %s of %s GiB of experts in %d slots%s, store %s",
+            len(self.runtime.layers),
+            len(layers),
+            _gib(self.runtime.resident_bytes),
+            _gib(self._expert_bytes),
+            self.runtime.slots,
+            " (all resident)" if self._resident else why,
+            store.path,
+        )
+
+    def begin_step(self, scheduled_tokens: Mapping[str, int]) -> None:
+        """A forward pass over ``scheduled_tokens`` (request id -> number of tokens) starts."""
+        self._step_requests = dict(scheduled_tokens)
+        self.runtime.begin_step()
+
+    def failed_requests(self, model_runner: Any) -> dict[str, str]:
+        """Requests of the running step that met an expert that could not be read, with the reason."""
+        failures, rows = self.runtime.take_failures()
+        if not failures:
+            return {}
+        reason = str(failures[0])
+        if self._vllm_config.parallel_config.world_size > 1:
+            raise failures[0]
+        order = getattr(getattr(model_runner, "input_batch", None), "req_ids", None)
+        if order is None or set(order) != set(self._step_requests):
+            return dict.fromkeys(self._step_requests, reason)
+        owner = np.repeat(np.arange(len(order)), [self._step_requests[request] for request in order])
+        return {order[index]: reason for index in {int(owner[row]) for row in rows if row < len(owner)}}
+
+    def untouched_bytes(self) -> int:
+        """Slot memory that has not been taken from the system yet."""
+        return 0 if self._resident else self.runtime.resident_bytes - self.runtime.counters.loaded_bytes
+
+    def stats(self) -> dict[str, int | float]:
+        """The runtime's counters and the sizes of things."""
+        return {
+            **self.runtime.counters.as_dict(),
+            "layers": len(self.runtime.layers),
+            "slots": self.runtime.slots,
+            "resident_bytes": self.runtime.resident_bytes,
+            "expert_bytes": self._expert_bytes,
+        }
+
+    def _attach(self, layer: torch.nn.Module, method: "OffloadedMoEMethod") -> None:
+        """Put slots in place of the layer's experts: its own window if all are resident, else the whole pool."""
+        pooled = self.runtime.layers[layer.layer_name]
+        memory = pooled.pool.memory
+        first, count = (pooled.first, pooled.experts) if self._resident else (0, memory.slots)
+        attach_slots(layer, method.real, method.create_arguments, memory, first, count)
+        if not self._resident:
+            method.pooled = (self.runtime, pooled)
+
+    def _budget_bytes(self, config: OffloadConfig) -> tuple[int, str]:
+        """Fast memory for experts in bytes, and how ``auto`` came to it."""
+        budget = config.budget
+        if budget.share is not None:
+            return round(self._expert_bytes * budget.share), ""
+        if budget.size is not None:
+            return budget.size, ""
+        spare = int(available_bytes() * SPARE_SHARE)
+        kv_cache = self._vllm_config.cache_config.kv_cache_memory_bytes
+        chosen = spare // 2 if kv_cache is None else spare - kv_cache
+        kept = "half of it for" if kv_cache is None else f"{_gib(kv_cache)} GiB for"
+        return max(chosen, 0), f" (auto: {_gib(spare)} GiB to spare, {kept} the KV cache)"
+
+    def _check_layers(self, store: Store, layers: Layers) -> None:
+        stored = [entry.name for entry in store.layers]
+        if set(stored) != set(layers):
+            raise StoreError(f"store {store.path} has the layers {stored}, this model has {list(layers)}")
+
+    def _mark_in_config(self) -> None:
+        """Resident and pooled layers compile to different graphs, which vLLM keeps under a hash of this dict."""
+        settings = self._vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]
+        self._vllm_config.additional_config = {
+            **self._vllm_config.additional_config,
+            ADDITIONAL_CONFIG_KEY: {**settings, "cache": "100%" if self._resident else f"{self.runtime.slots}B"},
+        }
+
+
+def _needs(store: Store, layers: Layers) -> dict[str, LayoutNeeds]:
+    """What each record layout asks of its pool."""
+    needs: dict[str, LayoutNeeds] = {}
+    for entry in store.layers:
+        _, method = layers[entry.name]
+        top_k = min(method.moe.experts_per_token, entry.experts)
+        before = needs.get(repr(entry.layout), LayoutNeeds(entry.layout.payload_bytes, 0, 0))
+        needs[repr(entry.layout)] = before._replace(
+            experts=before.experts + entry.experts, minimum=max(before.minimum, top_k)
+        )
+    return needs
+
+
+def _io_cpus() -> set[int]:
+    """Processors for reading: those vLLM has bound no compute thread to, or all where it has taken every one.
+
+    Threads started here would otherwise inherit the one core of the first compute thread.
+    """
+    allowed = os.sched_getaffinity(os.getppid())
+    threads = [os.sched_getaffinity(int(task.name)) for task in Path("/proc/self/task").iterdir()]
+    bound = {cpu for cpus in threads if len(cpus) == 1 for cpu in cpus}
+    return allowed - bound or allowed
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f}" if size >= 2**30 else f"{size / 2**30:.3f}"

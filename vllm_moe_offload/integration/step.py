@@ -1,0 +1,116 @@
+"""Where a step begins and ends: tells the runtime, and fails the requests whose experts could not be read."""
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm.logger import init_logger
+
+from . import seams
+from .loading import ModelOffload
+
+logger = init_logger("vllm.moe_offload")
+
+
+def install() -> None:
+    seams.EXECUTE_MODEL.wrap(_begin_step)
+    seams.SAMPLE_TOKENS.wrap(_report_failures)
+    seams.UPDATE_FROM_OUTPUT.wrap(_fail_requests)
+    seams.AVAILABLE_MEMORY.wrap(_leave_room_for_slots)
+    seams.RELOAD_WEIGHTS.wrap(_refuse_reload)
+    _add_stats_method()
+
+
+def offload_of(worker: Any) -> ModelOffload | None:
+    """The offload of the model a worker runs, or None."""
+    return getattr(worker.model_runner.get_model(), "moe_offload", None)
+
+
+def _begin_step(execute_model: Callable[..., Any]) -> Callable[..., Any]:
+    def begin_and_execute(self: Any, scheduler_output: Any) -> Any:
+        offload = offload_of(self)
+        if offload is not None and scheduler_output.total_num_scheduled_tokens:
+            offload.begin_step(scheduler_output.num_scheduled_tokens)
+        return execute_model(self, scheduler_output)
+
+    return begin_and_execute
+
+
+def _report_failures(sample_tokens: Callable[..., Any]) -> Callable[..., Any]:
+    def sample_and_report(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = sample_tokens(self, *args, **kwargs)
+        offload = offload_of(self)
+        failed = {} if offload is None else offload.failed_requests(self.model_runner)
+        if failed:
+            for reason in sorted(set(failed.values())):
+                logger.error("moe-offload: failing %d request(s): %s", len(failed), reason)
+            output.moe_offload_failed = failed
+        return output
+
+    return sample_and_report
+
+
+def _fail_requests(update_from_output: Callable[..., Any]) -> Callable[..., Any]:
+    """Finish failed requests before their void tokens are looked at, and forget the KV blocks they touched."""
+
+    def update(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
+        failed: dict[str, str] | None = getattr(model_runner_output, "moe_offload_failed", None)
+        if not failed:
+            return update_from_output(self, scheduler_output, model_runner_output)
+        from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+        from vllm.v1.request import RequestStatus
+
+        running = [request_id for request_id in failed if request_id in self.requests]
+        for request_id in running:
+            groups = self.kv_cache_manager.get_block_ids(request_id)
+            self.kv_cache_manager.evict_blocks({block for group in groups for block in group})
+        finished = self.finish_requests(running, RequestStatus.FINISHED_ERROR)
+        outputs = update_from_output(self, scheduler_output, model_runner_output)
+        for request in finished:
+            outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(
+                EngineCoreOutput(
+                    request_id=request.request_id,
+                    new_token_ids=[],
+                    finish_reason=request.get_finished_reason(),
+                    stop_reason=failed[request.request_id],
+                )
+            )
+        return outputs
+
+    return update
+
+
+def _leave_room_for_slots(determine_available_memory: Callable[..., Any]) -> Callable[..., Any]:
+    """Slots take memory when they are first filled, after the KV cache has been sized by what is in use then."""
+
+    def determine(self: Any) -> int:
+        available = determine_available_memory(self)
+        offload = offload_of(self)
+        if offload is None or self.cache_config.kv_cache_memory_bytes is not None:
+            return available
+        return available - offload.untouched_bytes()
+
+    return determine
+
+
+def _refuse_reload(reload_weights: Callable[..., Any]) -> Callable[..., Any]:
+    def reload(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if offload_of(self) is not None:
+            from ..errors import UnsupportedError
+
+            raise UnsupportedError(
+                "moe-offload does not work with reloading weights: the store holds the old ones; restart the engine"
+            )
+        return reload_weights(self, *args, **kwargs)
+
+    return reload
+
+
+def _add_stats_method() -> None:
+    """``LLM.collective_rpc("moe_offload_stats")``: one dict of counters per rank, empty where nothing is offloaded."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    def moe_offload_stats(self: Any) -> dict[str, int | float]:
+        offload = offload_of(self)
+        return {} if offload is None else offload.stats()
+
+    Worker.moe_offload_stats = moe_offload_stats

@@ -1,0 +1,24 @@
+"""Counters of one worker since its start. Whoever does a thing adds to its number."""
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass
+class Counters:
+    hits: int = 0
+    """Experts a layer needed and found in a slot."""
+    misses: int = 0
+    """Experts a layer needed and had to wait for."""
+    streamed: int = 0
+    """Experts a long prefill found loaded, or being loaded, because the layer before had started them."""
+    loads: int = 0
+    loaded_bytes: int = 0
+    failed_loads: int = 0
+    stall_seconds: float = 0.0
+    """Time forward passes spent waiting for loads."""
+    steps: int = 0
+    waves: int = 0
+    """Kernel calls beyond the first of a layer, made because its experts did not fit in the slots together."""
+
+    def as_dict(self) -> dict[str, int | float]:
+        return asdict(self)
