@@ -70,6 +70,18 @@ def deepseek_config(architecture: str, model_type: str, q_lora_rank: int | None,
         "max_position_embeddings": 1024,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
+        # Published checkpoints scale too; without it vLLM 0.32's CPU kernel rotates the strided queries wrongly and
+        # the same prompt twice in a batch gives different tokens.
+        "rope_scaling": {
+            "type": "yarn",
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 256,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+        },
         "attention_bias": False,
         "tie_word_embeddings": False,
         "bos_token_id": None,
