@@ -1,10 +1,15 @@
 """Tiny random MoE checkpoints on which plain vLLM and the plugin must agree, token for token."""
 
+import platform
 from pathlib import Path
 
+import torch
+
 from .architectures import ARCHITECTURES
-from .quantized import QUANTIZED
+from .quantized import QUANTIZED, UNSUPPORTED_BY_VLLM_CPU
 from .recipe import Checkpoint, write
+
+__all__ = ["NAMES", "UNSUPPORTED_BY_VLLM_CPU", "Checkpoint", "build", "unmet"]
 
 RECIPES = {**ARCHITECTURES, **QUANTIZED}
 NAMES = tuple(RECIPES)
@@ -13,3 +18,15 @@ NAMES = tuple(RECIPES)
 def build(name: str, directory: Path, seed: int = 0) -> Checkpoint:
     """Write the checkpoint `name` (one of NAMES) into `directory`. Takes well under a second; a few MB at most."""
     return write(RECIPES[name](), directory, seed)
+
+
+def unmet(checkpoint: Checkpoint) -> str | None:
+    """Why plain vLLM cannot run `checkpoint` on this machine, or None if it can."""
+    available = {
+        "amx": torch.cpu._is_amx_tile_supported(),
+        "arm": platform.machine() in ("aarch64", "arm64"),
+        "gpu": torch.cuda.is_available(),
+    }
+    if checkpoint.requires is None or available[checkpoint.requires]:
+        return None
+    return f"{checkpoint.path.name}: vLLM has no kernel for its experts without {checkpoint.requires}"

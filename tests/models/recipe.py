@@ -29,7 +29,7 @@ class Normal:
         return (torch.randn(self.shape, generator=generator) * self.std + self.mean).to(self.dtype)
 
 
-Layout = Mapping[str, Normal]
+Layout = dict[str, Normal]
 Tensors = dict[str, torch.Tensor]
 
 
