@@ -6,7 +6,7 @@ import torch
 
 from ..devices import HostPool
 from ..errors import StoreError, UnsupportedError
-from .records import expert_tensors, place_in_pool, record_layout
+from .records import expert_tensors, place_in_pool, record_layout, remove
 
 
 def attach_slots(
@@ -33,17 +33,10 @@ def attach_slots(
     _refuse_captured(layer, real, {tensor.untyped_storage().data_ptr() for tensor in template.values()})
 
 
-def forget_kernel(real: Any) -> None:
-    """Let go of the weights that ``real`` captured when it processed a layer."""
-    real.moe_kernel = None
-    real.moe_quant_config = None
-
-
 def _build_on_one_expert(
     layer: torch.nn.Module, real: Any, create_arguments: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
-    for name in expert_tensors(layer):
-        delattr(layer, name)
+    remove(layer)
     if hasattr(layer, "_already_called_process_weights_after_loading"):
         del layer._already_called_process_weights_after_loading
     experts = layer.local_num_experts

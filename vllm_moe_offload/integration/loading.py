@@ -19,8 +19,7 @@ from ..store.writer import StoreWriter
 from . import seams
 from .engine_config import offload_config
 from .identity import store_identity
-from .kernel import forget_kernel
-from .records import as_bytes, drop, expert_tensors, record_layout
+from .records import NOT_EXPERT_WEIGHTS, as_bytes, expert_tensors, record_layout, remove
 from .serving import ServedModel
 
 if TYPE_CHECKING:
@@ -81,8 +80,7 @@ class ModelOffload:
             self._open(method)
         self._methods[layer.layer_name] = (layer, method)
         if self._store is not None:
-            for parameter in layer.parameters(recurse=False):
-                parameter.weight_loader = _pass_over
+            _pass_over_weights(layer)
             return
         from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 
@@ -95,9 +93,12 @@ class ModelOffload:
         method.real.process_weights_after_loading(layer)
         tensors = expert_tensors(layer)
         self._writer.add_layer(layer.layer_name, record_layout(tensors), as_bytes(tensors))
-        drop(layer, tensors)
-        forget_kernel(method.real)
         self._recorded.add(layer.layer_name)
+        del tensors
+        remove(layer)
+        method.real.moe_kernel = method.real.moe_quant_config = None
+        method.create_placeholders(layer)
+        _pass_over_weights(layer)
 
     def finish(self) -> ServedModel:
         """All layers are loaded: complete the store and give every layer its slots.
@@ -134,6 +135,13 @@ class ModelOffload:
         else:
             logger.info("moe-offload: building store %s", root.path / identity.fingerprint)
             self._writer = found
+
+
+def _pass_over_weights(layer: torch.nn.Module) -> None:
+    """Leave what the checkpoint still has for this layer unread: its records are in the store."""
+    for name, tensor in layer.named_parameters(recurse=False):
+        if name not in NOT_EXPERT_WEIGHTS:
+            tensor.weight_loader = _pass_over
 
 
 def _pass_over(*args: Any, return_success: bool = False, **kwargs: Any) -> bool | None:

@@ -31,9 +31,13 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
 
     def create_weights(self, layer: torch.nn.Module, **kwargs: Any) -> None:  # type: ignore[override]
         self.create_arguments = kwargs
-        with torch.device("meta"):
-            self.real.create_weights(layer=layer, **kwargs)
+        self.create_placeholders(layer)
         self.offload.adopt(layer, self)
+
+    def create_placeholders(self, layer: torch.nn.Module) -> None:
+        """Give the layer the parameters a checkpoint is loaded into, without memory behind them."""
+        with torch.device("meta"):
+            self.real.create_weights(layer=layer, **self.create_arguments)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         self.offload.record(layer, self)

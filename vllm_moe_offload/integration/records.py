@@ -73,10 +73,10 @@ def place_in_pool(layer: torch.nn.Module, memory: HostPool, first: int, count: i
         _replace(layer, component.name, slots)
 
 
-def drop(layer: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Give a layer's expert memory back, leaving tensors of the same shape that hold nothing."""
-    for name, tensor in tensors.items():
-        _replace(layer, name, torch.empty_like(tensor, device="meta"))
+def remove(layer: torch.nn.Module) -> None:
+    """Take a layer's expert tensors off it."""
+    for name in expert_tensors(layer):
+        delattr(layer, name)
 
 
 def _replace(layer: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
