@@ -126,7 +126,7 @@ def _write_model(folder: Path, tensors: list[Tensor], config: dict[str, Any], so
         if shards[-1] and sum(t.wide_bytes for t in shards[-1]) + tensor.wide_bytes > SHARD_BYTES:
             shards.append([])
         shards[-1].append(tensor)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = folder / f"model-{number:05}-of-{len(shards):05}.safetensors"
         _write_shard(file, shard)

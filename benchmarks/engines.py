@@ -1,0 +1,169 @@
+"""Engines to compare, each a process tree of its own, ended exactly and by number.
+
+Must never hide a failure: an engine that does not start, dies or is killed for memory raises EngineError saying so.
+"""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+from memory import MemoryLimit, PeakSampler, descendants
+
+WORKER = Path(__file__).with_name("worker.py")
+DEFAULT_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+START_SECONDS = 1800
+RUN_SECONDS = 1800
+QUIET_SECONDS = 0.25
+QUIET_WAIT_SECONDS = 20.0
+
+
+class EngineError(Exception):
+    """An engine could not start or did not survive; the message says why."""
+
+
+class Variant(NamedTuple):
+    """What one arm of a comparison runs: plain vLLM if `offload` is None."""
+
+    name: str
+    offload: dict[str, Any] | None
+    arguments: dict[str, Any]
+
+    def engine_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of vllm.LLM."""
+        if self.offload is None:
+            return self.arguments
+        return self.arguments | {"additional_config": {"moe_offload": self.offload}}
+
+
+class Engine:
+    """A running engine. `start` returns once it serves; `stop` ends every process it started."""
+
+    def __init__(self, variant: Variant, memory_limit: int | None = None, preload: str | None = None) -> None:
+        self.variant = variant
+        self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - lives as long as the engine
+        self._limit = MemoryLimit(variant.name, memory_limit) if memory_limit is not None else None
+        self._limit_bytes = memory_limit
+        self._process, self._answers = self._spawn(preload)
+
+    @classmethod
+    def start(cls, variant: Variant, memory_limit: int | None = None, preload: str | None = None) -> "Engine":
+        """Start an engine and wait until it serves. Its figures of loading are in `loaded`; raises EngineError."""
+        engine = cls(variant, memory_limit, preload)
+        try:
+            with PeakSampler(engine._process.pid) as sampler:
+                engine.loaded = engine._answer(START_SECONDS)
+        except BaseException:
+            engine.stop()
+            raise
+        engine.loaded["peak_bytes"] = sampler.peak_bytes
+        return engine
+
+    loaded: dict[str, Any]
+
+    def _spawn(self, preload: str | None) -> tuple[subprocess.Popen[str], int]:
+        answers, theirs = os.pipe()
+        command = [sys.executable, str(WORKER), str(theirs), json.dumps(self.variant.engine_arguments())]
+        if self._limit is not None:
+            command.append(str(self._limit.enter_file()))
+        environment = DEFAULT_ENVIRONMENT | os.environ | ({"LD_PRELOAD": preload} if preload else {})
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            pass_fds=[theirs],
+            env=environment,
+            text=True,
+            start_new_session=True,
+        )
+        os.close(theirs)
+        return process, answers
+
+    def run(self, prompts: list[list[str]], tokens: int, prompt_tokens: int | None) -> dict[str, Any]:
+        """Generate for one batch (see worker.Runner.run); adds `peak_bytes` of the process tree meanwhile."""
+        request = {"prompts": prompts, "tokens": tokens, "prompt_tokens": prompt_tokens}
+        with PeakSampler(self._process.pid) as sampler:
+            try:
+                assert self._process.stdin is not None
+                print(json.dumps(request), file=self._process.stdin, flush=True)
+            except BrokenPipeError:
+                raise self._failure() from None
+            result = self._answer(RUN_SECONDS)
+        return result | {"peak_bytes": sampler.peak_bytes}
+
+    def cpu_seconds(self) -> float:
+        """Processor time of the whole tree so far."""
+        tree = [psutil.Process(self._process.pid), *descendants(self._process.pid)]
+        return sum(sum(process.cpu_times()[:2]) for process in tree)
+
+    def _answer(self, seconds: float) -> dict[str, Any]:
+        line = b""
+        while not line.endswith(b"\n"):
+            ready, _, _ = select.select([self._answers], [], [], seconds)
+            if not ready:
+                raise EngineError(f"{self.variant.name}: no answer for {seconds:.0f} s")
+            piece = os.read(self._answers, 1 << 16)
+            if not piece:
+                raise self._failure()
+            line += piece
+        return json.loads(line)
+
+    def _failure(self) -> EngineError:
+        try:
+            code: int | None = self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            code = None
+        if self._limit is not None and self._limit.kills():
+            return EngineError(f"{self.variant.name}: killed, out of memory in {self._limit_bytes} bytes")
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").splitlines()
+        errors = [line for line in lines if "Error" in line] or lines
+        return EngineError(f"{self.variant.name}: exit code {code}: {errors[-1] if errors else 'no output'}")
+
+    def stop(self) -> None:
+        """End the engine's processes, politely first, and remove its memory limit."""
+        tree = [psutil.Process(self._process.pid), *descendants(self._process.pid)] if self._alive() else []
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.send_signal(signal.SIGTERM)
+        _, alive = psutil.wait_procs(tree, timeout=15)
+        for process in alive:
+            process.kill()
+        psutil.wait_procs(alive, timeout=15)
+        self._process.wait(15)
+        os.close(self._answers)
+        if self._limit is not None:
+            self._limit.remove()
+
+    def _alive(self) -> bool:
+        return self._process.poll() is None
+
+
+def wait_until_quiet(engines: Sequence[Engine]) -> None:
+    """Return when none of them computes: vLLM's engine core goes on for about a second after its last token."""
+    deadline = time.monotonic() + QUIET_WAIT_SECONDS
+    used = sum(engine.cpu_seconds() for engine in engines)
+    while engines and time.monotonic() < deadline:
+        time.sleep(QUIET_SECONDS)
+        before, used = used, sum(engine.cpu_seconds() for engine in engines)
+        if used - before <= 0.02 * QUIET_SECONDS * len(engines):
+            return

@@ -1,0 +1,119 @@
+"""Memory of an engine's process tree: how much it peaks at, and a cgroup to keep it in. Linux only.
+
+Must not add memory or noticeable load to what it measures: it reads /proc of a few processes, from outside them.
+"""
+
+import os
+import re
+import threading
+from pathlib import Path
+from typing import Self
+
+import psutil
+
+SAMPLE_SECONDS = 0.02
+TREE_SECONDS = 0.5
+V1 = Path("/sys/fs/cgroup/memory")
+V2 = Path("/sys/fs/cgroup")
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "512MiB", "6GiB", "2G" or a plain number. Raises ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:iB|B)?", text.strip())
+    if not match:
+        raise ValueError(f"{text!r} is no size; try 6GiB or 512MiB")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def drop_caches() -> None:
+    """Forget cached file pages, so that the next read comes from the disk. Raises PermissionError unless root."""
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+class PeakSampler:
+    """Samples anonymous + shared memory of a process and its descendants until stopped.
+
+    `peak_bytes` is the largest sum seen. A page shared by two processes counts in both, so it is an upper bound.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.peak_bytes = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        tree, samples = [self.pid], 0
+        while not self._stop.wait(SAMPLE_SECONDS):
+            if samples % int(TREE_SECONDS / SAMPLE_SECONDS) == 0:
+                tree = [self.pid, *(child.pid for child in descendants(self.pid))]
+            samples += 1
+            self.peak_bytes = max(self.peak_bytes, sum(anonymous_and_shared(pid) for pid in tree))
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    """Living descendants of a process; none if it is gone."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def anonymous_and_shared(pid: int) -> int:
+    """RssAnon + RssShmem of one process in bytes; 0 if it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return 1024 * sum(int(kib) for kib in re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+) kB", status, re.MULTILINE))
+
+
+class MemoryLimit:
+    """A memory cgroup (v1 or v2) of its own for one engine; the engine's first process enters it by itself.
+
+    Raises:
+        OSError: cgroups of memory are not available or not writable here.
+    """
+
+    def __init__(self, name: str, limit_bytes: int) -> None:
+        self._is_v1 = V1.is_dir()
+        self.path = (V1 if self._is_v1 else V2) / f"moe-offload-bench-{os.getpid()}-{re.sub('[^a-z0-9]+', '-', name)}"
+        if not self._is_v1 and "memory" not in (V2 / "cgroup.controllers").read_text().split():
+            raise OSError(f"--memory-limit: the memory controller is not available in {V2}")
+        self.path.mkdir()
+        try:
+            limit = self.path / ("memory.limit_in_bytes" if self._is_v1 else "memory.max")
+            limit.write_text(str(limit_bytes))
+            self._forbid_swap(limit_bytes)
+        except OSError:
+            self.path.rmdir()
+            raise
+
+    def _forbid_swap(self, limit_bytes: int) -> None:
+        name, value = ("memory.memsw.limit_in_bytes", limit_bytes) if self._is_v1 else ("memory.swap.max", 0)
+        if (self.path / name).exists():
+            (self.path / name).write_text(str(value))
+
+    def enter_file(self) -> Path:
+        """Where a process writes its number to enter."""
+        return self.path / "cgroup.procs"
+
+    def kills(self) -> int:
+        """How many processes the kernel has killed in here for want of memory."""
+        events = self.path / ("memory.oom_control" if self._is_v1 else "memory.events")
+        found = re.search(r"^oom_kill (\d+)", events.read_text(), re.MULTILINE)
+        return int(found[1]) if found else 0
+
+    def remove(self) -> None:
+        """Remove the group once its processes have ended."""
+        self.path.rmdir()

@@ -1,0 +1,97 @@
+"""One engine in a process of its own: takes commands as JSON lines on stdin, answers on the descriptor it is given.
+
+Must measure only: every number it returns was taken here, around vLLM's own engine loop.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+class Runner:
+    """vLLM's engine and the loop that times it."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        from vllm import LLM
+
+        started = time.perf_counter()
+        self.llm = LLM(**arguments)
+        self.load_seconds = time.perf_counter() - started
+        self.is_offloading = "moe_offload" in arguments.get("additional_config", {})
+        self.requests = 0
+
+    def counters(self) -> dict[str, float]:
+        """The plugin's counters, summed over ranks; none for plain vLLM."""
+        if not self.is_offloading:
+            return {}
+        ranks = self.llm.collective_rpc("moe_offload_stats")
+        return {
+            key: sum(rank[key] for rank in ranks) for key, value in ranks[0].items() if isinstance(value, int | float)
+        }
+
+    def run(self, prompts: list[list[str]], tokens: int, prompt_tokens: int | None) -> dict[str, Any]:
+        """Generate greedily for one batch. Times in seconds, from the moment the first request is added.
+
+        Each prompt is a list of texts: its first, or as many as it takes to make `prompt_tokens` tokens.
+        """
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        inputs = [self._tokenize(texts, prompt_tokens) for texts in prompts]
+        first: dict[str, float] = {}
+        last: dict[str, float] = {}
+        outputs: dict[str, list[int]] = {}
+        before = self.counters()
+        started = time.perf_counter()
+        for ids in inputs:
+            self.requests += 1
+            self.llm.llm_engine.add_request(str(self.requests), TokensPrompt(prompt_token_ids=ids), parameters)
+        while self.llm.llm_engine.has_unfinished_requests():
+            answers = self.llm.llm_engine.step()
+            now = time.perf_counter() - started
+            for answer in answers:
+                first.setdefault(answer.request_id, now)
+                last[answer.request_id] = now
+                outputs[answer.request_id] = list(answer.outputs[0].token_ids)
+        after = self.counters()
+        return {
+            "prompt_tokens": sum(map(len, inputs)),
+            "ttft": max(first.values()),
+            "tpot": [(last[request] - first[request]) / max(tokens - 1, 1) for request in first],
+            "tokens": [outputs[request] for request in sorted(outputs, key=int)],
+            "counters": {key: after[key] - before[key] for key in after},
+            "totals": after,
+        }
+
+    def _tokenize(self, texts: list[str], prompt_tokens: int | None) -> list[int]:
+        tokenizer = self.llm.get_tokenizer()
+        if prompt_tokens is None:
+            return tokenizer.encode(texts[0])
+        ids: list[int] = []
+        while len(ids) < prompt_tokens:
+            for text in texts:
+                ids += tokenizer.encode(text)
+        return ids[:prompt_tokens]
+
+
+def main() -> None:
+    """`worker.py ANSWER_FD ARGUMENTS_JSON [CGROUP_PROCS]`"""
+    if len(sys.argv) > 3:
+        Path(sys.argv[3]).write_text(str(os.getpid()))
+    with os.fdopen(int(sys.argv[1]), "w") as answers:
+
+        def answer(value: dict[str, Any]) -> None:
+            print(json.dumps(value), file=answers, flush=True)
+
+        runner = Runner(json.loads(sys.argv[2]))
+        answer({"load_seconds": runner.load_seconds, "totals": runner.counters()})
+        for line in sys.stdin:
+            answer(runner.run(**json.loads(line)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""decode.py on a tiny input: both engines run for real, and what it writes is what they did."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+DECODE = Path(__file__).parents[2] / "benchmarks" / "decode.py"
+
+
+def _decode(tmp_path: Path, *arguments: str) -> tuple[int, dict]:
+    out = tmp_path / "out.json"
+    command = [sys.executable, str(DECODE), "--eager", "--max-model-len", "256", "--tokens", "4", "--json", str(out)]
+    done = subprocess.run([*command, *arguments], env=os.environ, capture_output=True, text=True, timeout=900)
+    assert out.exists(), done.stdout + done.stderr
+    return done.returncode, json.loads(out.read_text())
+
+
+def test_plain_and_ours_take_turns_and_agree(tmp_path: Path) -> None:
+    code, result = _decode(tmp_path, "--budgets", "25%", "--batch", "2", "--rounds", "2", "--prompt-tokens", "40")
+    (comparison,) = result["comparisons"]
+    assert code == 0, comparison["failures"]
+    summary = comparison["batches"]["2"]["summary"]
+    assert set(summary) == {"plain", "25%"}
+    ours = summary["25%"]
+    assert ours["same_tokens"] is True
+    assert ours["rounds"] == 2
+    assert 0 < ours["resident_bytes"] <= ours["expert_bytes"] / 4
+    assert ours["loaded_bytes"]["low"] > 0
+    runs = [run for results in comparison["batches"]["2"]["rounds"] for run in results.values()]
+    assert all(run["prompt_tokens"] == 80 and all(len(tokens) == 4 for tokens in run["tokens"]) for run in runs)
+
+
+def test_a_failed_engine_is_a_result(tmp_path: Path) -> None:
+    code, result = _decode(tmp_path, "--budgets", "1KiB", "--batch", "1", "--rounds", "1", "--no-plain")
+    (comparison,) = result["comparisons"]
+    assert code == 1
+    assert list(comparison["failures"]) == ["1KiB"]
+    assert comparison["batches"]["1"]["rounds"] == [{}]

@@ -1,0 +1,52 @@
+"""memory.py: a process tree's peak is seen, and a memory limit kills and says so."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from memory import MemoryLimit, PeakSampler, parse_size
+
+MIB = 1 << 20
+# A child of the sampled process holds the memory until it is told to end.
+ALLOCATE = "import sys; held = bytearray(b'x') * (200 << 20); print('ready', flush=True); sys.stdin.read()"
+PARENT = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {ALLOCATE!r}]))"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("6GiB", 6 << 30), ("1.5G", 3 << 29), ("512 MiB", 512 << 20), ("4096", 4096)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "lots", "5TiB", "-1G"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="try 6GiB"):
+        parse_size(text)
+
+
+def test_the_peak_includes_descendants() -> None:
+    with subprocess.Popen([sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdout.readline()
+        with PeakSampler(process.pid) as sampler:
+            while sampler.peak_bytes < 200 * MIB and process.poll() is None:
+                pass
+            process.stdin.close()
+    assert 200 * MIB <= sampler.peak_bytes < 300 * MIB
+
+
+def test_a_process_over_the_limit_is_killed_and_counted() -> None:
+    try:
+        limit = MemoryLimit("test", 64 * MIB)
+    except OSError as error:
+        pytest.skip(f"no memory cgroups here: {error}")
+    try:
+        enter = f"import os, pathlib; pathlib.Path({str(limit.enter_file())!r}).write_text(str(os.getpid()))\n"
+        done = subprocess.run([sys.executable, "-c", enter + ALLOCATE], stdin=subprocess.DEVNULL, capture_output=True)
+        assert done.returncode == -9
+        assert limit.kills() == 1
+    finally:
+        limit.remove()
+    assert not Path(limit.path).exists()
