@@ -19,6 +19,10 @@ from ..store.reader import Store
 ATTEMPTS = 2
 
 
+class DamagedRecordError(LoadError):
+    """A record is not what was written to the store: cut off or changed. The store must be built again."""
+
+
 class Load:
     """One record on its way into one slot. After ``join``, ``error`` is None or says why the slot holds nothing."""
 
@@ -50,6 +54,9 @@ class RecordLoader:
     """
 
     def __init__(self, store: Store, threads: int = 4, cpus: set[int] | None = None):
+        if not store.direct:
+            # reading ahead would fill the page cache with records nobody asked for
+            os.posix_fadvise(store.fd, 0, 0, os.POSIX_FADV_RANDOM)
         self._store = store
         self._cpus = cpus
         self._demanded: deque[Load] = deque()
@@ -121,18 +128,21 @@ class RecordLoader:
             self._read(load)
 
     def _read(self, load: Load) -> None:
+        where = f"expert {load.expert} of {self._store.layers[load.layer].name}"
+        # until it is known to be right: whatever ends this thread, a slot of unknown bytes must not pass for loaded
+        load.error = LoadError(f"{where} was not read to the end")
         try:
             for attempt in range(1, ATTEMPTS + 1):
                 try:
                     self._transfer(load)
+                except (OSError, LoadError) as error:
+                    kind = type(error) if isinstance(error, LoadError) else LoadError
+                    load.error = kind(
+                        f"{where} could not be read from {self._store.path} (attempt {attempt} of {ATTEMPTS}): {error}"
+                    )
+                else:
                     load.error = None
                     return
-                except (OSError, LoadError) as error:
-                    entry = self._store.layers[load.layer]
-                    load.error = LoadError(
-                        f"expert {load.expert} of {entry.name} could not be read from {self._store.path} "
-                        f"(attempt {attempt} of {ATTEMPTS}): {error}"
-                    )
         finally:
             load.done.release()
 
@@ -151,7 +161,9 @@ class RecordLoader:
         position = self._store.offset(load.layer, load.expert)
         count = os.preadv(self._store.fd, buffers, position)
         if count != layout.record_bytes:
-            raise LoadError(f"{count} of {layout.record_bytes} bytes at offset {position}: the file is too short")
+            raise DamagedRecordError(
+                f"{count} of {layout.record_bytes} bytes at offset {position}: the file is too short"
+            )
         if not self._store.direct:
             os.posix_fadvise(self._store.fd, position, count, os.POSIX_FADV_DONTNEED)
         for part, window in unaligned:
@@ -163,7 +175,7 @@ class RecordLoader:
         if verified[load.expert]:
             return
         if self._store.record_digest(load.parts) != self._store.checksum(load.layer, load.expert):
-            raise LoadError("its checksum does not match: the store is damaged")
+            raise DamagedRecordError("its checksum does not match: the store is damaged")
         verified[load.expert] = True
 
     def _bounce_buffer(self, size: int) -> NDArray[np.uint8]:

@@ -3,6 +3,9 @@
 import numpy as np
 from numpy.typing import NDArray
 
+_TAKEN = 1 << 14
+"""Stands for the number of experts a row adds that is in another group already: more than any room."""
+
 
 def streams(choices: int, experts: int, slots: int) -> bool:
     """Whether a layer of a step is better streamed through a share of the slots than cached.
@@ -30,23 +33,43 @@ def group_rows(chosen: NDArray[np.integer], experts: int, capacity: int) -> list
         experts: experts of the layer.
         capacity: at least the largest number of distinct experts of any one row.
     """
-    uses = np.zeros((len(chosen), experts + 1), dtype=bool)
-    uses[np.arange(len(chosen))[:, None], np.where(chosen < 0, experts, chosen)] = True
+    assert experts < _TAKEN // 2
+    capacity = min(capacity, experts)
+    uses = np.zeros((len(chosen), experts + 1), dtype=np.int16)
+    uses[np.arange(len(chosen))[:, None], np.where(chosen < 0, experts, chosen)] = 1
     uses = uses[:, :experts]
-    assert uses.sum(axis=1).max(initial=0) <= capacity, "a single row needs more experts than there are slots"
-    left = np.arange(len(chosen))
+    users = np.ascontiguousarray(uses.T)
+    added = uses.sum(axis=1, dtype=np.int16)
+    assert added.max(initial=0) <= capacity, "a single row needs more experts than there are slots"
     groups = []
-    while len(left):
-        union = uses[left[0]].copy()
-        taken = np.zeros(len(left), dtype=bool)
-        while True:
-            added = (uses[left] & ~union).sum(axis=1)
-            taken |= added == 0
-            added[taken] = experts + 1
-            best = int(added.argmin())
-            if taken.all() or int(union.sum()) + added[best] > capacity:
-                break
-            union |= uses[left[best]]
-        groups.append(left[taken])
-        left = left[~taken]
+    while (added < _TAKEN).any():
+        rows = _take_group(added.copy(), uses, users, capacity)
+        added[rows] = _TAKEN
+        groups.append(rows)
     return groups
+
+
+def _take_group(
+    added: NDArray[np.int16], uses: NDArray[np.int16], users: NDArray[np.int16], capacity: int
+) -> NDArray[np.int64]:
+    """The rows of the next group, ascending.
+
+    Args:
+        added: ``[rows]`` experts each row would add to the group, above ``experts`` where it is in another group. It is
+            changed in place: an expert that joins the group counts for less in the rows that use it.
+        uses: ``[rows, experts]``: 1 where a row uses an expert; ``users`` is the same by expert.
+        capacity: distinct experts of the group.
+    """
+    joined = np.zeros(len(added), dtype=bool)
+    absent = np.ones(len(users), dtype=bool)
+    row = int((added < _TAKEN).argmax())
+    while added[row] <= capacity:
+        new = np.flatnonzero(uses[row] & absent)
+        absent[new] = False
+        capacity -= len(new)
+        added -= np.add.reduce(users[new], axis=0, dtype=np.int16)
+        fits = added == 0
+        joined |= fits
+        added[fits] = _TAKEN
+        row = int(added.argmin())
+    return np.flatnonzero(joined)
