@@ -25,7 +25,7 @@ from rich.panel import Panel
 MODEL = Path(__file__).parent / "models" / "tiny-moe"
 OFFLOAD = ("--plugin", "moe-offload", "--moe-offload-cache", "25%")
 QUESTIONS = (
-    ("Python", 'def read_json(path):\n    """Return the contents of a JSON file."""\n'),
+    ("Python", "import unittest\n\nclass TestAdd(unittest.TestCase):\n    def test_add(self):\n"),
     (
         "a word problem",
         "Question: Tom has 5 apples. He buys 7 more and gives 3 to Anna. How many apples does Tom have now?\nAnswer:",
