@@ -94,6 +94,15 @@ class OffloadConfig(BaseModel):
         return CacheBudget.parse(self.cache)
 
     @classmethod
+    def complaint(cls, name: str, value: Any) -> str | None:
+        """Why ``value`` cannot be the field ``name``, or None if it can."""
+        try:
+            cls(**{name: value})
+        except ValidationError as error:
+            return error.errors()[0]["msg"].removeprefix("Value error, ")
+        return None
+
+    @classmethod
     def from_mapping(cls, settings: Mapping[str, Any], door: str) -> "OffloadConfig":
         """Validate ``settings``; ``door`` says in errors where they came from.
 
@@ -105,14 +114,10 @@ class OffloadConfig(BaseModel):
                 near = difflib.get_close_matches(key, cls.model_fields, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(cls.model_fields)}"
                 raise ConfigError(f"{door}: unknown key {key!r}; {hint}")
-        try:
-            return cls(**settings)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            raise ConfigError(
-                f"{door}: {'.'.join(map(str, problem['loc']))} = {problem['input']!r}: "
-                f"{problem['msg'].removeprefix('Value error, ')}"
-            ) from None
+        for key, value in settings.items():
+            if complaint := cls.complaint(key, value):
+                raise ConfigError(f"{door}: {key} = {value!r}: {complaint}")
+        return cls(**settings)
 
 
 def settings_from_environment(environment: Mapping[str, str]) -> dict[str, Any] | None:

@@ -1,0 +1,40 @@
+"""`vllm-moe-offload …`: what can be done without serving. Importing it must not import vLLM or torch."""
+
+import importlib.util
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from ..errors import OffloadError
+from .doctor import doctor
+from .prepare import prepare
+from .store import store
+
+
+class PlainErrors(TyperGroup):
+    """Errors meant for users are one line on stderr and exit code 2, whichever command they come from."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OffloadError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    name="vllm-moe-offload",
+    cls=PlainErrors,
+    help="Serve MoE models that are larger than fast memory with stock vLLM.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(store)
+app.command()(prepare)
+app.command()(doctor)
+
+if importlib.util.find_spec(f"{__name__}.replay"):
+    app.command()(importlib.import_module(f"{__name__}.replay").replay)
+if importlib.util.find_spec(f"{__name__}.history"):
+    app.add_typer(importlib.import_module(f"{__name__}.history").history)

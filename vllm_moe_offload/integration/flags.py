@@ -1,17 +1,18 @@
 """``--plugin NAME`` and ``--moe-offload-*``: one flag per field of OffloadConfig, folded into ``additional_config``."""
 
 import argparse
+import functools
+import os
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any
 
 from vllm.logger import init_logger
 
-from ..config import ADDITIONAL_CONFIG_KEY, OffloadConfig, merge_settings, settings_from_additional_config
-from ..errors import ConfigError
+from ..config import ADDITIONAL_CONFIG_KEY, OffloadConfig, merge_settings, resolve, settings_from_additional_config
 from . import seams
+from .engine_config import FROM_COMMAND_LINE, PLUGIN_NAME, exit_on_error
 
-PLUGIN_NAME = "moe-offload"
 _PREFIX = "moe_offload_"
 
 logger = init_logger("vllm.moe_offload")
@@ -33,6 +34,7 @@ def _add_flags(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
                 "--plugin",
                 action="append",
                 metavar="NAME",
+                type=_installed_plugin,
                 help=f"Enable an installed plugin by name (repeatable). '{PLUGIN_NAME}' switches MoE offloading on.",
             )
         for name, field in OffloadConfig.model_fields.items():
@@ -40,7 +42,8 @@ def _add_flags(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
                 f"--{(_PREFIX + name).replace('_', '-')}",
                 default=None,
                 metavar=name.upper(),
-                help=f"{field.description}. Default: {field.default}. Switches MoE offloading on.",
+                type=functools.partial(_value_of, name),
+                help=f"{field.description}. Default: {field.default}. Switches MoE offloading on.".replace("%", "%%"),
             )
         return parser
 
@@ -52,10 +55,13 @@ def _fold_flags(from_cli_args: Callable[..., Any]) -> Callable[..., Any]:
         given = {name: getattr(args, _PREFIX + name, None) for name in OffloadConfig.model_fields}
         flags = {name: value for name, value in given.items() if value is not None}
         named = getattr(args, "plugin", None) or []
-        _check_installed(named)
-        if flags or PLUGIN_NAME in named:
-            args.additional_config = _with_flags(args.additional_config or {}, flags)
-        return from_cli_args(cls, args)
+        with exit_on_error():
+            if flags or PLUGIN_NAME in named:
+                args.additional_config = _with_flags(args.additional_config or {}, flags)
+            resolve(getattr(args, "additional_config", None), os.environ)
+        engine_args = from_cli_args(cls, args)
+        setattr(engine_args, FROM_COMMAND_LINE, True)
+        return engine_args
 
     return from_args
 
@@ -70,8 +76,14 @@ def _with_flags(additional_config: dict[str, Any], flags: dict[str, Any]) -> dic
     return {**additional_config, ADDITIONAL_CONFIG_KEY: merged or True}
 
 
-def _check_installed(named: list[str]) -> None:
+def _installed_plugin(name: str) -> str:
     installed = sorted({point.name for point in entry_points(group="vllm.general_plugins")})
-    for name in named:
-        if name not in installed:
-            raise ConfigError(f"--plugin {name}: no such vLLM plugin is installed; installed: {', '.join(installed)}")
+    if name not in installed:
+        raise argparse.ArgumentTypeError(f"no vLLM plugin {name!r} is installed; installed: {', '.join(installed)}")
+    return name
+
+
+def _value_of(name: str, text: str) -> str:
+    if complaint := OffloadConfig.complaint(name, text):
+        raise argparse.ArgumentTypeError(complaint)
+    return text

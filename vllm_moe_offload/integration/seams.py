@@ -35,6 +35,8 @@ class Seam:
             target = self.resolve()
         except (ImportError, AttributeError) as error:
             return f"{self.module}.{self.path} is gone ({error})"
+        except RuntimeError as error:
+            return f"{self.module} cannot be imported ({error})"
         if self.parameters:
             missing = [name for name in self.parameters if name not in inspect.signature(target).parameters]
             if missing:
@@ -131,6 +133,10 @@ LEANED_ON = (
     ),
     Seam("vllm.v1.request", "RequestStatus.FINISHED_ERROR", "fail a request"),
     Seam("vllm.v1.engine", "EngineCoreOutput", "tell the client"),
+    Seam("vllm.v1.executor", "Executor.get_class", "prepare: start workers without an engine", ("vllm_config",)),
+    Seam("vllm.v1.executor", "Executor.collective_rpc", "prepare: ask them for their stores", ("method",)),
+    Seam("vllm.utils.argparse_utils", "FlexibleArgumentParser", "prepare: read engine arguments"),
+    Seam("vllm.distributed", "cleanup_dist_env_and_memory", "prepare: end them"),
 )
 
 SEAMS: tuple[Seam, ...] = (

@@ -6,7 +6,7 @@ from typing import Any
 from vllm.logger import init_logger
 
 from . import seams
-from .loading import ModelOffload
+from .serving import ServedModel
 
 logger = init_logger("vllm.moe_offload")
 
@@ -20,7 +20,7 @@ def install() -> None:
     _add_stats_method()
 
 
-def offload_of(worker: Any) -> ModelOffload | None:
+def offload_of(worker: Any) -> ServedModel | None:
     """The offload of the model a worker runs, or None."""
     return getattr(worker.model_runner.get_model(), "moe_offload", None)
 

