@@ -1,0 +1,186 @@
+"""The history: a bounded set of past requests, each with its expert maps and one embedding of its meaning.
+
+It forgets the request that is most like a newer one, or oldest, so that one chat cannot fill it and a rare domain is
+not forgotten. It knows nothing of files (``archive``) and of how maps are matched (``predict``).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .trace import Trace
+
+DEFAULT_BUDGET_BYTES = 256 << 20
+_AGE_WEIGHT = 0.25
+"""How much similarity to a newer request the oldest request's age is worth."""
+_MAX_SHARE = 1 / 16
+"""No single request may hold more of the budget."""
+
+
+@dataclass(frozen=True)
+class PastRequest:
+    """One request as the history keeps it."""
+
+    trace: Trace
+    """A trace of exactly this request."""
+    number: int
+    """Requests are numbered in the order they arrived."""
+
+    @property
+    def embedding(self) -> NDArray[np.float32] | None:
+        """Unit vector ``[D]``, or None when the recorder had none."""
+        if self.trace.embeddings is None:
+            return None
+        return self.trace.embeddings[0].astype(np.float32)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes its arrays take."""
+        trace = self.trace
+        arrays = (trace.experts, trace.weights, trace.tokens, trace.phase, trace.embeddings)
+        return sum(array.nbytes for array in arrays if array is not None)
+
+
+class HistoryStore:
+    """Past requests within a byte budget.
+
+    Invariant (``check_integrity``): ``nbytes <= budget_bytes``, numbers rise, all traces have the same shape.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], budget_bytes: int = DEFAULT_BUDGET_BYTES):
+        """``shape``: layers, experts per layer, experts per token, as in ``Trace.shape``."""
+        self.shape = shape
+        self.budget_bytes = budget_bytes
+        self.requests: list[PastRequest] = []
+        self._redundancy: list[float] = []
+        self._next_number = 0
+        self._nbytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(past.trace.num_tokens for past in self.requests)
+
+    def add(self, trace: Trace) -> None:
+        """Remember a finished request (a trace of one request), forgetting others to make room.
+
+        A request with more tokens than its share of the budget keeps its last ones. One without tokens is ignored.
+
+        Raises:
+            ValueError: the trace is of another shape, or of more than one request.
+        """
+        if trace.shape != self.shape or trace.num_requests != 1:
+            raise ValueError(f"expected one request of shape {self.shape}, got {trace.num_requests} of {trace.shape}")
+        if trace.num_tokens == 0:
+            return
+        past = PastRequest(_own(_last_tokens(trace, self._tokens_per_request(trace))), self._next_number)
+        self._next_number += 1
+        self._note_likeness_to(past)
+        self.requests.append(past)
+        self._redundancy.append(0.0)
+        self._nbytes += past.nbytes
+        while self._nbytes > self.budget_bytes:
+            self._forget(self._least_valuable())
+
+    def extend(self, traces: Iterable[Trace]) -> None:
+        """Add several requests, oldest first."""
+        for trace in traces:
+            self.add(trace)
+
+    def nearest(self, embedding: NDArray[np.floating] | None, count: int) -> list[PastRequest]:
+        """The ``count`` requests most similar in meaning, best first; the most recent ones when meaning is unknown."""
+        if embedding is None or not self._all_have_embeddings():
+            return self.requests[::-1][:count]
+        similarity = self._embeddings() @ np.asarray(embedding, np.float32)
+        return [self.requests[i] for i in np.argsort(-similarity, kind="stable")[:count]]
+
+    def to_trace(self) -> Trace:
+        """Everything as one trace, oldest request first."""
+        layers, experts, top_k = self.shape
+        if not self.requests:
+            return Trace(
+                np.empty((0, layers, top_k), np.uint16),
+                np.empty((0, layers, top_k), np.float16),
+                np.zeros(1, np.int64),
+                experts,
+            )
+        traces = [past.trace for past in self.requests]
+        return Trace(
+            experts=np.concatenate([trace.experts for trace in traces]),
+            weights=np.concatenate([trace.weights for trace in traces]),
+            offsets=np.concatenate([[0], np.cumsum([trace.num_tokens for trace in traces])]).astype(np.int64),
+            num_experts=experts,
+            model=traces[-1].model,
+            tokens=_joined(traces, "tokens"),
+            phase=_joined(traces, "phase"),
+            embeddings=_joined(traces, "embeddings"),
+        )
+
+    def prune(self, budget_bytes: int) -> None:
+        """Forget requests until no more than ``budget_bytes`` are held, and keep to that from now on."""
+        self.budget_bytes = budget_bytes
+        while self._nbytes > budget_bytes:
+            self._forget(self._least_valuable())
+
+    def check_integrity(self) -> None:
+        """Assert the invariants."""
+        numbers = [past.number for past in self.requests]
+        assert numbers == sorted(set(numbers)) and len(numbers) == len(self._redundancy)
+        assert self._nbytes == sum(past.nbytes for past in self.requests) <= self.budget_bytes
+        assert all(past.trace.shape == self.shape for past in self.requests)
+
+    def _least_valuable(self) -> int:
+        """Index of the request whose meaning a newer one repeats most, age counting too; never the newest."""
+        ages = np.linspace(_AGE_WEIGHT, 0, len(self.requests))
+        return int(np.argmax((np.array(self._redundancy) + ages)[:-1])) if len(self.requests) > 1 else 0
+
+    def _note_likeness_to(self, newer: PastRequest) -> None:
+        if newer.embedding is not None and self._all_have_embeddings():
+            similarity = self._embeddings() @ newer.embedding
+            self._redundancy = np.maximum(self._redundancy, similarity).tolist()
+
+    def _all_have_embeddings(self) -> bool:
+        return bool(self.requests) and all(past.trace.embeddings is not None for past in self.requests)
+
+    def _forget(self, index: int) -> None:
+        self._nbytes -= self.requests.pop(index).nbytes
+        self._redundancy.pop(index)
+
+    def _embeddings(self) -> NDArray[np.float32]:
+        return np.stack([past.trace.embeddings[0] for past in self.requests]).astype(np.float32)  # type: ignore[index]
+
+    def _tokens_per_request(self, trace: Trace) -> int:
+        per_token = max(1, (trace.experts.nbytes + trace.weights.nbytes) // trace.num_tokens + 5)
+        return max(1, int(self.budget_bytes * _MAX_SHARE) // per_token)
+
+
+def _last_tokens(trace: Trace, count: int) -> Trace:
+    if trace.num_tokens <= count:
+        return trace
+    tail = Trace.request(trace, 0)
+    start = trace.num_tokens - count
+    return Trace(
+        experts=tail.experts[start:],
+        weights=tail.weights[start:],
+        offsets=np.array([0, count], np.int64),
+        num_experts=tail.num_experts,
+        model=tail.model,
+        tokens=None if tail.tokens is None else tail.tokens[start:],
+        phase=None if tail.phase is None else tail.phase[start:],
+        embeddings=tail.embeddings,
+    )
+
+
+def _own(trace: Trace) -> Trace:
+    """A copy that keeps no larger array alive."""
+    return trace.select([0])
+
+
+def _joined(traces: list[Trace], name: str) -> NDArray | None:
+    arrays = [getattr(trace, name) for trace in traces]
+    return None if any(array is None for array in arrays) else np.concatenate(arrays)

@@ -1,0 +1,161 @@
+"""Trace files: an ``.npz`` of the arrays of ``Trace``, validated in full when read. See docs/prediction.md.
+
+Fields ``experts``, ``weights``, ``offsets`` and ``num_experts`` are required; ``version`` (1 when absent), ``model``,
+``fingerprint``, ``tokens``, ``phase``, ``embeddings``, ``group`` and ``repetitive`` are optional. Other fields are left
+alone with a warning.
+"""
+
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import TraceError
+from .files import write_atomically
+from .trace import PREFILL, Trace
+
+VERSION = 1
+_REQUIRED = ("experts", "weights", "offsets", "num_experts")
+_OPTIONAL = ("version", "model", "fingerprint", "tokens", "phase", "embeddings", "group", "repetitive")
+_WEIGHT_SUM_TOLERANCE = 0.02  # float16 weights, renormalised by the recorder
+
+
+def read_trace(path: str | Path) -> Trace:
+    """Read and validate a trace file.
+
+    Raises:
+        TraceError: the file is missing, no npz, of a newer version, or a field is absent, unknown or contradictory; the
+            message names the file and the field.
+    """
+    path = Path(path)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            fields = {name: archive[name] for name in archive.files}
+    except FileNotFoundError:
+        raise TraceError(f"{path}: no such trace file") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise TraceError(f"{path}: not a readable npz trace file ({error})") from error
+    return _to_trace(path, fields)
+
+
+def write_trace(path: str | Path, trace: Trace, compress: bool = True) -> None:
+    """Write ``trace`` so that a crash leaves either the old file or the whole new one. Compressing takes seconds."""
+    fields: dict[str, NDArray] = {
+        "version": np.array(VERSION),
+        "experts": trace.experts,
+        "weights": trace.weights,
+        "offsets": trace.offsets,
+        "num_experts": np.array(trace.num_experts),
+        "model": np.array(trace.model),
+        "fingerprint": np.array(trace.fingerprint),
+    }
+    for name in ("tokens", "phase", "embeddings", "group", "repetitive"):
+        value = getattr(trace, name)
+        if value is not None:
+            fields[name] = value
+    save = np.savez_compressed if compress else np.savez
+    write_atomically(Path(path), lambda file: save(file, **fields))
+
+
+def _to_trace(path: Path, fields: dict[str, NDArray]) -> Trace:
+    for name in _REQUIRED:
+        if name not in fields:
+            raise TraceError(f"{path}: field {name!r} is missing; a trace has {', '.join(_REQUIRED)}")
+    unknown = sorted(set(fields) - set(_REQUIRED) - set(_OPTIONAL))
+    if unknown:
+        warnings.warn(f"{path}: ignoring unknown fields {', '.join(unknown)}", stacklevel=3)
+    version = _integer(path, fields, "version") if "version" in fields else VERSION
+    if version != VERSION:
+        raise TraceError(f"{path}: version is {version}, this program reads version {VERSION}")
+    num_experts = _integer(path, fields, "num_experts")
+    experts = _check_maps(path, fields["experts"], fields["weights"], num_experts)
+    offsets = _check_offsets(path, fields["offsets"], len(experts))
+    rows, requests = len(experts), len(offsets) - 1
+    return Trace(
+        experts=experts,
+        weights=fields["weights"].astype(np.float16, copy=False),
+        offsets=offsets,
+        num_experts=num_experts,
+        model=str(fields.get("model", "")),
+        fingerprint=str(fields.get("fingerprint", "")),
+        tokens=_column(path, fields, "tokens", rows, "iu", np.int32),
+        phase=_check_phase(path, _column(path, fields, "phase", rows, "iu", np.uint8)),
+        embeddings=_check_embeddings(path, fields.get("embeddings"), requests),
+        group=_column(path, fields, "group", requests, "U", None),
+        repetitive=_column(path, fields, "repetitive", requests, "b", np.bool_),
+    )
+
+
+def _integer(path: Path, fields: dict[str, NDArray], name: str) -> int:
+    value = fields[name]
+    if value.shape != () or value.dtype.kind not in "iu":
+        raise TraceError(f"{path}: field {name!r} must be one integer, not {value.dtype} of shape {value.shape}")
+    return int(value)
+
+
+def _check_maps(path: Path, experts: NDArray, weights: NDArray, num_experts: int) -> NDArray[np.unsignedinteger]:
+    if experts.ndim != 3 or experts.dtype not in (np.uint8, np.uint16) or 0 in experts.shape[1:]:
+        raise TraceError(
+            f"{path}: field 'experts' must be uint8 or uint16 [tokens, layers, top_k], not {experts.dtype} of shape "
+            f"{experts.shape}"
+        )
+    if weights.shape != experts.shape or weights.dtype.kind != "f":
+        raise TraceError(
+            f"{path}: field 'weights' must be floats of the shape of 'experts' {experts.shape}, not {weights.dtype} of "
+            f"shape {weights.shape}"
+        )
+    if experts.size == 0:
+        return experts
+    if int(experts.max()) >= num_experts:
+        raise TraceError(f"{path}: field 'experts' names expert {experts.max()}, but 'num_experts' is {num_experts}")
+    ordered = np.sort(experts, axis=2)
+    if (ordered[:, :, 1:] == ordered[:, :, :-1]).any():
+        raise TraceError(f"{path}: field 'experts' names an expert twice for one token and layer")
+    sums = weights.sum(axis=2, dtype=np.float32)
+    if not ((weights >= 0).all() and np.abs(sums - 1).max() <= _WEIGHT_SUM_TOLERANCE):
+        raise TraceError(f"{path}: field 'weights' must be >= 0 and sum to 1 per token and layer")
+    return experts
+
+
+def _check_offsets(path: Path, offsets: NDArray, rows: int) -> NDArray[np.int64]:
+    if offsets.ndim != 1 or offsets.dtype.kind not in "iu" or len(offsets) == 0:
+        raise TraceError(f"{path}: field 'offsets' must be integers [requests + 1], not {offsets.dtype}")
+    offsets = offsets.astype(np.int64, copy=False)
+    if offsets[0] != 0 or offsets[-1] != rows or (np.diff(offsets) < 0).any():
+        raise TraceError(f"{path}: field 'offsets' must rise from 0 to the number of tokens, {rows}")
+    return offsets
+
+
+def _column(
+    path: Path, fields: dict[str, NDArray], name: str, length: int, kinds: str, dtype: type | None
+) -> NDArray | None:
+    if name not in fields:
+        return None
+    value = fields[name]
+    if value.shape != (length,) or value.dtype.kind not in kinds:
+        raise TraceError(
+            f"{path}: field {name!r} must have shape ({length},) and kind {kinds!r}, not {value.dtype} of shape "
+            f"{value.shape}"
+        )
+    return value if dtype is None else value.astype(dtype, copy=False)
+
+
+def _check_phase(path: Path, phase: NDArray[np.uint8] | None) -> NDArray[np.uint8] | None:
+    if phase is not None and (phase > PREFILL).any():
+        raise TraceError(f"{path}: field 'phase' must hold 0 (decode) or 1 (prefill), not {phase.max()}")
+    return phase
+
+
+def _check_embeddings(path: Path, embeddings: NDArray | None, requests: int) -> NDArray[np.float16] | None:
+    if embeddings is None:
+        return None
+    if embeddings.ndim != 2 or len(embeddings) != requests or embeddings.dtype.kind != "f":
+        raise TraceError(
+            f"{path}: field 'embeddings' must be floats [{requests} requests, D], not {embeddings.dtype} of shape "
+            f"{embeddings.shape}"
+        )
+    if not np.isfinite(embeddings).all():
+        raise TraceError(f"{path}: field 'embeddings' holds values that are not finite")
+    return embeddings.astype(np.float16, copy=False)
