@@ -1,0 +1,92 @@
+"""What is known of a token before its forward pass: its request's recent past, and where the same token last went."""
+
+from collections import OrderedDict
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+UNKNOWN_TOKEN = -1
+FREQUENCY_HALF_LIFE = 16.0
+"""Tokens after which a use counts half in ``RequestState.frequency``."""
+_DECAY = np.float32(0.5 ** (1 / FREQUENCY_HALF_LIFE))
+
+
+class TokenMap(NamedTuple):
+    """The expert map of one token: ``experts`` int ``[L, K]`` and ``weights`` float ``[L, K]``."""
+
+    experts: NDArray[np.integer]
+    weights: NDArray[np.floating]
+
+
+class TokenContext(NamedTuple):
+    """One row of a step, as its request stood when the step began."""
+
+    state: "RequestState"
+    token: int
+    """The token the forward pass reads, or UNKNOWN_TOKEN."""
+    previous_token: int
+    previous: TokenMap | None
+    """Map of the request's previous token; None at its start and for tokens that run side by side in prefill."""
+    same: TokenMap | None
+    """Latest map of the same token, in this request or any other."""
+    frequency: NDArray[np.float32]
+    """``[L, E]``: decayed share of the request's tokens that used each expert."""
+
+
+class TokenMemory:
+    """The latest map of each token, for the ``capacity`` tokens seen last. Shared by all requests."""
+
+    def __init__(self, capacity: int = 16384):
+        self.capacity = capacity
+        self._maps: OrderedDict[int, TokenMap] = OrderedDict()
+
+    def recall(self, token: int) -> TokenMap | None:
+        return self._maps.get(token)
+
+    def remember(self, token: int, token_map: TokenMap) -> None:
+        """Replace the map of ``token``. UNKNOWN_TOKEN is not remembered."""
+        if token == UNKNOWN_TOKEN:
+            return
+        self._maps[token] = token_map
+        self._maps.move_to_end(token)
+        if len(self._maps) > self.capacity:
+            self._maps.popitem(last=False)
+
+
+class RequestState:
+    """One running request's past, as far as predictors read it."""
+
+    def __init__(self, shape: tuple[int, int, int], embedding: NDArray[np.floating] | None, memory: TokenMemory):
+        layers, experts, _ = shape
+        self.embedding = embedding
+        self.notes: object = None
+        """Whatever the predictor that opened this request keeps about it."""
+        self._memory = memory
+        self._previous: TokenMap | None = None
+        self._previous_token = UNKNOWN_TOKEN
+        self._frequency = np.zeros((layers, experts), np.float32)
+        self._layers = np.arange(layers)[:, None]
+
+    def context(self, token: int = UNKNOWN_TOKEN) -> TokenContext:
+        """The row for a forward pass that reads ``token`` next."""
+        same = self._memory.recall(token)
+        return TokenContext(self, token, self._previous_token, self._previous, same, self._frequency)
+
+    def contexts_side_by_side(self, tokens: NDArray[np.integer]) -> list[TokenContext]:
+        """Rows for tokens of a prefill chunk: none knows the map of the one before it."""
+        before = [self._previous_token, *tokens[:-1].tolist()]
+        recall = self._memory.recall
+        return [
+            TokenContext(self, token, previous, None, recall(token), self._frequency)
+            for token, previous in zip(tokens.tolist(), before, strict=True)
+        ]
+
+    def advance(self, token: int, token_map: TokenMap) -> None:
+        """``token`` has run and was routed as ``token_map`` says. Contexts taken before stay as they were."""
+        frequency = self._frequency * _DECAY
+        frequency[self._layers, token_map.experts] += 1 - _DECAY
+        self._frequency = frequency
+        self._previous = token_map
+        self._previous_token = token
+        self._memory.remember(token, token_map)

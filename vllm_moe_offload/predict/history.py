@@ -1,0 +1,121 @@
+"""The predictor of this project: learned heads, and neighbours in their place while the history is young.
+
+It owns the history. Every request that closes is remembered; ``HeadsTrainer`` learns from the whole history when it has
+grown enough, at once (replay) or a little at a time in the background (engine), and takes over when it has finished.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..history.store import HistoryStore
+from ..history.trace import Trace
+from .base import ModelShape, Predictor, Step
+from .context import RequestState, TokenContext, TokenMap
+from .heads import HeadsPredictor
+from .heads_training import HeadsTrainer
+from .neighbours import NeighboursPredictor
+from .network import NetworkSize, Parameters
+from .token_vectors import LearnedVectors, TokenVectors
+
+_FIRST_TRAINING_TOKENS = 512
+_GROWTH = 2.0
+"""Train again when the history holds so many times the tokens it held last time."""
+
+
+class HistoryPredictor(Predictor):
+    """Heads once trained, neighbours before.
+
+    Args:
+        vectors: makes the vectors of tokens, called at each training; learned ones when not given. A model's own
+            embeddings never change, so the same object may be returned every time.
+        learn_at_once: train within ``close`` when training is due. Otherwise someone must call ``train``.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        history: HistoryStore,
+        vectors: Callable[[], TokenVectors] = LearnedVectors,
+        learn_at_once: bool = False,
+    ):
+        super().__init__(shape)
+        self.history = history
+        self.heads: HeadsPredictor | None = None
+        self.trained_tokens = 0
+        """Tokens in the history when the current heads were trained."""
+        self._neighbours = NeighboursPredictor(shape, history)
+        self._vectors = vectors
+        self._learn_at_once = learn_at_once
+        self._trainer: HeadsTrainer | None = None
+        self._trainer_tokens = 0
+        self._remember_tokens(history.to_trace())
+
+    @property
+    def training_due(self) -> bool:
+        """Whether a training is under way, or the history has grown enough for one."""
+        tokens = self.history.num_tokens
+        return self._trainer is not None or tokens >= max(_FIRST_TRAINING_TOKENS, _GROWTH * self.trained_tokens)
+
+    def use_heads(self, heads: HeadsPredictor, trained_tokens: int) -> None:
+        """Predict with these heads from the next step on, as after loading them from a file."""
+        self.heads, self.trained_tokens = heads, trained_tokens
+
+    def train(self, budget_seconds: float, clock: Callable[[], float]) -> None:
+        """Go on with the training that is due, for about ``budget_seconds`` by ``clock``.
+
+        May run in another thread than the steps: they keep using the old heads until the new ones are finished.
+        """
+        if not self.training_due:
+            return
+        trainer = self._trainer or self._start_training()
+        trainer.train(budget_seconds, clock)
+        if trainer.finished:
+            self._take_over(trainer)
+
+    def open(self, embedding: NDArray[np.floating] | None = None) -> RequestState:
+        state = super().open(embedding)
+        if self.heads is None:
+            state.notes = self._neighbours.open(embedding).notes
+        return state
+
+    def begin(self, rows: Sequence[TokenContext]) -> Step:
+        if self.heads is not None:
+            return self.heads.begin(rows)
+        return self._neighbours.begin(rows)
+
+    def close(self, state: RequestState, trace: Trace) -> None:
+        self.history.add(trace)
+        if self._learn_at_once and self.training_due:
+            self.learn_all()
+
+    def learn_all(self) -> None:
+        """Train on the history as it stands, from start to end."""
+        trainer = self._start_training()
+        while not trainer.finished:
+            trainer.step()
+        self._take_over(trainer)
+
+    def _start_training(self) -> HeadsTrainer:
+        trace = self.history.to_trace()
+        vectors = self._vectors()
+        size = NetworkSize(self.shape.layers, self.shape.experts, vectors.width)
+        parameters = Parameters.random(size, np.random.default_rng(0))
+        self._trainer = HeadsTrainer(parameters, vectors, trace)
+        self._trainer_tokens = trace.num_tokens
+        return self._trainer
+
+    def _take_over(self, trainer: HeadsTrainer) -> None:
+        self.use_heads(HeadsPredictor(self.shape, trainer.parameters, trainer.vectors), self._trainer_tokens)
+        self._trainer = None
+
+    def _remember_tokens(self, trace: Trace) -> None:
+        if trace.tokens is None:
+            return
+        tokens, from_end = np.unique(trace.tokens[::-1], return_index=True)
+        latest = trace.num_tokens - 1 - from_end
+        for place in np.argsort(latest):
+            row = latest[place]
+            token_map = TokenMap(trace.experts[row].astype(np.int64), trace.weights[row].astype(np.float32))
+            self.memory.remember(int(tokens[place]), token_map)

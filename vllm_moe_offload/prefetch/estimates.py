@@ -1,0 +1,39 @@
+"""What loads and layers take on this machine, as measured so far. Told seconds and bytes; never reads a clock."""
+
+from dataclasses import dataclass
+
+_MEMORY = 0.05
+"""Weight of the newest measurement in a running mean."""
+
+
+@dataclass
+class Estimates:
+    """Running means the planner decides by. The initial values are used until the first measurement."""
+
+    load_seconds: float
+    """One record through an idle link."""
+    layer_seconds: float
+    """One layer of a step, stalls excluded."""
+    chunk_seconds: float
+    """The part of a transfer that cannot be interrupted: a guess may delay a demand by this much."""
+    busy: float = 0.5
+    """Share of time the link moves anything."""
+    demands_per_layer: float = 0.5
+    """Demand loads per layer of a step."""
+
+    def note_load(self, seconds: float) -> None:
+        """A record took ``seconds`` of the link's time."""
+        self.load_seconds = _blend(self.load_seconds, seconds)
+
+    def note_layer(self, seconds: float, link_seconds: float, demands: int) -> None:
+        """A layer computed for ``seconds`` without stalls; the link was busy for ``link_seconds`` of layer and stall.
+
+        ``link_seconds`` may exceed ``seconds``: then demands stalled the layer and the link is the bottleneck.
+        """
+        self.layer_seconds = _blend(self.layer_seconds, seconds)
+        self.busy = _blend(self.busy, min(1.0, link_seconds / seconds) if seconds > 0 else 1.0)
+        self.demands_per_layer = _blend(self.demands_per_layer, demands)
+
+
+def _blend(old: float, new: float) -> float:
+    return old + _MEMORY * (new - old)

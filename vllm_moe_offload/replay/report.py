@@ -1,0 +1,180 @@
+"""One replay from start to end, as plain data ready to print: what ``vllm-moe-offload replay`` reports."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..cache import EvictionPolicy, create_policy
+from ..errors import ConfigError, TraceError
+from ..history.store import HistoryStore
+from ..history.trace import Trace
+from ..predict.base import ModelShape, Predictor
+from ..predict.fitting import fit_predictor
+from .accuracy import Accuracy
+from .bounds import access_sequence, belady_miss_rate, lru_per_layer_miss_rate, perfect_forecast
+from .forecast import Forecast, forecast
+from .hardware import HardwareProfile, ModelProfile
+from .parallel import run_all
+from .residency import Tally
+from .schedule import steps
+from .simulate import simulate
+from .timeline import Timeline, TimelineReport
+
+THRESHOLDS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+DISTANCES = (1, 2)
+"""Layers ahead at which loads are admitted; nearer predictions are better, farther ones have more time."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What to replay with. ``slots`` is a number of slots; see ``parse_slots``."""
+
+    slots: int
+    policy: str = "lfu"
+    predictor: str = "history"
+    batch: int = 1
+    threshold: float = 0.5
+    frontier_tokens: int = 12_000
+    hardware: HardwareProfile | None = None
+    model: ModelProfile | None = None
+
+
+def parse_slots(text: str, trace: Trace) -> int:
+    """Slots from ``"192"`` or, as a share of all experts, from ``"25%"``.
+
+    Raises:
+        ConfigError: the text is neither, or does not come to at least one slot and at most one per expert.
+    """
+    total = trace.num_layers * trace.num_experts
+    try:
+        slots = round(total * float(text[:-1]) / 100) if text.endswith("%") else int(text)
+    except ValueError:
+        raise ConfigError(f"slots: {text!r} is neither a number like 192 nor a share like 25%") from None
+    if not 0 < slots <= total:
+        raise ConfigError(f"slots: {text!r} comes to {slots} of this trace's {total} experts; choose 1 to {total}")
+    return slots
+
+
+def prepare_predictor(name: str, trace: Trace, history: Trace | None) -> Predictor:
+    """Fit the predictor called ``name`` for replaying ``trace``; without a history it learns as it goes.
+
+    Raises:
+        TraceError: the history is of another model shape.
+        ConfigError: there is no such predictor.
+    """
+    shape = ModelShape(*trace.shape)
+    store = HistoryStore(shape)
+    if history is not None:
+        if history.shape != trace.shape:
+            raise TraceError(f"history has {_words(history)}, the trace has {_words(trace)}; they must be of one model")
+        store.extend(history.requests())
+    return fit_predictor(name, shape, store)
+
+
+def forecast_trace(predictor: Predictor, trace: Trace) -> tuple[Forecast, Accuracy]:
+    """The predictor's forecast of a trace, and how good it was."""
+    accuracy = Accuracy(trace.num_layers, trace.top_k)
+    return forecast(predictor, trace, DISTANCES, accuracy), accuracy
+
+
+def replay(trace: Trace, setup: Setup, history: Trace | None = None) -> dict[str, Any]:
+    """Replay ``trace`` and report it; the keys are described in docs/prediction.md.
+
+    The frontier and the perfect-prediction bound are replayed on a sample of whole requests, ``frontier_tokens`` long.
+
+    Raises:
+        ConfigError, TraceError: as ``prepare_predictor``, and when the slots cannot hold a step's experts.
+    """
+    prediction, accuracy = forecast_trace(prepare_predictor(setup.predictor, trace, history), trace)
+    sample = spread_requests(trace, setup.frontier_tokens)
+    few, few_prediction = trace.select(sample), prediction.select(trace, sample)
+    thresholds = () if setup.predictor == "none" else THRESHOLDS
+    jobs = [
+        partial(run_once, trace, setup, None if setup.predictor == "none" else prediction, setup.threshold),
+        partial(run_once, trace, setup, None, 1.0),
+        partial(run_once, few, setup, perfect_forecast(few, DISTANCES), 0.5),
+        *(partial(run_once, few, setup, few_prediction, threshold) for threshold in thresholds),
+    ]
+    chosen, without, perfect, *points = run_all(jobs)
+    sequence = access_sequence(trace, _schedule(trace, setup))
+    few_sequence = access_sequence(few, _schedule(few, setup))
+    report: dict[str, Any] = {
+        "trace": _words(trace),
+        "requests": trace.num_requests,
+        "tokens": trace.num_tokens,
+        "slots": setup.slots,
+        "policy": setup.policy,
+        "predictor": setup.predictor,
+        "batch": setup.batch,
+        "threshold": setup.threshold,
+        "accesses": chosen.accesses,
+        **_rates(chosen),
+        "prefetch": {"useful": chosen.useful, "late": chosen.late, "wasted": chosen.wasted},
+        "recall": accuracy.to_json(),
+        "calibration_error": {str(d): accuracy.calibration_error(d) for d in accuracy.distances},
+        "no_prefetch": _rates(without),
+        "belady_miss_rate": belady_miss_rate(sequence, setup.slots),
+        "lru_per_layer_miss_rate": lru_per_layer_miss_rate(sequence, setup.slots, trace.num_layers),
+        "perfect_prediction": _rates(perfect),
+        "frontier": [{"threshold": t} | _rates(tally) for t, tally in zip(thresholds, points, strict=True)],
+        "frontier_tokens": few.num_tokens,
+        "frontier_lru_per_layer_miss_rate": lru_per_layer_miss_rate(few_sequence, setup.slots, trace.num_layers),
+    }
+    if setup.hardware is not None:
+        report |= on_hardware(trace, setup, None if setup.predictor == "none" else prediction)
+    return report
+
+
+def spread_requests(trace: Trace, tokens: int) -> NDArray[np.int64]:
+    """Requests spread evenly over the trace, with about ``tokens`` tokens in all; all requests if it has no more."""
+    if trace.num_tokens <= tokens:
+        return np.arange(trace.num_requests)
+    count = max(1, trace.num_requests * tokens // trace.num_tokens)
+    return np.unique(np.linspace(0, trace.num_requests - 1, count).round().astype(np.int64))
+
+
+def run_once(trace: Trace, setup: Setup, prediction: Forecast | None, threshold: float) -> Tally:
+    """One replay without hardware."""
+    return simulate(trace, _schedule(trace, setup), setup.slots, _policy(trace, setup), prediction, threshold)
+
+
+def on_hardware(trace: Trace, setup: Setup, prediction: Forecast | None) -> dict[str, Any]:
+    """Stalls and time per token on ``setup.hardware``, with the planner deciding, and without prefetching beside it."""
+    assert setup.hardware is not None and setup.model is not None
+    arms = {"": prediction, "no_prefetch_": None}
+    jobs = [partial(_run_timeline, trace, setup, arm) for arm in arms.values()]
+    report: dict[str, Any] = {"hardware": asdict(setup.hardware)}
+    for prefix, outcome in zip(arms, run_all(jobs), strict=True):
+        report[f"{prefix}stall_seconds_per_token"] = outcome.stall_seconds_per_token
+        report[f"{prefix}tpot_seconds"] = outcome.tpot_seconds
+        if not prefix:
+            tally = outcome.tally
+            report["planned"] = _rates(tally) | {"useful": tally.useful, "late": tally.late, "wasted": tally.wasted}
+    return report
+
+
+def _run_timeline(trace: Trace, setup: Setup, prediction: Forecast | None) -> TimelineReport:
+    assert setup.hardware is not None and setup.model is not None
+    timeline = Timeline(trace, setup.slots, _policy(trace, setup), prediction, setup.hardware, setup.model)
+    return timeline.run(_schedule(trace, setup))
+
+
+def _schedule(trace: Trace, setup: Setup) -> Iterable[NDArray[np.int64]]:
+    return steps(trace, setup.batch)
+
+
+def _policy(trace: Trace, setup: Setup) -> EvictionPolicy:
+    return create_policy(setup.policy, np.repeat(np.arange(trace.num_layers), trace.num_experts))
+
+
+def _rates(tally: Tally) -> dict[str, float]:
+    return {"demand_miss_rate": tally.demand_miss_rate, "loads_per_use": tally.loads_per_use}
+
+
+def _words(trace: Trace) -> str:
+    name = trace.model or "unnamed model"
+    return f"{name}, {trace.num_layers} layers of {trace.num_experts} experts, top-{trace.top_k}"
