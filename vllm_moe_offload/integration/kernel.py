@@ -1,6 +1,6 @@
 """Gives a layer's kernel slots to read from instead of the weights it was built for."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -8,11 +8,14 @@ from ..devices import HostPool
 from ..errors import StoreError, UnsupportedError
 from .records import expert_tensors, place_in_pool, record_layout, remove
 
+if TYPE_CHECKING:
+    from .method import OffloadedMoEMethod
+
 
 def attach_slots(
-    layer: torch.nn.Module, real: Any, create_arguments: dict[str, Any], memory: HostPool, first: int, count: int
+    layer: torch.nn.Module, method: "OffloadedMoEMethod", memory: HostPool, first: int, count: int
 ) -> None:
-    """Make slots ``first … first + count - 1`` the experts that ``real``'s kernel computes with.
+    """Make slots ``first … first + count - 1`` the experts that ``method``'s kernel computes with.
 
     vLLM's own processing builds the kernel on one expert full of zeros: kernels learn formats from weights, not
     values. Scales and biases that the kernel's configuration captured are then taken from the slots.
@@ -21,7 +24,8 @@ def attach_slots(
         StoreError: the records are not what this kernel reads.
         UnsupportedError: the kernel keeps a tensor of its own that slots cannot replace.
     """
-    template = _build_on_one_expert(layer, real, create_arguments)
+    real = method.real
+    template = _build_on_one_expert(layer, method)
     if record_layout(template) != memory.layout:
         raise StoreError(
             f"{layer.layer_name}: the store holds {memory.layout.components}, but the kernel reads "
@@ -33,22 +37,18 @@ def attach_slots(
     _refuse_captured(layer, real, {tensor.untyped_storage().data_ptr() for tensor in template.values()})
 
 
-def _build_on_one_expert(
-    layer: torch.nn.Module, real: Any, create_arguments: dict[str, Any]
-) -> dict[str, torch.Tensor]:
+def _build_on_one_expert(layer: torch.nn.Module, method: "OffloadedMoEMethod") -> dict[str, torch.Tensor]:
     remove(layer)
-    if hasattr(layer, "_already_called_process_weights_after_loading"):
-        del layer._already_called_process_weights_after_loading
     experts = layer.local_num_experts
     layer.local_num_experts = 1
     try:
-        real.create_weights(layer=layer, **create_arguments | {"num_experts": 1})
+        method.create_real_weights(layer, num_experts=1)
         for name, tensor in expert_tensors(layer).items():
             zeros = torch.zeros(tensor.shape, dtype=tensor.dtype)
             zeros.__class__ = tensor.__class__
             zeros.__dict__.update(tensor.__dict__)
             setattr(layer, name, zeros)
-        real.process_weights_after_loading(layer)
+        method.real.process_weights_after_loading(layer)
         return expert_tensors(layer)
     finally:
         layer.local_num_experts = experts

@@ -6,26 +6,30 @@ the store is found and the checkpoint's expert tensors are passed over unread.
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from vllm.logger import init_logger
 
 from ..config import OffloadConfig
-from ..errors import StoreError, UnsupportedError
+from ..errors import UnsupportedError
 from ..store.reader import Store
 from ..store.root import StoreRoot
 from ..store.writer import StoreWriter
 from . import seams
 from .engine_config import offload_config
 from .identity import store_identity
-from .records import NOT_EXPERT_WEIGHTS, as_bytes, expert_tensors, record_layout, remove
+from .records import NOT_EXPERT_WEIGHTS, as_bytes, expert_tensors, record_layout
 from .serving import ServedModel
+from .streaming import DIRECT_WRITERS, StreamedLayer
 
 if TYPE_CHECKING:
     from .method import OffloadedMoEMethod
 
 logger = init_logger("vllm.moe_offload")
+
+PREPARE_ONLY = "moe_offload_prepare_only"
+"""Key of ``additional_config`` that ends loading when the store is complete (see prepare.py)."""
 
 _loading: ContextVar["ModelOffload | None"] = ContextVar("moe_offload_loading", default=None)
 
@@ -52,7 +56,10 @@ def _load_with_store(load_model: Callable[..., Any]) -> Callable[..., Any]:
         token = _loading.set(offload)
         try:
             model = load_model(self, vllm_config, model_config, prefix)
-            model.moe_offload = offload.finish()
+            if PREPARE_ONLY in vllm_config.additional_config:
+                model.moe_offload_prepared = offload.prepared()
+            else:
+                model.moe_offload = offload.finish()
         except BaseException:
             offload.abort()
             raise
@@ -61,6 +68,16 @@ def _load_with_store(load_model: Callable[..., Any]) -> Callable[..., Any]:
         return model
 
     return load
+
+
+class PreparedStore(NamedTuple):
+    """A complete store, as ``prepare`` reports it."""
+
+    path: str
+    size: int
+    """Bytes."""
+    built: bool
+    """Just now, rather than found."""
 
 
 class ModelOffload:
@@ -72,30 +89,36 @@ class ModelOffload:
         self._methods: dict[str, tuple[torch.nn.Module, OffloadedMoEMethod]] = {}
         self._store: Store | None = None
         self._writer: StoreWriter | None = None
+        self._arriving: dict[str, StreamedLayer] = {}
         self._recorded: set[str] = set()
 
     def adopt(self, layer: torch.nn.Module, method: "OffloadedMoEMethod") -> None:
-        """Take a layer whose weights have just been created on the meta device."""
+        """Create the parameters of a layer in the way its weights are going to arrive."""
         if not self._methods:
             self._open(method)
         self._methods[layer.layer_name] = (layer, method)
+        if self._writer is not None and type(layer).__name__ in DIRECT_WRITERS:
+            method.create_real_weights(layer)
+            return
+        method.create_placeholders(layer)
         if self._store is not None:
             _pass_over_weights(layer)
             return
-        from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
-
-        initialize_online_processing(layer)
+        self._arriving[layer.layer_name] = StreamedLayer(
+            layer, lambda: method.create_real_weights(layer), lambda: self.record(layer, method)
+        )
 
     def record(self, layer: torch.nn.Module, method: "OffloadedMoEMethod") -> None:
-        """Process a layer that is completely loaded, and turn it into records. vLLM calls this twice; once counts."""
+        """Process a layer that is loaded and turn it into records, once."""
         if self._writer is None or layer.layer_name in self._recorded:
             return
+        self._recorded.add(layer.layer_name)
+        if arriving := self._arriving.pop(layer.layer_name, None):
+            arriving.materialize()
         method.real.process_weights_after_loading(layer)
         tensors = expert_tensors(layer)
-        self._writer.add_layer(layer.layer_name, record_layout(tensors), as_bytes(tensors))
-        self._recorded.add(layer.layer_name)
+        self._writer.add_layer(layer.layer_name, record_layout(tensors), as_bytes(layer.layer_name, tensors))
         del tensors
-        remove(layer)
         method.real.moe_kernel = method.real.moe_quant_config = None
         method.create_placeholders(layer)
         _pass_over_weights(layer)
@@ -105,25 +128,32 @@ class ModelOffload:
 
         Raises:
             UnsupportedError: the model has no MoE layer that could be offloaded.
-            StoreError: the store lacks a layer.
+            StoreError: the store cannot be completed, or is not this model's.
         """
+        return ServedModel(self._vllm_config, self._config, self._complete(), self._methods)
+
+    def prepared(self) -> PreparedStore:
+        """All layers are loaded: complete the store, and leave it at that. Raises what ``finish`` raises."""
+        built = self._writer is not None
+        store = self._complete()
+        store.close()
+        return PreparedStore(str(store.path), store.data_bytes, built)
+
+    def abort(self) -> None:
+        """Leave nothing half-built behind."""
+        if self._writer is not None:
+            self._writer.abort()
+
+    def _complete(self) -> Store:
         if not self._methods:
             raise UnsupportedError(
                 f"moe-offload is on, but {self._vllm_config.model_config.model} has no MoE layers it could offload; "
                 "switch moe-offload off for this model"
             )
         if self._writer is not None:
-            missing = self._methods.keys() - self._recorded
-            if missing:
-                raise StoreError(f"the checkpoint has no complete weights for {', '.join(sorted(missing))}")
             self._store, self._writer = self._writer.finish(), None
         assert self._store is not None
-        return ServedModel(self._vllm_config, self._config, self._store, self._methods)
-
-    def abort(self) -> None:
-        """Leave nothing half-built behind."""
-        if self._writer is not None:
-            self._writer.abort()
+        return self._store
 
     def _open(self, method: "OffloadedMoEMethod") -> None:
         identity = store_identity(self._vllm_config, method.real)
@@ -147,3 +177,6 @@ def _pass_over_weights(layer: torch.nn.Module) -> None:
 def _pass_over(*args: Any, return_success: bool = False, **kwargs: Any) -> bool | None:
     """The weight loader of parameters whose records are already in the store."""
     return True if return_success else None
+
+
+_pass_over.supports_moe_loading = True  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.utils.torch_utils import LayerName
 
 from ..runtime import OffloadRuntime, PooledLayer
+from .records import remove
 
 if TYPE_CHECKING:
     from .loading import ModelOffload
@@ -20,24 +21,26 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
     each step asks the runtime to bring the chosen experts in.
     """
 
-    uses_meta_device = True
-
     def __init__(self, real: FusedMoEMethodBase, offload: "ModelOffload"):
         self.real = real
         self.offload = offload
         self.moe = real.moe
-        self.create_arguments: dict[str, Any] = {}
+        self._create_arguments: dict[str, Any] = {}
         self.pooled: tuple[OffloadRuntime, PooledLayer] | None = None
 
-    def create_weights(self, layer: torch.nn.Module, **kwargs: Any) -> None:  # type: ignore[override]
-        self.create_arguments = kwargs
-        self.create_placeholders(layer)
+    def create_weights(self, layer: torch.nn.Module, **kwargs: Any) -> None:
+        self._create_arguments = kwargs
         self.offload.adopt(layer, self)
 
     def create_placeholders(self, layer: torch.nn.Module) -> None:
-        """Give the layer the parameters a checkpoint is loaded into, without memory behind them."""
+        """Give the layer its parameters without memory behind them."""
         with torch.device("meta"):
-            self.real.create_weights(layer=layer, **self.create_arguments)
+            self.create_real_weights(layer)
+
+    def create_real_weights(self, layer: torch.nn.Module, **changed: Any) -> None:
+        """Give the layer the parameters vLLM would give it, in place of those it has."""
+        remove(layer)
+        self.real.create_weights(layer=layer, **self._create_arguments | changed)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         self.offload.record(layer, self)

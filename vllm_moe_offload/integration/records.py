@@ -58,11 +58,19 @@ def record_layout(tensors: dict[str, torch.Tensor]) -> RecordLayout:
     )
 
 
-def as_bytes(tensors: dict[str, torch.Tensor]) -> list[NDArray[np.uint8]]:
-    """Each tensor ``[experts, …]`` as uint8 ``[experts, nbytes]``, without a copy where it is contiguous."""
-    return [
-        tensor.detach().contiguous().view(tensor.shape[0], -1).view(torch.uint8).numpy() for tensor in tensors.values()
-    ]
+def as_bytes(layer_name: str, tensors: dict[str, torch.Tensor]) -> list[NDArray[np.uint8]]:
+    """Each tensor ``[experts, …]`` as uint8 ``[experts, nbytes]``, without a copy.
+
+    Raises:
+        UnsupportedError: a kernel reads a strided tensor, which slots could not reproduce.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise UnsupportedError(
+                f"moe-offload cannot serve {layer_name}: its kernel reads {name} with strides {tensor.stride()}; "
+                "use another quantization or --moe-backend, or switch moe-offload off"
+            )
+    return [tensor.detach().view(tensor.shape[0], -1).view(torch.uint8).numpy() for tensor in tensors.values()]
 
 
 def place_in_pool(layer: torch.nn.Module, memory: HostPool, first: int, count: int) -> None:

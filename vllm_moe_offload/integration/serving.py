@@ -96,7 +96,7 @@ class ServedModel:
         pooled = self.runtime.layers[layer.layer_name]
         memory = pooled.pool.memory
         first, count = (pooled.first, pooled.experts) if self._resident else (0, memory.slots)
-        attach_slots(layer, method.real, method.create_arguments, memory, first, count)
+        attach_slots(layer, method, memory, first, count)
         if not self._resident:
             method.pooled = (self.runtime, pooled)
 

@@ -1,0 +1,23 @@
+"""Engines for end-to-end tests: real vLLM with and without the plugin, each in a process of its own."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.e2e.engines import EngineServer
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineServer]:
+    """Unmodified vLLM: the plugin is not even loaded."""
+    server = EngineServer(tmp_path_factory.mktemp("plain") / "log", VLLM_PLUGINS="")
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def offloaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineServer]:
+    """vLLM with the plugin installed; a job switches it on through ``additional_config``."""
+    server = EngineServer(tmp_path_factory.mktemp("offloaded") / "log")
+    yield server
+    server.close()

@@ -1,0 +1,64 @@
+"""A process that runs engines one after another: one JSON job per line in, one JSON answer per line out.
+
+Importing vLLM costs more than a tiny engine does, so a test session keeps two of these: one with the plugin and one
+without. A job is {"model": path, "engine": LLM arguments, "rounds": [{"prompts": [[token ids]], "tokens": n}]}.
+"""
+
+import gc
+import json
+import os
+import sys
+import traceback
+from typing import Any
+
+SMALL_ENGINE = {
+    "max_model_len": 256,
+    "max_num_seqs": 16,
+    "max_num_batched_tokens": 256,
+    "kv_cache_memory_bytes": 16 << 20,
+    "gpu_memory_utilization": 0.2,
+}
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    from vllm import LLM, SamplingParams
+
+    gc.collect()
+    gc.freeze()
+    llm = LLM(job["model"], **(SMALL_ENGINE | job["engine"]))
+    rounds = []
+    for prompts in job["rounds"]:
+        sampling = SamplingParams(
+            temperature=0, max_tokens=prompts["tokens"], ignore_eos=True, detokenize=False, logprobs=2
+        )
+        requests = [{"prompt_token_ids": ids} for ids in prompts["prompts"]]
+        outputs = [request.outputs[0] for request in llm.generate(requests, sampling, use_tqdm=False)]
+        rounds.append(
+            [
+                {
+                    "tokens": list(output.token_ids),
+                    "logprobs": [{str(id): top.logprob for id, top in step.items()} for step in output.logprobs],
+                }
+                for output in outputs
+            ]
+        )
+    stats = llm.collective_rpc("moe_offload_stats") if "additional_config" in job["engine"] else []
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    return {"rounds": rounds, "stats": stats}
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever vLLM prints must not get between the answers
+    for line in sys.stdin:
+        try:
+            answer = run(json.loads(line))
+        except Exception as error:
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""The test's side of ``engine_server.py``."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+SERVER = Path(__file__).parent / "engine_server.py"
+
+
+class EngineServer:
+    """Talks to ``engine_server.py``. A job that fails raises, and the next one gets a fresh process."""
+
+    def __init__(self, log: Path, **environment: str):
+        self._log = log
+        self._environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"} | environment
+        self._process: subprocess.Popen[str] | None = None
+
+    def run(self, model: Path, engine: dict[str, Any], rounds: list[dict[str, Any]]) -> dict[str, Any]:
+        """Start an engine, generate every round greedily, return tokens and logprobs (and the plugin's counters)."""
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, str(SERVER)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log.open("a"),
+                text=True,
+                env=self._environment,
+            )
+        assert self._process.stdin and self._process.stdout
+        print(
+            json.dumps({"model": str(model), "engine": engine, "rounds": rounds}), file=self._process.stdin, flush=True
+        )
+        line = self._process.stdout.readline()
+        answer = json.loads(line) if line else {"error": f"the process ended with {self._process.wait()}"}
+        if "error" in answer:
+            self.close()
+            raise RuntimeError(f"{answer['error']}\n{self._log.read_text()[-6000:]}")
+        return answer
+
+    def close(self) -> None:
+        if self._process is not None:
+            assert self._process.stdin
+            self._process.stdin.close()
+            self._process.wait()
+            self._process = None

@@ -1,0 +1,46 @@
+"""Builds the stores of a model through vLLM's own start-up, which ends when they are complete.
+
+The workers are those of a real engine, so the stores bear exactly the fingerprints that engine will look for. It must
+never take slots or a KV cache.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.executor import Executor
+
+from .engine_config import PLUGIN_NAME
+from .loading import PREPARE_ONLY, PreparedStore
+
+
+def prepare_stores(model: str, arguments: list[str], store: Path | None) -> list[PreparedStore]:
+    """Build or find the store of every worker of an engine.
+
+    Args:
+        model: as given to ``vllm serve``.
+        arguments: command line arguments that engine would be given; unknown ones end the process with exit code 2.
+        store: folder of the stores; None for what ``arguments`` and environment say.
+
+    Raises:
+        ConfigError, UnsupportedError, StoreError: what serving would raise.
+    """
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm-moe-offload prepare MODEL --"))
+    flags = [] if store is None else ["--moe-offload-store", str(store)]
+    engine_arguments = AsyncEngineArgs.from_cli_args(
+        parser.parse_args(["--model", model, "--plugin", PLUGIN_NAME, *arguments, *flags])
+    )
+    vllm_config = engine_arguments.create_engine_config()
+    vllm_config.additional_config = {**vllm_config.additional_config, PREPARE_ONLY: True}
+    executor = Executor.get_class(vllm_config)(vllm_config)
+    try:
+        return [PreparedStore(*found) for found in executor.collective_rpc(_prepared)]
+    finally:
+        executor.shutdown()
+        cleanup_dist_env_and_memory()
+
+
+def _prepared(worker: Any) -> tuple[str, int, bool]:
+    return tuple(worker.model_runner.get_model().moe_offload_prepared)
