@@ -159,7 +159,7 @@ class RecordLoader:
             else:
                 buffers.append(part)
         position = self._store.offset(load.layer, load.expert)
-        count = os.preadv(self._store.fd, buffers, position)
+        count = os.preadv(self._store.fd, buffers, position)  # type: ignore[arg-type]  # an ndarray is a buffer
         if count != layout.record_bytes:
             raise DamagedRecordError(
                 f"{count} of {layout.record_bytes} bytes at offset {position}: the file is too short"
