@@ -7,6 +7,7 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any
 
+from pydantic.fields import FieldInfo
 from vllm.logger import init_logger
 
 from ..config import ADDITIONAL_CONFIG_KEY, OffloadConfig, merge_settings, resolve, settings_from_additional_config
@@ -33,6 +34,7 @@ def _add_flags(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
             group.add_argument(
                 "--plugin",
                 action="append",
+                default=argparse.SUPPRESS,
                 metavar="NAME",
                 type=_installed_plugin,
                 help=f"Enable an installed plugin by name (repeatable). '{PLUGIN_NAME}' switches MoE offloading on.",
@@ -40,10 +42,10 @@ def _add_flags(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
         for name, field in OffloadConfig.model_fields.items():
             group.add_argument(
                 f"--{(_PREFIX + name).replace('_', '-')}",
-                default=None,
+                default=argparse.SUPPRESS,
                 metavar=name.upper(),
                 type=functools.partial(_value_of, name),
-                help=f"{field.description}. Default: {field.default}. Switches MoE offloading on.".replace("%", "%%"),
+                help=_help(field),
             )
         return parser
 
@@ -74,6 +76,11 @@ def _with_flags(additional_config: dict[str, Any], flags: dict[str, Any]) -> dic
     for sentence in sentences:
         logger.warning("moe-offload: %s", sentence)
     return {**additional_config, ADDITIONAL_CONFIG_KEY: merged or True}
+
+
+def _help(field: FieldInfo) -> str:
+    default = "" if field.default is None else f" Default: {field.default}."
+    return f"{field.description}.{default} Switches MoE offloading on.".replace("%", "%%")
 
 
 def _installed_plugin(name: str) -> str:

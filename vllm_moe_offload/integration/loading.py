@@ -9,6 +9,8 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from tqdm.auto import tqdm
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
 from ..config import OffloadConfig
@@ -91,6 +93,7 @@ class ModelOffload:
         self._writer: StoreWriter | None = None
         self._arriving: dict[str, StreamedLayer] = {}
         self._recorded: set[str] = set()
+        self._progress: tqdm[Any] | None = None
 
     def adopt(self, layer: torch.nn.Module, method: "OffloadedMoEMethod") -> None:
         """Create the parameters of a layer in the way its weights are going to arrive."""
@@ -119,9 +122,18 @@ class ModelOffload:
         tensors = expert_tensors(layer)
         self._writer.add_layer(layer.layer_name, record_layout(tensors), as_bytes(layer.layer_name, tensors))
         del tensors
+        self._show_progress()
         method.real.moe_kernel = method.real.moe_quant_config = None
         method.create_placeholders(layer)
         _pass_over_weights(layer)
+
+    def _show_progress(self) -> None:
+        if self._progress is None:
+            silent = get_tensor_model_parallel_rank() > 0
+            self._progress = tqdm(total=len(self._methods), desc="Building expert store", unit="layer", disable=silent)
+        self._progress.update()
+        if len(self._recorded) == len(self._methods):
+            self._progress.close()
 
     def finish(self) -> ServedModel:
         """All layers are loaded: complete the store and give every layer its slots.

@@ -13,9 +13,12 @@ from ..cache.sizing import LayoutNeeds, slots_for_budget
 from ..config import ADDITIONAL_CONFIG_KEY, OffloadConfig
 from ..devices.memory import available_bytes
 from ..errors import StoreError
+from ..prefetch.loader import DamagedRecordError
 from ..runtime import OffloadRuntime
 from ..store.reader import Store
+from ..store.root import StoreRoot
 from .kernel import attach_slots
+from .report import StatsReport
 
 if TYPE_CHECKING:
     from .method import OffloadedMoEMethod
@@ -47,6 +50,12 @@ class ServedModel:
             self.runtime.load_everything()
         self._mark_in_config()
         self._step_requests: dict[str, int] = {}
+        self._report = StatsReport(self.runtime)
+        if not store.direct:
+            logger.warning(
+                "moe-offload: the file system of %s has no O_DIRECT: records are read through a bounded buffered path",
+                store.path,
+            )
         logger.info(
             "moe-offload: offloading %d of %d MoE layers: %s of %s GiB of experts in %d slots%s, store %s",
             len(self.runtime.layers),
@@ -62,6 +71,7 @@ class ServedModel:
         """A forward pass over ``scheduled_tokens`` (request id -> number of tokens) starts."""
         self._step_requests = dict(scheduled_tokens)
         self.runtime.begin_step()
+        self._report.maybe_log()
 
     def failed_requests(self, model_runner: Any) -> dict[str, str]:
         """Requests of the running step that met an expert that could not be read, with the reason."""
@@ -69,6 +79,10 @@ class ServedModel:
         if not failures:
             return {}
         reason = str(failures[0])
+        if any(isinstance(failure, DamagedRecordError) for failure in failures):
+            store = self.runtime.store
+            StoreRoot(store.path.parent).set_aside(store, reason)
+            logger.error("moe-offload: store %s is damaged; the next start builds it again", store.path)
         if self._vllm_config.parallel_config.world_size > 1:
             raise failures[0]
         order = getattr(getattr(model_runner, "input_batch", None), "req_ids", None)
