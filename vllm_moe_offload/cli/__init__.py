@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 from ..errors import OffloadError
 from .doctor import doctor
 from .prepare import prepare
+from .replay import replay
 from .store import store
 
 
@@ -33,8 +34,7 @@ app = typer.Typer(
 app.add_typer(store)
 app.command()(prepare)
 app.command()(doctor)
+app.command()(replay)
 
-if importlib.util.find_spec(f"{__name__}.replay"):
-    app.command()(importlib.import_module(f"{__name__}.replay").replay)
 if importlib.util.find_spec(f"{__name__}.history"):
     app.add_typer(importlib.import_module(f"{__name__}.history").history)
