@@ -1,0 +1,103 @@
+"""`vllm-moe-offload doctor` on this machine, and on ones where something is wrong."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_moe_offload.cli.checks import BROKEN, HINT, OK, check_store_root, check_tcmalloc
+from vllm_moe_offload.integration.seams import SEAMS, Seam
+
+MOVE = """
+import importlib
+module = importlib.import_module({module!r})
+{change}
+from vllm_moe_offload.cli import app
+app(["doctor"])
+"""
+
+
+def doctor(code: str = "from vllm_moe_offload.cli import app; app(['doctor'])", **environment: str):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "COLUMNS": "200", **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_everything_is_in_place_here(tmp_path: Path) -> None:
+    result = doctor(VLLM_MOE_OFFLOAD_STORE_ROOT=str(tmp_path / "stores"))
+    assert (result.returncode, BROKEN in result.stdout) == (0, False), result.stdout + result.stderr
+    for seam in SEAMS:
+        assert f"{seam.path} " in result.stdout
+    assert str(tmp_path / "stores") in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "change", "reason"),
+    [
+        (
+            "vllm.v1.core.kv_cache_manager",
+            "del module.KVCacheManager.evict_blocks",
+            "broken: KVCacheManager.evict_blocks: vllm.v1.core.kv_cache_manager.KVCacheManager.evict_blocks is gone",
+        ),
+        (
+            "vllm.model_executor.model_loader.base_loader",
+            "module.BaseModelLoader.load_model = lambda self, vllm_config, prefix: None",
+            "broken: BaseModelLoader.load_model: "
+            "vllm.model_executor.model_loader.base_loader.BaseModelLoader.load_model no longer takes model_config",
+        ),
+    ],
+)
+def test_a_seam_that_moved_is_named(module: str, change: str, reason: str) -> None:
+    result = doctor(MOVE.format(module=module, change=change))
+    assert result.returncode == 1
+    complaints = [line for line in result.stderr.splitlines() if line.startswith("broken: ")]
+    assert len(complaints) == 1 and complaints[0].startswith(reason)
+
+
+def test_a_torchvision_of_another_build_is_told_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    result = doctor(PYTHONPATH=str(tmp_path))
+    assert result.returncode == 1
+    assert "operator torchvision::nms does not exist" in result.stderr
+    assert "pip uninstall torchvision" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("seam", "problem"),
+    [
+        (Seam("pathlib", "Path.read_text", "", ("self", "encoding")), None),
+        (Seam("pathlib", "Path.read_poem", ""), "pathlib.Path.read_poem is gone"),
+        (Seam("no_such_module", "anything", ""), "no_such_module.anything is gone (No module named 'no_such_module')"),
+        (Seam("pathlib", "Path.read_text", "", ("verse",)), "pathlib.Path.read_text no longer takes verse"),
+    ],
+)
+def test_a_probe_says_what_moved(seam: Seam, problem: str | None) -> None:
+    found = seam.problem()
+    assert found == problem if problem is None else (found or "").startswith(problem)
+
+
+def test_a_store_root_that_cannot_be_written_is_broken_and_says_what_to_set() -> None:
+    (check,) = check_store_root(Path("/proc/1/stores"))
+    assert check.state == BROKEN
+    assert "/proc/1/stores cannot be written" in check.detail and "VLLM_MOE_OFFLOAD_STORE_ROOT" in check.detail
+
+
+def test_a_store_root_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
+    place, direct = check_store_root(tmp_path / "not" / "yet")
+    assert place.state == OK and direct.state in (OK, HINT)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tcmalloc_is_a_hint_only_where_nobody_preloads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    assert check_tcmalloc(bundled=False).state == HINT
+    assert check_tcmalloc(bundled=True).state == OK
+    monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libtcmalloc_minimal.so.4")
+    assert check_tcmalloc(bundled=False).state == OK
