@@ -286,7 +286,9 @@ class OffloadRuntime:
         """Take back the slots of loads that failed, and remember the rows that would have needed them."""
         for load in failed:
             assert load.error is not None
-            layer.pool.cache.forget(np.array([layer.first + load.expert]))
+            expert = np.array([layer.first + load.expert])
+            if layer.pool.cache.slot_of[expert[0]] != ABSENT:  # a later wave may have taken the slot
+                layer.pool.cache.forget(expert)
             self._failures.append(load.error)
             self._failed_rows.update(np.flatnonzero((chosen == load.expert).any(axis=1)).tolist())
 

@@ -93,7 +93,7 @@ class ServedModel:
 
     def untouched_bytes(self) -> int:
         """Slot memory that has not been taken from the system yet."""
-        return 0 if self._resident else self.runtime.resident_bytes - self.runtime.counters.loaded_bytes
+        return max(0, self.runtime.resident_bytes - self.runtime.counters.loaded_bytes)
 
     def stats(self) -> dict[str, int | float]:
         """The runtime's counters and the sizes of things."""
