@@ -27,7 +27,7 @@ class HeadsTrainer:
     """One run of training over a fixed trace: some passes, the learning rate falling to nearly zero at the end."""
 
     def __init__(
-        self, parameters: Parameters, vectors: TokenVectors, trace: Trace, epochs: float = _EPOCHS, seed: int = 0
+        self, parameters: Parameters, vectors: TokenVectors, trace: Trace, num_steps: int | None = None, seed: int = 0
     ):
         self.parameters = parameters
         self.vectors = vectors
@@ -41,7 +41,7 @@ class HeadsTrainer:
         self._gradient = Parameters(parameters.size)
         self._queue = np.empty(0, np.int64)
         self._step = 0
-        self.num_steps = max(_MIN_STEPS, round(epochs * trace.num_tokens / _BATCH)) if trace.num_tokens else 0
+        self.num_steps = _usual_steps(trace.num_tokens) if num_steps is None else num_steps
 
     @property
     def finished(self) -> bool:
@@ -82,3 +82,7 @@ class HeadsTrainer:
             self._queue = self._rng.permutation(len(self._samples))
         rows, self._queue = self._queue[:_BATCH], self._queue[_BATCH:]
         return rows
+
+
+def _usual_steps(tokens: int) -> int:
+    return max(_MIN_STEPS, round(_EPOCHS * tokens / _BATCH)) if tokens else 0

@@ -24,7 +24,7 @@ from .schedule import steps
 from .simulate import simulate
 from .timeline import Timeline, TimelineReport
 
-THRESHOLDS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+THRESHOLDS = (0.8, 0.65, 0.5, 0.4, 0.3, 0.2, 0.1)
 DISTANCES = (1, 2)
 """Layers ahead at which loads are admitted; nearer predictions are better, farther ones have more time."""
 
@@ -38,7 +38,7 @@ class Setup:
     predictor: str = "history"
     batch: int = 1
     threshold: float = 0.5
-    frontier_tokens: int = 12_000
+    frontier_tokens: int = 6_000
     hardware: HardwareProfile | None = None
     model: ModelProfile | None = None
 

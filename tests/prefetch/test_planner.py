@@ -1,0 +1,104 @@
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_moe_offload.prefetch.estimates import Estimates
+from vllm_moe_offload.prefetch.planner import Outlook, Phase, Planner
+
+
+def planner(load=1.0, layer=2.0, chunk=0.0, busy=0.5, demands=0.0) -> Planner:
+    return Planner(Estimates(load, layer, chunk, busy, demands))
+
+
+def outlook(probabilities, ahead=1, absent=None) -> Outlook:
+    probabilities = np.array(probabilities, np.float32)
+    return Outlook(ahead, probabilities, np.ones(len(probabilities), bool) if absent is None else np.array(absent))
+
+
+def planned(which, probabilities, queue=0.0, **kwargs):
+    return which.plan(Phase.DECODE, outlook(probabilities, **kwargs), queue).tolist()
+
+
+def test_the_likely_come_first_and_what_is_resident_is_left_alone():
+    assert planned(planner(layer=10), [0.2, 0.9, 0.0, 0.6]) == [1, 3]
+    assert planned(planner(layer=10), [0.2, 0.9, 0.0, 0.6], absent=[True, False, True, True]) == [3]
+
+
+def test_an_idle_link_takes_long_shots_and_a_busy_one_only_good_bets():
+    chances = [0.9, 0.6, 0.4, 0.2, 0.05]
+    idle, half, full = (planned(planner(layer=10, busy=busy), chances) for busy in (0.0, 0.5, 1.0))
+    assert idle == [0, 1, 2, 3, 4]
+    assert half == [0, 1, 2]
+    assert full == [0, 1]
+
+
+def test_what_would_arrive_too_late_to_save_anything_is_not_loaded():
+    assert planned(planner(layer=2.0), [0.9] * 6) == [0, 1]
+    assert planned(planner(layer=2.0), [0.9] * 6, queue=3.0) == []
+    assert len(planned(planner(layer=2.0), [0.9] * 6, ahead=2)) > len(planned(planner(layer=2.0), [0.9] * 6, ahead=1))
+
+
+def test_a_demand_that_must_wait_for_a_chunk_counts_against_a_guess():
+    assert planned(planner(layer=10, busy=0, demands=4), [0.3]) == [0]
+    assert planned(planner(layer=10, busy=0, demands=40, chunk=0.9), [0.3]) == []
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.floats(0, 1), min_size=1, max_size=12),
+    st.floats(0.01, 5),
+    st.floats(0.01, 5),
+    st.floats(0, 1),
+    st.floats(0, 10),
+)
+def test_only_absent_experts_each_once_in_falling_probability(chances, load, layer, busy, queue):
+    absent = np.arange(len(chances)) % 3 != 0
+    for phase in Phase:
+        plan = planner(load, layer, busy=busy).plan(phase, outlook(chances, absent=absent), queue)
+        assert len(set(plan.tolist())) == len(plan) and absent[plan].all()
+        if phase is Phase.DECODE:
+            given = np.array(chances, np.float32)[plan]
+            assert (np.diff(given) <= 0).all() and (given > 0).all()
+
+
+def test_a_prefill_that_uses_most_of_a_layer_streams_it_in_order():
+    likely = [0.9, 0.2, 0.8, 0.6]
+    which = planner(layer=0.1, busy=1.0)
+    assert which.plan(Phase.PREFILL, outlook(likely, absent=[True, True, False, True]), 5.0).tolist() == [0, 1, 3]
+    assert which.plan(Phase.DECODE, outlook(likely), 5.0).tolist() == []
+
+
+def test_it_stops_when_guesses_are_wasted_tries_again_and_stays_when_they_pay():
+    which = planner(layer=10)
+    for _ in range(64 * 8):
+        which.note_wasted(Phase.DECODE)
+    assert which.is_off(Phase.DECODE) and not which.is_off(Phase.PREFILL)
+    assert planned(which, [1.0]) == []
+    silent = 0
+    while which.is_off(Phase.DECODE):
+        which.begin_step(Phase.DECODE)
+        silent += 1
+    assert 100 < silent < 10_000
+    assert planned(which, [0.5]) == [] and planned(which, [0.99]) == [0]
+    for _ in range(64 * 4):
+        which.note_useful(Phase.DECODE)
+    assert planned(which, [0.6]) == [0]
+    assert (which.useful, which.late, which.wasted) == (256, 0, 512)
+
+
+def test_late_arrivals_are_worth_what_they_spared():
+    which = planner(layer=10)
+    for _ in range(64 * 8):
+        which.note_late(Phase.DECODE, waited_seconds=0.1)
+    assert not which.is_off(Phase.DECODE) and which.late == 512
+
+
+def test_estimates_follow_what_is_measured():
+    estimates = Estimates(load_seconds=1.0, layer_seconds=1.0, chunk_seconds=0.1)
+    for _ in range(200):
+        estimates.note_load(3.0)
+        estimates.note_layer(2.0, link_seconds=0.5, demands=2)
+    assert abs(estimates.load_seconds - 3) < 0.01 and abs(estimates.layer_seconds - 2) < 0.01
+    assert abs(estimates.busy - 0.25) < 0.01 and abs(estimates.demands_per_layer - 2) < 0.01
+    estimates.note_layer(1.0, link_seconds=50.0, demands=0)
+    assert estimates.busy <= 1

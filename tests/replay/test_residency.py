@@ -1,0 +1,61 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_moe_offload.cache import POLICY_NAMES, create_policy
+from vllm_moe_offload.errors import ConfigError
+from vllm_moe_offload.replay.residency import Residency
+
+LAYERS, EXPERTS = 3, 6
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(POLICY_NAMES),
+    st.integers(12, 18),
+    st.lists(
+        st.tuples(
+            st.lists(st.sets(st.integers(0, 5), min_size=1, max_size=3), min_size=3, max_size=3),
+            st.lists(st.sets(st.integers(0, 5), max_size=3), min_size=3, max_size=3),
+        ),
+        max_size=12,
+    ),
+)
+def test_the_books_balance_whatever_is_guessed(policy, slots, passes):
+    residency = Residency(LAYERS, EXPERTS, slots, create_policy(policy, np.repeat(np.arange(LAYERS), EXPERTS)))
+    uses = 0
+    for used, guessed in passes:
+        residency.begin_step()
+        for layer in range(LAYERS):
+            ids = np.array(sorted(used[layer])) + layer * EXPERTS
+            missing, pinned = residency.use(layer, ids)
+            uses += len(ids)
+            assert not residency.absent(layer)[ids - layer * EXPERTS].any()
+            assert set(missing.tolist()) <= set(ids.tolist())
+            if layer + 1 < LAYERS:
+                residency.prefetch(layer + 1, np.array(sorted(guessed[layer]), np.int64) + (layer + 1) * EXPERTS)
+            residency.cache.check_integrity()
+            residency.release(pinned)
+    assert not residency.cache.pins.any()
+    tally = residency.finish()
+    assert tally.accesses == uses
+    assert tally.useful + tally.late + tally.wasted == tally.prefetch_loads
+
+
+def test_a_guess_is_not_lost_before_its_layer_runs():
+    residency = Residency(2, 8, 20, create_policy("lru", np.repeat([0, 1], 8)))
+    residency.begin_step()
+    _, pinned = residency.use(0, np.array([0, 1]))
+    residency.prefetch(1, np.array([8, 9]))
+    residency.release(pinned)
+    _, pinned = residency.use(0, np.arange(2, 8))
+    residency.release(pinned)
+    missing, _ = residency.use(1, np.array([8, 9]))
+    assert len(missing) == 0 and residency.tally.useful == 2
+
+
+def test_too_few_slots_for_a_step_are_refused():
+    residency = Residency(2, 8, 3, create_policy("lfu", np.repeat([0, 1], 8)))
+    with pytest.raises(ConfigError, match="slots: 3 are too few"):
+        residency.use(0, np.arange(4))

@@ -1,0 +1,99 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from vllm_moe_offload.cache import create_policy
+from vllm_moe_offload.errors import ConfigError
+from vllm_moe_offload.replay.bounds import perfect_forecast
+from vllm_moe_offload.replay.forecast import Forecast
+from vllm_moe_offload.replay.hardware import PROFILE_NAMES, hardware_profile, model_profile
+from vllm_moe_offload.replay.link import Link
+from vllm_moe_offload.replay.schedule import steps
+from vllm_moe_offload.replay.timeline import Timeline
+
+MODEL = model_profile("openai/gpt-oss-20b", None)
+GPU = hardware_profile("rtx4090-pcie4")
+
+
+def run(trace, forecast=None, hardware=GPU, slots=192, batch=1):
+    policy = create_policy("lfu", np.repeat(np.arange(24), 32))
+    return Timeline(trace, slots, policy, forecast, hardware, MODEL).run(steps(trace, batch))
+
+
+def test_a_demand_waits_for_the_rest_of_a_chunk_and_no_longer():
+    link = Link(load_seconds=1.0, chunk_seconds=0.25)
+    link.prefetch([7, 8])
+    link.pass_time(0.35)
+    assert link.demand(2, []) == pytest.approx(2 + 0.15)
+    assert link.queue_seconds == pytest.approx(0.5 + 1)
+
+
+def test_a_demand_joins_what_is_under_way():
+    link = Link(1.0, 0.25)
+    link.prefetch([7, 8])
+    link.pass_time(0.6)
+    assert link.still_loading([7, 8, 9]) == [7, 8]
+    assert link.demand(0, [7]) == pytest.approx(0.4)
+    assert link.still_loading([7, 8]) == [8]
+    link.pass_time(5)
+    assert link.queue_seconds == 0 and link.busy_seconds == pytest.approx(2)
+
+
+def test_only_what_has_not_begun_is_cancelled():
+    link = Link(1.0, 0.25)
+    link.prefetch([1, 2])
+    link.pass_time(0.1)
+    link.cancel([1, 2])
+    assert link.still_loading([1, 2]) == [1]
+
+
+def test_without_prefetching_every_load_is_waited_for(short):
+    report = run(short)
+    load = GPU.load_latency_seconds + MODEL.record_bytes / GPU.bytes_per_second
+    assert report.stall_seconds == pytest.approx(report.tally.demand_loads * load)
+    assert report.tpot_seconds > report.stall_seconds_per_token > 0
+    assert report.tokens == report.steps == short.num_tokens
+
+
+def test_with_all_experts_resident_only_the_first_uses_stall(short):
+    report = run(short, slots=768)
+    assert report.tally.demand_loads == len(np.unique(short.experts + np.arange(24)[:, None] * 32))
+
+
+@pytest.mark.parametrize("hardware", PROFILE_NAMES)
+def test_perfect_predictions_never_cost_time(short, hardware):
+    profile = hardware_profile(hardware)
+    without, informed = run(short, hardware=profile), run(short, perfect_forecast(short, (1, 2)), profile)
+    assert informed.total_seconds <= without.total_seconds * 1.001
+
+
+def test_where_the_link_is_fast_prediction_removes_most_stalls(short):
+    fast = replace(GPU, bytes_per_second=400e9, load_latency_seconds=1e-6)
+    without, informed = run(short, hardware=fast), run(short, perfect_forecast(short, (1, 2)), fast)
+    assert informed.stall_seconds < 0.35 * without.stall_seconds
+
+
+def test_wrong_predictions_are_turned_down(short):
+    """Confident nonsense: the planner finds out and the loss stays small."""
+    rng = np.random.default_rng(0)
+    nonsense = Forecast((1, 2), (rng.random((short.num_tokens, 2, 24, 32)) > 0.7).astype(np.float16))
+    without, misled = run(short), run(short, nonsense)
+    assert misled.tally.prefetch_loads < 0.2 * short.num_tokens * 24 * 9
+    assert misled.total_seconds < 1.35 * without.total_seconds
+
+
+def test_a_batch_reads_shared_experts_once(short):
+    one, three = run(short), run(short, batch=3)
+    assert three.tally.accesses < one.tally.accesses and three.steps == short.num_tokens // 3
+
+
+def test_hardware_that_is_not_known_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="rtx4090-pcie4"):
+        hardware_profile("abacus")
+    (tmp_path / "mine.json").write_text('{"name": "mine"}')
+    with pytest.raises(ConfigError, match="is not a profile"):
+        hardware_profile(str(tmp_path / "mine.json"))
+    with pytest.raises(ConfigError, match="record-bytes"):
+        model_profile("someone/else", None)
+    assert model_profile("someone/else", 1000).record_bytes == 1000
