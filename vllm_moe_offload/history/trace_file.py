@@ -56,7 +56,7 @@ def write_trace(path: str | Path, trace: Trace, compress: bool = True) -> None:
         if value is not None:
             fields[name] = value
     save = np.savez_compressed if compress else np.savez
-    write_atomically(Path(path), lambda file: save(file, **fields))
+    write_atomically(Path(path), lambda file: save(file, **fields))  # type: ignore[arg-type]
 
 
 def _to_trace(path: Path, fields: dict[str, NDArray]) -> Trace:

@@ -55,6 +55,17 @@ class LearnedVectors(TokenVectors):
         self.rows = np.zeros((1, width), np.float32)
         self._reset_moments()
 
+    @classmethod
+    def from_rows(cls, tokens: NDArray[np.int64], rows: Array) -> "LearnedVectors":
+        """Vectors learned earlier: ``rows[i + 1]`` is that of ``tokens[i]``, ``rows[0]`` is zero."""
+        if rows.shape[:1] != (len(tokens) + 1,):
+            raise ValueError(f"{len(tokens)} tokens need {len(tokens) + 1} vectors, got {rows.shape}")
+        self = cls(rows.shape[1])
+        self.known = {int(token): place + 1 for place, token in enumerate(tokens)}
+        self.rows = rows
+        self._reset_moments()
+        return self
+
     def grow(self, tokens: NDArray[np.integer]) -> None:
         """Give a row to every token that has none yet."""
         new = [int(token) for token in np.unique(tokens) if token != UNKNOWN_TOKEN and int(token) not in self.known]
