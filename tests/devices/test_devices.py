@@ -1,0 +1,102 @@
+"""Slot memory: real pages, taken when filled, one array per component; and how much of it a process may take."""
+
+import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from vllm_moe_offload.devices import HostPool
+from vllm_moe_offload.devices.memory import available_bytes
+from vllm_moe_offload.store import Component, RecordLayout
+
+MIB = 2**20
+
+
+def layout(*sizes: int) -> RecordLayout:
+    return RecordLayout(tuple(Component(f"part{i}", "uint8", (size,), size) for i, size in enumerate(sizes)))
+
+
+def test_slots_are_dense_page_aligned_and_apart() -> None:
+    pool = HostPool(layout(8192, 100, 0), 5)
+    assert [component.shape for component in pool.components] == [(5, 8192), (5, 100), (5, 0)]
+    for component in pool.components[:2]:
+        assert component.flags.c_contiguous and component.flags.writeable
+        assert component.ctypes.data % mmap.PAGESIZE == 0
+    for slot in range(5):
+        for part in pool.slot(slot):
+            part[:] = slot + 1
+    for slot in range(5):
+        assert all((part == slot + 1).all() for part in pool.slot(slot))
+
+
+def test_memory_is_taken_when_a_slot_is_filled() -> None:
+    process = psutil.Process()
+    before = process.memory_info().rss
+    pool = HostPool(layout(MIB), 256)
+    assert process.memory_info().rss - before < 16 * MIB
+    for slot in range(64):
+        pool.slot(slot)[0][:] = 1
+    assert 56 * MIB < process.memory_info().rss - before < 96 * MIB
+    assert not pool.slot(200)[0].any()
+
+
+def test_no_more_is_available_than_the_machine_has() -> None:
+    assert 0 < available_bytes() <= psutil.virtual_memory().total
+
+
+@pytest.fixture
+def memory_group() -> Iterator[Path]:
+    """A memory control group of 300 MiB."""
+    for root, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
+        group = Path(root) / f"moe-offload-test-{os.getpid()}"
+        if not (Path(root) / "cgroup.procs").exists():
+            continue
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        if (group / limit).exists():
+            (group / limit).write_text(str(300 * MIB))
+            yield group
+            group.rmdir()
+            return
+        group.rmdir()
+    pytest.skip("no memory control groups to make here")
+
+
+USE = """
+import os, sys
+open(sys.argv[1] + "/cgroup.procs", "w").write(str(os.getpid()))
+from vllm_moe_offload.devices.memory import available_bytes
+before = available_bytes()
+taken = bytearray(b"x") * (100 << 20)
+after_memory = available_bytes()
+with open(sys.argv[2], "wb") as file:
+    file.write(taken)
+    os.fsync(file.fileno())
+print(before, after_memory, available_bytes())
+"""
+
+
+def test_the_tightest_control_group_counts_and_its_page_cache_is_room(memory_group: Path, tmp_path: Path) -> None:
+    inner = memory_group / "inner"
+    inner.mkdir()
+    try:
+        output = subprocess.check_output([sys.executable, "-c", USE, str(inner), str(tmp_path / "file")], text=True)
+    finally:
+        inner.rmdir()
+    before, after_memory, after_file = map(int, output.split())
+    assert 200 * MIB < before <= 300 * MIB
+    assert 90 * MIB < before - after_memory < 130 * MIB
+    assert abs(after_memory - after_file) < 40 * MIB
+
+
+def test_components_do_not_share_memory() -> None:
+    pool = HostPool(layout(4096, 4096), 2)
+    assert not np.shares_memory(*pool.components)
