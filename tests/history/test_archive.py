@@ -2,7 +2,7 @@ import numpy as np
 from test_trace_file import make_trace, same
 from typer.testing import CliRunner
 
-from vllm_moe_offload.cli.history import history
+from vllm_moe_offload.cli import app
 from vllm_moe_offload.history.archive import HistoryArchive
 from vllm_moe_offload.history.store import HistoryStore
 from vllm_moe_offload.history.trace_file import read_trace, write_trace
@@ -58,7 +58,7 @@ def test_a_killed_writer_leaves_the_old_history(tmp_path):
 
 
 def run(*arguments):
-    return CliRunner().invoke(history, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, ["history", *map(str, arguments)])
 
 
 def test_the_commands_move_histories_in_and_out(tmp_path):

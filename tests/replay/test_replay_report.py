@@ -3,10 +3,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from typer import Typer
 from typer.testing import CliRunner
 
-from vllm_moe_offload.cli.replay import replay as command
+from vllm_moe_offload.cli import app
 from vllm_moe_offload.errors import ConfigError, TraceError
 from vllm_moe_offload.history.trace_file import write_trace
 from vllm_moe_offload.replay.accuracy import Accuracy
@@ -103,9 +102,7 @@ def test_a_sweep_has_all_cells_and_bounds(short):
 
 
 def run(*arguments):
-    app = Typer()
-    app.command()(command)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, ["replay", *map(str, arguments)])
 
 
 def test_the_command_prints_one_object_or_a_table(short, tmp_path):

@@ -7,7 +7,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_moe_offload.cli.replay import plain_errors
 from vllm_moe_offload.errors import TraceError
 from vllm_moe_offload.history.archive import HistoryArchive, default_directory
 from vllm_moe_offload.history.store import HistoryStore
@@ -48,11 +47,10 @@ def export(
     directory: DirectoryOption = None,
 ) -> None:
     """Write a history as a trace file, to replay it or to bring it to another machine."""
-    with plain_errors():
-        archive = HistoryArchive(directory or default_directory())
-        trace = archive.read(_complete(archive, fingerprint))
-        write_trace(file, trace)
-        typer.echo(f"wrote {trace.num_requests} requests, {trace.num_tokens} tokens to {file}")
+    archive = HistoryArchive(directory or default_directory())
+    trace = archive.read(_complete(archive, fingerprint))
+    write_trace(file, trace)
+    typer.echo(f"wrote {trace.num_requests} requests, {trace.num_tokens} tokens to {file}")
 
 
 @history.command("import")
@@ -64,18 +62,17 @@ def import_(
     directory: DirectoryOption = None,
 ) -> None:
     """Add a trace's requests to a model's history."""
-    with plain_errors():
-        trace = read_trace(file)
-        name = fingerprint or trace.fingerprint
-        if not name:
-            raise TraceError(f"{file}: names no model; say whose history it is with --fingerprint")
-        archive = HistoryArchive(directory or default_directory())
-        store = _load(archive, name) if archive.path(name).exists() else HistoryStore(trace.shape)
-        if store.shape != trace.shape:
-            raise TraceError(f"{file}: has shape {trace.shape}, the history of {name} has {store.shape}")
-        store.extend(trace.requests())
-        archive.save(name, store)
-        typer.echo(f"{name}: {len(store.requests)} requests, {store.num_tokens} tokens")
+    trace = read_trace(file)
+    name = fingerprint or trace.fingerprint
+    if not name:
+        raise TraceError(f"{file}: names no model; say whose history it is with --fingerprint")
+    archive = HistoryArchive(directory or default_directory())
+    store = _load(archive, name) if archive.path(name).exists() else HistoryStore(trace.shape)
+    if store.shape != trace.shape:
+        raise TraceError(f"{file}: has shape {trace.shape}, the history of {name} has {store.shape}")
+    store.extend(trace.requests())
+    archive.save(name, store)
+    typer.echo(f"{name}: {len(store.requests)} requests, {store.num_tokens} tokens")
 
 
 @history.command()
@@ -85,17 +82,16 @@ def prune(
     directory: DirectoryOption = None,
 ) -> None:
     """Shorten a history, forgetting what newer requests repeat first; 0 removes it."""
-    with plain_errors():
-        archive = HistoryArchive(directory or default_directory())
-        name = _complete(archive, fingerprint)
-        if megabytes == 0:
-            archive.path(name).unlink()
-            typer.echo(f"{name}: removed")
-            return
-        store = _load(archive, name)
-        store.prune(megabytes << 20)
-        archive.save(name, store)
-        typer.echo(f"{name}: {len(store.requests)} requests, {store.num_tokens} tokens kept")
+    archive = HistoryArchive(directory or default_directory())
+    name = _complete(archive, fingerprint)
+    if megabytes == 0:
+        archive.path(name).unlink()
+        typer.echo(f"{name}: removed")
+        return
+    store = _load(archive, name)
+    store.prune(megabytes << 20)
+    archive.save(name, store)
+    typer.echo(f"{name}: {len(store.requests)} requests, {store.num_tokens} tokens kept")
 
 
 def _load(archive: HistoryArchive, fingerprint: str) -> HistoryStore:

@@ -1,8 +1,6 @@
 """`vllm-moe-offload replay …`: what the engine's policies would have done with a recorded trace."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_moe_offload.cache import POLICY_NAMES
-from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.history.trace import Trace
 from vllm_moe_offload.history.trace_file import read_trace
 from vllm_moe_offload.predict.fitting import PREDICTOR_NAMES
@@ -39,32 +36,21 @@ def replay(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Replay a trace through the engine's own cache, predictors and planner, with the bounds beside them."""
-    with plain_errors():
-        recorded = _read(trace, keep_repetitive)
-        earlier = None if history is None else _read(history, keep_repetitive)
-        setup = Setup(
-            slots=parse_slots(slots, recorded),
-            policy=policy,
-            predictor=predictor,
-            batch=batch,
-            threshold=threshold,
-            hardware=None if hardware is None else hardware_profile(hardware),
-            model=None if hardware is None else model_profile(recorded.model, record_bytes),
-        )
-        if sweep_all:
-            _show_sweep(sweep(recorded, earlier, setup), recorded, plot, as_json)
-        else:
-            _show_report(run_replay(recorded, setup, earlier), plot, as_json)
-
-
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """Errors meant for users, without a traceback; exit code 2."""
-    try:
-        yield
-    except OffloadError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
+    recorded = _read(trace, keep_repetitive)
+    earlier = None if history is None else _read(history, keep_repetitive)
+    setup = Setup(
+        slots=parse_slots(slots, recorded),
+        policy=policy,
+        predictor=predictor,
+        batch=batch,
+        threshold=threshold,
+        hardware=None if hardware is None else hardware_profile(hardware),
+        model=None if hardware is None else model_profile(recorded.model, record_bytes),
+    )
+    if sweep_all:
+        _show_sweep(sweep(recorded, earlier, setup), recorded, plot, as_json)
+    else:
+        _show_report(run_replay(recorded, setup, earlier), plot, as_json)
 
 
 def _read(path: Path, keep_repetitive: bool) -> Trace:

@@ -41,10 +41,11 @@ class HeadsStep(Step):
         self._hidden_from_context += views["b"]
 
     def observe(self, layer: int, experts: Experts, weights: Weights) -> None:
-        rows = self._maps[layer]
-        scaled = weights * np.float32(experts.shape[1])
-        self._state += rows[experts].sum(axis=1)
-        self._state += (rows[experts + self._experts] * scaled[:, :, None]).sum(axis=1)
+        top_k = experts.shape[1]
+        chosen = np.concatenate([experts, experts + self._experts], axis=1)
+        scale = np.ones((len(experts), 1, 2 * top_k), np.float32)
+        scale[:, 0, top_k:] = weights * np.float32(top_k)
+        self._state += np.matmul(scale, self._maps[layer][chosen])[:, 0]
 
     def predict(self, layer: int) -> Probabilities:
         hidden = self._state @ self._heads[layer]

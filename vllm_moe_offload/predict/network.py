@@ -121,11 +121,11 @@ def encode_context(previous: Array, same: Array, frequency: Array) -> Array:
 
 def sigmoid(values: Array) -> Array:
     """Logistic function, in place."""
-    np.clip(values, -30, 30, out=values)
-    np.negative(values, out=values)
-    np.exp(values, out=values)
-    values += 1
-    return np.reciprocal(values, out=values)
+    values *= 0.5
+    np.tanh(values, out=values)  # never overflows, unlike exp
+    values *= 0.5
+    values += 0.5
+    return values
 
 
 def known_layers(layers: int, distance: int) -> NDArray[np.int64]:
