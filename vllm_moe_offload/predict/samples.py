@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from ..history.trace import Trace
+from ..history.trace import PREFILL, Trace
 from .context import FREQUENCY_HALF_LIFE, UNKNOWN_TOKEN
 from .network import Array, encode_context, encode_maps
 
@@ -23,6 +23,7 @@ class Samples:
             np.full(trace.num_tokens, UNKNOWN_TOKEN) if trace.tokens is None else trace.tokens.astype(np.int64)
         )
         self.previous_tokens = np.where(self._previous >= 0, self.tokens[self._previous], UNKNOWN_TOKEN)
+        self._side_by_side = np.zeros(len(rows), bool) if trace.phase is None else trace.phase == PREFILL
         self._same = _latest_row_of_same_token(self.tokens)
 
     def __len__(self) -> int:
@@ -35,8 +36,8 @@ class Samples:
         return encode_maps(self.trace.experts[rows], weights, self.trace.num_experts)
 
     def context(self, rows: NDArray[np.integer], forget: NDArray[np.bool_]) -> Array:
-        """Inputs known before the step, ``[L, B, context]``; rows in ``forget`` have no previous map, as in prefill."""
-        previous = np.where(forget, -1, self._previous[rows])
+        """Inputs known before the step, ``[L, B, context]``; rows in ``forget``, and of prefill, have no previous map."""
+        previous = np.where(forget | self._side_by_side[rows], -1, self._previous[rows])
         return encode_context(self.maps(previous), self.maps(self._same[rows]), self._frequency(rows))
 
     def _frequency(self, rows: NDArray[np.integer]) -> Array:

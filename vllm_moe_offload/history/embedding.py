@@ -1,0 +1,23 @@
+"""A request's meaning as one vector: the mean of its prompt's token embeddings, at unit length."""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+EmbedPrompt = Callable[[NDArray[np.integer]], NDArray[np.floating]]
+"""Token numbers ``[T]`` of a prompt to a vector ``[D]`` of any length: the door for a user's own embedding."""
+
+
+def mean_embedding(vectors: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Unit vector ``[D]`` from the token embeddings ``[T, D]`` of a prompt; zero when they cancel out or T is 0."""
+    if not len(vectors):
+        return np.zeros(vectors.shape[1], np.float32)
+    return unit(vectors.mean(axis=0, dtype=np.float32))
+
+
+def unit(vector: NDArray[np.floating]) -> NDArray[np.float32]:
+    """``vector`` at unit length; a zero vector stays zero."""
+    vector = vector.astype(np.float32)
+    length = float(np.linalg.norm(vector))
+    return vector / np.float32(length) if length > 0 else vector
