@@ -67,10 +67,10 @@ class Engine:
         try:
             with PeakSampler(engine._process.pid) as sampler:
                 engine.loaded = engine._answer(START_SECONDS)
+            engine.loaded["peak_bytes"] = sampler.peak_bytes
         except BaseException:
             engine.stop()
             raise
-        engine.loaded["peak_bytes"] = sampler.peak_bytes
         return engine
 
     loaded: dict[str, Any]
@@ -93,6 +93,9 @@ class Engine:
         )
         os.close(theirs)
         return process, answers
+
+    def _log_text(self) -> str:
+        return os.pread(self._log.fileno(), os.fstat(self._log.fileno()).st_size, 0).decode(errors="replace")
 
     def run(self, prompts: list[list[str]], tokens: int, prompt_tokens: int | None) -> dict[str, Any]:
         """Generate for one batch (see worker.Runner.run); adds `peak_bytes` of the process tree meanwhile."""
@@ -130,8 +133,7 @@ class Engine:
             code = None
         if self._limit is not None and self._limit.kills():
             return EngineError(f"{self.variant.name}: killed, out of memory in {self._limit_bytes} bytes")
-        self._log.seek(0)
-        lines = self._log.read().decode(errors="replace").splitlines()
+        lines = self._log_text().splitlines()
         errors = [line for line in lines if "Error" in line] or lines
         return EngineError(f"{self.variant.name}: exit code {code}: {errors[-1] if errors else 'no output'}")
 

@@ -1,6 +1,7 @@
 """How long loading takes: plain vLLM, the plugin with the store present, and the plugin building it.
 
-Fresh engines in turns (plain, build, present, plain, ...): every build goes to a new folder, which `present` then reuses.
+Fresh engines in turns (plain, build, present, plain, ...): every build goes to a new folder, which `present` then
+reuses. `model` is the time the slowest worker takes to load the model, `start` all until requests are taken.
 
     python benchmarks/startup.py --model /tmp/wide --drop-caches
 """
@@ -69,21 +70,25 @@ def main() -> int:
     options = parser.parse_args()
     failures: dict[str, str] = {}
     loaded = measure(options, failures)
-    table = Table("start", "load s", "x plain", "peak GiB", title=str(options.model))
-    plain = [run["load_seconds"] for run in loaded[PLAIN]]
+    table = Table("engine", "model s", "x plain", "start s", "x plain", "peak GiB", title=str(options.model))
     for name, runs in loaded.items():
         if name in failures:
-            table.add_row(name, f"FAILED: {failures[name]}", "-", "-")
+            table.add_row(name, f"FAILED: {failures[name]}", "-", "-", "-", "-")
         if not runs:
             continue
-        seconds = [run["load_seconds"] for run in runs]
-        ratio = Spread.of([ours / base for ours, base in zip(seconds, plain, strict=False)]).show() if plain else "-"
         peak = max(run["peak_bytes"] for run in runs) / 2**30
-        table.add_row(name, Spread.of(seconds).show(digits=1), ratio, f"{peak:.2f}")
+        model, start = (_show(key, runs, loaded[PLAIN]) for key in ("model_seconds", "load_seconds"))
+        table.add_row(name, *model, *start, f"{peak:.2f}")
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     if options.json:
         options.json.write_text(json.dumps({"command": sys.argv, "loaded": loaded, "failures": failures}, indent=1))
     return int(bool(failures))
+
+
+def _show(key: str, runs: list[dict[str, Any]], plain: list[dict[str, Any]]) -> tuple[str, str]:
+    """Seconds, and their ratio to plain vLLM's in the same round."""
+    ratios = [ours[key] / base[key] for ours, base in zip(runs, plain, strict=False)]
+    return Spread.of([run[key] for run in runs]).show(digits=1), Spread.of(ratios).show() if ratios else "-"
 
 
 if __name__ == "__main__":

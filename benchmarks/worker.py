@@ -18,8 +18,9 @@ class Runner:
         from vllm import LLM
 
         started = time.perf_counter()
-        self.llm = LLM(**arguments)
+        self.llm = LLM(**arguments, worker_cls="timed_worker.TimedWorker")
         self.load_seconds = time.perf_counter() - started
+        self.model_seconds = max(self.llm.collective_rpc("model_seconds"))
         self.is_offloading = "moe_offload" in arguments.get("additional_config", {})
         self.requests = 0
 
@@ -88,7 +89,8 @@ def main() -> None:
             print(json.dumps(value), file=answers, flush=True)
 
         runner = Runner(json.loads(sys.argv[2]))
-        answer({"load_seconds": runner.load_seconds, "totals": runner.counters()})
+        seconds = {"load_seconds": runner.load_seconds, "model_seconds": runner.model_seconds}
+        answer(seconds | {"totals": runner.counters()})
         for line in sys.stdin:
             answer(runner.run(**json.loads(line)))
 
