@@ -36,7 +36,7 @@ class Samples:
         return encode_maps(self.trace.experts[rows], weights, self.trace.num_experts)
 
     def context(self, rows: NDArray[np.integer], forget: NDArray[np.bool_]) -> Array:
-        """Inputs known before the step, ``[L, B, context]``; rows in ``forget``, and of prefill, have no previous map."""
+        """Inputs known before the step, ``[L, B, context]``; rows to ``forget``, and of prefill, have no map before."""
         previous = np.where(forget | self._side_by_side[rows], -1, self._previous[rows])
         return encode_context(self.maps(previous), self.maps(self._same[rows]), self._frequency(rows))
 

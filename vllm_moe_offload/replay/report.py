@@ -84,7 +84,8 @@ def forecast_trace(predictor: Predictor, trace: Trace) -> tuple[Forecast, Accura
 def replay(trace: Trace, setup: Setup, history: Trace | None = None) -> dict[str, Any]:
     """Replay ``trace`` and report it; the keys are described in docs/prediction.md.
 
-    The frontier and the perfect-prediction bound are replayed on a sample of whole requests, ``frontier_tokens`` long.
+    The frontier, the perfect-prediction bound and the timeline are replayed on a sample of whole requests,
+    ``frontier_tokens`` long.
 
     Raises:
         ConfigError, TraceError: as ``prepare_predictor``, and when the slots cannot hold a step's experts.
@@ -125,7 +126,7 @@ def replay(trace: Trace, setup: Setup, history: Trace | None = None) -> dict[str
         "frontier_lru_per_layer_miss_rate": lru_per_layer_miss_rate(few_sequence, setup.slots, trace.num_layers),
     }
     if setup.hardware is not None:
-        report |= on_hardware(trace, setup, None if setup.predictor == "none" else prediction)
+        report |= on_hardware(few, setup, None if setup.predictor == "none" else few_prediction)
     return report
 
 
