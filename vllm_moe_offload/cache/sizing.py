@@ -29,13 +29,12 @@ def slots_for_budget(needs: Mapping[str, LayoutNeeds], budget_bytes: int, settin
         ConfigError: some layout would get fewer slots than one token needs; names the smallest budget that works.
     """
     total = sum(need.record_bytes * need.experts for need in needs.values())
-    share = min(1.0, budget_bytes / total)
-    slots = {key: int(need.experts * share) for key, need in needs.items()}
+    slots = {key: min(need.experts, need.experts * budget_bytes // total) for key, need in needs.items()}
     if any(slots[key] < need.minimum for key, need in needs.items()):
-        smallest = max(need.minimum / need.experts for need in needs.values())
+        smallest = max(-(-1000 * need.minimum // need.experts) for need in needs.values())
         minimum_bytes = max(-(-total * need.minimum // need.experts) for need in needs.values())
         raise ConfigError(
             f"cache = {setting} gives {budget_bytes / 2**20:.1f} MiB, too little to hold the experts of one token; "
-            f"the smallest that works for this model is '{-(-minimum_bytes // 2**20)}MiB' ({100 * smallest:.1f}%)"
+            f"the smallest that works for this model is '{-(-minimum_bytes // 2**20)}MiB' ({smallest / 10:.1f}%)"
         )
     return slots

@@ -1,6 +1,5 @@
 """`vllm-moe-offload …`: what can be done without serving. Importing it must not import vLLM or torch."""
 
-import importlib.util
 from typing import Any
 
 import typer
@@ -8,6 +7,7 @@ from typer.core import TyperGroup
 
 from ..errors import OffloadError
 from .doctor import doctor
+from .history import history
 from .prepare import prepare
 from .replay import replay
 from .store import store
@@ -32,9 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(store)
+app.add_typer(history)
 app.command()(prepare)
 app.command()(doctor)
 app.command()(replay)
-
-if importlib.util.find_spec(f"{__name__}.history"):
-    app.add_typer(importlib.import_module(f"{__name__}.history").history)
