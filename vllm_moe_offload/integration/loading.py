@@ -58,10 +58,8 @@ def _load_with_store(load_model: Callable[..., Any]) -> Callable[..., Any]:
         token = _loading.set(offload)
         try:
             model = load_model(self, vllm_config, model_config, prefix)
-            if PREPARE_ONLY in vllm_config.additional_config:
-                model.moe_offload_prepared = offload.prepared()
-            else:
-                model.moe_offload = offload.finish()
+            if offload.engaged:
+                _finish(model, offload, vllm_config)
         except BaseException:
             offload.abort()
             raise
@@ -70,6 +68,13 @@ def _load_with_store(load_model: Callable[..., Any]) -> Callable[..., Any]:
         return model
 
     return load
+
+
+def _finish(model: torch.nn.Module, offload: "ModelOffload", vllm_config: Any) -> None:
+    if PREPARE_ONLY in vllm_config.additional_config:
+        model.moe_offload_prepared = offload.prepared()
+    else:
+        model.moe_offload = offload.finish()
 
 
 class PreparedStore(NamedTuple):
@@ -139,7 +144,6 @@ class ModelOffload:
         """All layers are loaded: complete the store and give every layer its slots.
 
         Raises:
-            UnsupportedError: the model has no MoE layer that could be offloaded.
             StoreError: the store cannot be completed, or is not this model's.
         """
         return ServedModel(self._vllm_config, self._config, self._complete(), self._methods)
@@ -156,12 +160,21 @@ class ModelOffload:
         if self._writer is not None:
             self._writer.abort()
 
-    def _complete(self) -> Store:
-        if not self._methods:
+    @property
+    def engaged(self) -> bool:
+        """Whether this worker has MoE layers: a pipeline stage may have none.
+
+        Raises:
+            UnsupportedError: the whole model has none.
+        """
+        if not self._methods and self._vllm_config.parallel_config.pipeline_parallel_size == 1:
             raise UnsupportedError(
                 f"moe-offload is on, but {self._vllm_config.model_config.model} has no MoE layers it could offload; "
                 "switch moe-offload off for this model"
             )
+        return bool(self._methods)
+
+    def _complete(self) -> Store:
         if self._writer is not None:
             self._store, self._writer = self._writer.finish(), None
         assert self._store is not None

@@ -58,8 +58,8 @@ class ServedModel:
             )
         logger.info(
             "moe-offload: offloading %d of %d MoE layers: %s of %s GiB of experts in %d slots%s, store %s",
-            len(self.runtime.layers),
             len(layers),
+            len(vllm_config.compilation_config.static_all_moe_layers),
             _gib(self.runtime.resident_bytes),
             _gib(self._expert_bytes),
             self.runtime.slots,
@@ -106,12 +106,17 @@ class ServedModel:
         }
 
     def _attach(self, layer: torch.nn.Module, method: "OffloadedMoEMethod") -> None:
-        """Put slots in place of the layer's experts: its own window if all are resident, else the whole pool."""
+        """Put slots in place of the layer's experts: its own window if all are resident, else the whole pool.
+
+        Expert-parallel layers take the pool even then: CPU kernels crash on the choices of other ranks, which only
+        ``compute`` takes out.
+        """
         pooled = self.runtime.layers[layer.layer_name]
         memory = pooled.pool.memory
-        first, count = (pooled.first, pooled.experts) if self._resident else (0, memory.slots)
-        attach_slots(layer, method, memory, first, count)
-        if not self._resident:
+        if self._resident and layer._expert_map is None:
+            attach_slots(layer, method, memory, pooled.first, pooled.experts)
+        else:
+            attach_slots(layer, method, memory, 0, memory.slots)
             method.pooled = (self.runtime, pooled)
 
     def _budget_bytes(self, config: OffloadConfig) -> tuple[int, str]:
