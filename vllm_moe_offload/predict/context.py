@@ -13,7 +13,10 @@ _DECAY = np.float32(0.5 ** (1 / FREQUENCY_HALF_LIFE))
 
 
 class TokenMap(NamedTuple):
-    """The expert map of one token: ``experts`` int ``[L, K]`` and ``weights`` float ``[L, K]``."""
+    """The expert map of one token: ``experts`` int ``[L, K]`` and ``weights`` float ``[L, K]``.
+
+    Of any int and float type; thousands are kept, so small types save memory.
+    """
 
     experts: NDArray[np.integer]
     weights: NDArray[np.floating]

@@ -47,13 +47,14 @@ class FineMoEPredictor(Predictor):
         """Insert every token of a trace, in order."""
         tokens = np.full(trace.num_tokens, UNKNOWN_TOKEN) if trace.tokens is None else trace.tokens
         for token, experts, weights in zip(tokens, trace.experts, trace.weights, strict=True):
-            self.insert(int(token), TokenMap(experts.astype(np.int64), weights.astype(np.float32)))
+            self.insert(int(token), TokenMap(experts, weights))
 
     def learn(self, row: TokenContext, token_map: TokenMap) -> None:
         self.insert(row.token, token_map)
 
     def insert(self, token: int, token_map: TokenMap) -> None:
         """Store the map of one iteration."""
+        token_map = TokenMap(token_map.experts, token_map.weights.astype(np.float32))
         if self.filled < self.capacity:
             place = self.filled
             self.filled += 1

@@ -117,5 +117,4 @@ class HistoryPredictor(Predictor):
         latest = trace.num_tokens - 1 - from_end
         for place in np.argsort(latest):
             row = latest[place]
-            token_map = TokenMap(trace.experts[row].astype(np.int64), trace.weights[row].astype(np.float32))
-            self.memory.remember(int(tokens[place]), token_map)
+            self.memory.remember(int(tokens[place]), TokenMap(trace.experts[row].copy(), trace.weights[row].copy()))

@@ -57,8 +57,7 @@ def _chunks(predictor: Predictor, request: Trace) -> Iterator[tuple[slice, list[
     embedding = None if request.embeddings is None else request.embeddings[0].astype(np.float32)
     state = predictor.open(embedding)
     tokens = np.full(request.num_tokens, UNKNOWN_TOKEN) if request.tokens is None else request.tokens
-    weights = request.weights.astype(np.float32)
-    maps = [TokenMap(request.experts[row].astype(np.int64), weights[row]) for row in range(request.num_tokens)]
+    maps = [TokenMap(request.experts[row], request.weights[row]) for row in range(request.num_tokens)]
     for rows in _row_ranges(request, 1 if predictor.learns_from_each_token else _ROWS):
         if request.phase is not None and request.phase[rows.start] == PREFILL:
             contexts = state.contexts_side_by_side(tokens[rows])
