@@ -34,6 +34,9 @@ def prepare_stores(model: str, arguments: list[str], store: Path | None) -> list
     )
     vllm_config = engine_arguments.create_engine_config()
     vllm_config.additional_config = {**vllm_config.additional_config, PREPARE_ONLY: True}
+    if vllm_config.parallel_config.world_size == 1:
+        # in this process, where errors keep their type
+        vllm_config.parallel_config.distributed_executor_backend = "uni"
     executor = Executor.get_class(vllm_config)(vllm_config)
     try:
         return [PreparedStore(*found) for found in executor.collective_rpc(_prepared)]

@@ -1,0 +1,97 @@
+"""Promise 3: what cannot be offloaded is refused at start-up, by name and with the way out."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.engines import EngineServer
+from tests.integration.dense import dense_llama
+from tests.models import build
+from tests.models.recipe import write
+from vllm_moe_offload.errors import UnsupportedError
+from vllm_moe_offload.store import StoreRoot
+
+OFF = "or switch moe-offload off"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "feature", "way_out"),
+    [
+        ({"enable_lora": True}, "LoRA (--enable-lora)", "merge the adapter into the checkpoint"),
+        ({"cpu_offload_gb": 1}, "vLLM's own weight offloading (--cpu-offload-gb", "use one of the two"),
+        ({"load_format": "dummy"}, "--load-format dummy", "use one of auto, hf, safetensors"),
+        ({"load_format": "sharded_state"}, "--load-format sharded_state", "use one of auto, hf, safetensors"),
+    ],
+)
+def test_a_feature_that_does_not_work_is_named(
+    tiny_moe: Path, arguments: dict[str, Any], feature: str, way_out: str
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    engine = EngineArgs(str(tiny_moe), additional_config={"moe_offload": {"cache": "25%"}}, **arguments)
+    with pytest.raises(UnsupportedError) as error:
+        engine.create_engine_config()
+    assert f"does not work with {feature}" in str(error.value)
+    assert way_out in str(error.value) and OFF in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "feature"),
+    [
+        ("parallel_config", "enable_eplb", "EPLB (--enable-eplb) and redundant experts: start without"),
+        ("model_config", "enable_sleep_mode", "sleep mode (--enable-sleep-mode): start without"),
+    ],
+)
+def test_a_feature_that_the_cpu_platform_itself_refuses_is_named_too(
+    tiny_moe: Path, config: str, field: str, feature: str
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_moe_offload.integration.support import refuse_unsupported
+
+    vllm_config = EngineArgs(str(tiny_moe)).create_engine_config()
+    refuse_unsupported(vllm_config)
+    setattr(getattr(vllm_config, config), field, True)
+    with pytest.raises(UnsupportedError) as error:
+        refuse_unsupported(vllm_config)
+    assert f"does not work with {feature}" in str(error.value) and OFF in str(error.value)
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[EngineServer]:
+    server = EngineServer(tmp_path / "log")
+    yield server
+    server.close()
+
+
+ROUND = {"prompts": [[1, 2, 3]], "tokens": 2}
+
+
+def offloading(cache: str) -> dict[str, Any]:
+    return {"skip_tokenizer_init": True, "enforce_eager": True, "additional_config": {"moe_offload": {"cache": cache}}}
+
+
+def test_a_model_without_experts_is_refused(engine: EngineServer, tmp_path: Path) -> None:
+    dense = write(dense_llama(), tmp_path / "dense")
+    with pytest.raises(RuntimeError, match=r"UnsupportedError: .*/dense has no MoE layers.*switch moe-offload off"):
+        engine.run(dense.path, offloading("25%"), [ROUND])
+    assert StoreRoot().ls() == []
+
+
+def test_a_budget_below_one_token_names_the_smallest_that_works(engine: EngineServer, tmp_path: Path) -> None:
+    mixtral = build("mixtral", tmp_path / "mixtral")
+    with pytest.raises(RuntimeError) as error:
+        engine.run(mixtral.path, offloading("100KiB"), [ROUND])
+    said = str(error.value).splitlines()[0]
+    assert said.startswith("ConfigError: cache = '100KiB' gives 0.1 MiB, too little to hold the experts of one token")
+    named = re.search(r"the smallest that works for this model is '(\d+MiB)' \((\d+\.\d%)\)", said)
+    assert named is not None
+    for budget in named.groups():
+        stats = engine.run(mixtral.path, offloading(budget), [ROUND])["stats"][0]
+        assert mixtral.top_k <= stats["slots"] < mixtral.experts * mixtral.routed_layers
+    assert stats["slots"] == mixtral.top_k
