@@ -92,10 +92,10 @@ class DiskStore:
         self._file = (info.path / "records.bin").open("r+b", buffering=0)
 
     def flip(self, layer: int, expert: int) -> None:
-        """Turn one byte around; a second time, back."""
-        offset = self.store.offset(layer, expert) + 100
-        value = os.pread(self._file.fileno(), 1, offset)[0]
-        os.pwrite(self._file.fileno(), bytes([value ^ 255]), offset)
+        """Turn bits of a whole component around, so that what is computed with it is far off; a second time, back."""
+        offset, size = self.store.offset(layer, expert), self.store.layers[layer].layout.components[0].nbytes
+        right = os.pread(self._file.fileno(), size, offset)
+        os.pwrite(self._file.fileno(), bytes(byte ^ 9 for byte in right), offset)
 
     def close(self) -> None:
         self._file.close()

@@ -47,7 +47,7 @@ class ServedModel:
         for layer, method in layers.values():
             self._attach(layer, method)
         if self._resident:
-            self.runtime.load_everything()
+            self._load_everything()
         self._mark_in_config()
         self._step_requests: dict[str, int] = {}
         self._report = StatsReport(self.runtime)
@@ -80,9 +80,7 @@ class ServedModel:
             return {}
         reason = str(failures[0])
         if any(isinstance(failure, DamagedRecordError) for failure in failures):
-            store = self.runtime.store
-            StoreRoot(store.path.parent).set_aside(store, reason)
-            logger.error("moe-offload: store %s is damaged; the next start builds it again", store.path)
+            self._set_aside(reason)
         if self._vllm_config.parallel_config.world_size > 1:
             raise failures[0]
         order = getattr(getattr(model_runner, "input_batch", None), "req_ids", None)
@@ -104,6 +102,23 @@ class ServedModel:
             "resident_bytes": self.runtime.resident_bytes,
             "expert_bytes": self._expert_bytes,
         }
+
+    def _load_everything(self) -> None:
+        try:
+            self.runtime.load_everything()
+        except DamagedRecordError as damage:
+            self._set_aside(str(damage))
+            raise
+
+    def _set_aside(self, reason: str) -> None:
+        """Make the next start build a store found damaged again."""
+        store = self.runtime.store
+        try:
+            StoreRoot(store.path.parent).set_aside(store, reason)
+        except StoreError as error:
+            logger.error("moe-offload: store %s is damaged and stays where it is: %s", store.path, error)
+        else:
+            logger.error("moe-offload: store %s is damaged; the next start builds it again", store.path)
 
     def _attach(self, layer: torch.nn.Module, method: "OffloadedMoEMethod") -> None:
         """Put slots in place of the layer's experts: its own window if all are resident, else the whole pool.

@@ -1,6 +1,6 @@
 """Where a step begins and ends: tells the runtime, and fails the requests whose experts could not be read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm.logger import init_logger
@@ -59,11 +59,8 @@ def _fail_requests(update_from_output: Callable[..., Any]) -> Callable[..., Any]
         from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
         from vllm.v1.request import RequestStatus
 
-        running = [request_id for request_id in failed if request_id in self.requests]
-        for request_id in running:
-            groups = self.kv_cache_manager.get_block_ids(request_id)
-            self.kv_cache_manager.evict_blocks({block for group in groups for block in group})
-        finished = self.finish_requests(running, RequestStatus.FINISHED_ERROR)
+        reasons = spread_over_shared_blocks(self, failed, scheduler_output.num_scheduled_tokens)
+        finished = self.finish_requests(list(reasons), RequestStatus.FINISHED_ERROR)
         outputs = update_from_output(self, scheduler_output, model_runner_output)
         for request in finished:
             outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(
@@ -71,12 +68,40 @@ def _fail_requests(update_from_output: Callable[..., Any]) -> Callable[..., Any]
                     request_id=request.request_id,
                     new_token_ids=[],
                     finish_reason=request.get_finished_reason(),
-                    stop_reason=failed[request.request_id],
+                    stop_reason=reasons[request.request_id],
                 )
             )
         return outputs
 
     return update
+
+
+def spread_over_shared_blocks(
+    scheduler: Any, failed: dict[str, str], scheduled_tokens: Mapping[str, int]
+) -> dict[str, str]:
+    """All requests that hold KV blocks which this step left void, with the reason; void blocks leave the prefix cache.
+
+    A request scheduled in the same step as another may have taken over blocks that the other is only computing.
+    """
+    manager = scheduler.kv_cache_manager
+    reasons: dict[str, str] = {}
+    spreading = [request_id for request_id in failed if request_id in scheduler.requests]
+    reasons.update({request_id: failed[request_id] for request_id in spreading})
+    while spreading:
+        request_id = spreading.pop()
+        computed_before = scheduler.requests[request_id].num_computed_tokens - scheduled_tokens.get(request_id, 0)
+        void = set()
+        groups = zip(manager.get_block_ids(request_id), scheduler.kv_cache_config.kv_cache_groups, strict=True)
+        for group, (blocks, description) in enumerate(groups):
+            first_void = max(0, computed_before) // description.kv_cache_spec.block_size
+            void |= {(group, block) for block in blocks[first_void:]}
+        manager.evict_blocks({block for _, block in void})
+        for other in scheduler.running:
+            held = {(g, block) for g, blocks in enumerate(manager.get_block_ids(other.request_id)) for block in blocks}
+            if other.request_id not in reasons and void & held:
+                reasons[other.request_id] = reasons[request_id]
+                spreading.append(other.request_id)
+    return reasons
 
 
 def _leave_room_for_slots(determine_available_memory: Callable[..., Any]) -> Callable[..., Any]:
