@@ -6,6 +6,7 @@ Arguments: checkpoint, JSON of engine arguments, and ``installed`` or ``hidden``
 import importlib.metadata
 import json
 import sys
+from typing import Any
 
 SMALL = {"max_model_len": 256, "max_num_seqs": 4, "kv_cache_memory_bytes": 16 << 20, "gpu_memory_utilization": 0.2}
 
@@ -13,8 +14,10 @@ SMALL = {"max_model_len": 256, "max_num_seqs": 4, "kv_cache_memory_bytes": 16 <<
 def hide_plugin() -> None:
     everything = importlib.metadata.entry_points
 
-    def without_plugin(**selection: str) -> importlib.metadata.EntryPoints:
+    def without_plugin(**selection: str) -> Any:
         found = everything(**selection)
+        if selection != {"group": "vllm.general_plugins"}:
+            return found
         return importlib.metadata.EntryPoints(point for point in found if point.name != "moe-offload")
 
     importlib.metadata.entry_points = without_plugin
