@@ -2,7 +2,10 @@
 
 When a request arrives, the tokens of the requests nearest in meaning become its candidates, laid out by (layer,
 expert). Every layer then only adds one stored column per chosen expert to each candidate's running match. A prediction
-averages the candidates' own choices, weighted by ``exp(SHARPNESS * cosine)``.
+averages the candidates' own choices, weighted by ``exp(SHARPNESS * match)``, beside what the request has used lately.
+
+A layer's map is the root of its routing weights: a vector of length one, so that two maps match by their inner product.
+Matches of earlier layers fade.
 """
 
 from collections.abc import Sequence
@@ -19,11 +22,13 @@ from .context import UNKNOWN_TOKEN, RequestState, TokenContext
 Array = NDArray[np.float32]
 
 MAX_CANDIDATES = 8000
-_SHARPNESS = np.float32(25.0)
+_SHARPNESS = np.float32(30.0)
+_FADING = np.float32(0.8)
+"""What an earlier layer's match counts beside the next one's."""
+_OWN_SHARE = np.float32(0.25)
+"""Weight of the request's own frequencies beside the neighbours."""
 _OTHER_TOKEN = np.float32(0.01)
 """Weight of a candidate with another token, beside 1 for the same, while no layer has been seen."""
-_PRIOR = 2.0
-"""How many average candidates the prior ``top_k / experts`` counts for."""
 _MAX_REQUESTS = 256
 
 
@@ -31,9 +36,7 @@ class Candidates(NamedTuple):
     """The tokens a request is matched against, ``C`` of them."""
 
     columns: Array
-    """``[L, E, C]``: routing weight of each expert, zero where not chosen. One column is contiguous."""
-    inverse_norms: Array
-    """``[L + 1, C]``: one over the length of each candidate's map up to, not including, a layer."""
+    """``[L, E, C]``: root of each expert's routing weight, zero where not chosen. One column is contiguous."""
     tokens: NDArray[np.int32]
     """``[C]``, UNKNOWN_TOKEN where not known."""
 
@@ -88,46 +91,42 @@ class _Group:
         assert isinstance(candidates, Candidates)
         self.indices = indices
         self._candidates = candidates
-        self._prior = np.float32(shape.top_k / shape.experts)
+        frequency = np.stack([row.frequency for row in rows])
+        unearned = 1 - frequency.sum(axis=2, keepdims=True) / shape.top_k
+        self._own = frequency + unearned * np.float32(shape.top_k / shape.experts)
         self._tokens = np.array([row.token for row in rows])
         self._matches = np.zeros((len(rows), len(candidates.tokens)), np.float32)
-        self._norms = np.zeros(len(rows), np.float32)
-        self._seen = 0
+        self._full_match = np.float32(0)
 
     def observe(self, layer: int, experts: Experts, weights: Weights) -> None:
         columns = self._candidates.columns[layer]
-        weights = weights.astype(np.float32, copy=False)
+        roots = np.sqrt(weights.astype(np.float32))
+        self._matches *= _FADING
         if len(experts) == 1:
-            for expert, weight in zip(experts[0], weights[0], strict=True):
-                self._matches[0] += weight * columns[expert]
+            for expert, root in zip(experts[0], roots[0], strict=True):
+                self._matches[0] += root * columns[expert]
         else:
             dense = np.zeros((len(experts), len(columns)), np.float32)
-            np.put_along_axis(dense, experts, weights, axis=1)
+            np.put_along_axis(dense, experts, roots, axis=1)
             self._matches += dense @ columns
-        self._norms += np.square(weights).sum(axis=1)
-        self._seen = layer + 1
+        self._full_match = _FADING * self._full_match + 1
 
     def predict(self, layer: int) -> Probabilities:
         if not len(self._candidates.tokens):
-            return np.full((len(self.indices), self._candidates.columns.shape[1]), self._prior, np.float32)
+            return self._own[:, layer].copy()
         shares = self._shares()
-        total = shares.sum(axis=1)
         chosen = (self._candidates.columns[layer] > 0).astype(np.float32)
-        average = (shares @ chosen.T) / total[:, None]
-        independent = np.square(total) / np.square(shares).sum(axis=1)
-        trust = (independent / (independent + _PRIOR)).astype(np.float32)[:, None]
-        return trust * average + (1 - trust) * self._prior
+        average = (shares @ chosen.T) / shares.sum(axis=1, keepdims=True)
+        return (1 - _OWN_SHARE) * average + _OWN_SHARE * self._own[:, layer]
 
     def _shares(self) -> Array:
         """Weight of every candidate ``[b, C]``, the best of each row having 1."""
-        if self._seen == 0:
+        if self._full_match == 0:
             same = (self._tokens[:, None] == self._candidates.tokens) & (self._tokens != UNKNOWN_TOKEN)[:, None]
             return np.where(same, np.float32(1), _OTHER_TOKEN)
-        cosine = self._matches * self._candidates.inverse_norms[self._seen]
-        cosine /= np.sqrt(self._norms)[:, None]
-        cosine -= cosine.max(axis=1, keepdims=True)
-        cosine *= _SHARPNESS
-        return np.exp(cosine, out=cosine)
+        nearness = self._matches - self._matches.max(axis=1, keepdims=True)
+        nearness *= _SHARPNESS / self._full_match
+        return np.exp(nearness, out=nearness)
 
 
 def gather(shape: ModelShape, requests: list[PastRequest], most: int) -> Candidates:
@@ -145,11 +144,9 @@ def gather(shape: ModelShape, requests: list[PastRequest], most: int) -> Candida
     for trace, length in parts:
         stop = start + length
         experts = trace.experts[:length].transpose(1, 2, 0)
-        weights = trace.weights[:length].transpose(1, 2, 0).astype(np.float32)
-        np.put_along_axis(columns[:, :, start:stop], experts.astype(np.int64), weights, axis=1)
+        roots = np.sqrt(trace.weights[:length].transpose(1, 2, 0).astype(np.float32))
+        np.put_along_axis(columns[:, :, start:stop], experts.astype(np.int64), roots, axis=1)
         if trace.tokens is not None:
             tokens[start:stop] = trace.tokens[:length]
         start = stop
-    lengths = np.zeros((shape.layers + 1, count), np.float32)
-    np.cumsum(np.square(columns).sum(axis=1), axis=0, out=lengths[1:])
-    return Candidates(columns, 1 / np.sqrt(np.maximum(lengths, 1e-12)), tokens)
+    return Candidates(columns, tokens)
