@@ -15,6 +15,9 @@ from vllm.v1.executor import Executor
 from .engine_config import PLUGIN_NAME
 from .loading import PREPARE_ONLY, PreparedStore
 
+NO_KV_CACHE = 0.01
+"""Share of the machine's memory that vLLM is to find free: it refuses to start where its KV cache would not fit."""
+
 
 def prepare_stores(model: str, arguments: list[str], store: Path | None) -> list[PreparedStore]:
     """Build or find the store of every worker of an engine.
@@ -34,6 +37,7 @@ def prepare_stores(model: str, arguments: list[str], store: Path | None) -> list
     )
     vllm_config = engine_arguments.create_engine_config()
     vllm_config.additional_config = {**vllm_config.additional_config, PREPARE_ONLY: True}
+    vllm_config.cache_config.gpu_memory_utilization = NO_KV_CACHE
     if vllm_config.parallel_config.world_size == 1:
         # in this process, where errors keep their type
         vllm_config.parallel_config.distributed_executor_backend = "uni"

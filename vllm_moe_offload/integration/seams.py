@@ -110,10 +110,10 @@ LEANED_ON = (
     Seam(f"{_FUSED_MOE}.modular_kernel", "FusedMoEExperts", "hand the kernel the pool's scales"),
     Seam(f"{_FUSED_MOE}.runner.moe_runner", "MoERunner", "find a layer in the forward context"),
     Seam(
-        "vllm.model_executor.model_loader.reload.layerwise",
-        "initialize_online_processing",
-        "load layer by layer",
-        ("layer",),
+        "vllm.model_executor.model_loader.reload.meta",
+        "get_numel_loaded",
+        "know when a layer has all its weights",
+        ("weight_loader", "args"),
     ),
     Seam("vllm.forward_context", "get_forward_context", "find a layer from inside the compiled graph"),
     Seam(
