@@ -1,5 +1,6 @@
 """A loaded model and the runtime that serves its experts, as one worker holds them."""
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from vllm.logger import init_logger
 from ..cache.sizing import LayoutNeeds, slots_for_budget
 from ..config import ADDITIONAL_CONFIG_KEY, OffloadConfig
 from ..devices.memory import available_bytes
-from ..errors import StoreError
+from ..errors import LoadError, StoreError
 from ..prefetch.loader import DamagedRecordError
 from ..runtime import OffloadRuntime
 from ..store.reader import Store
@@ -69,18 +70,17 @@ class ServedModel:
 
     def begin_step(self, scheduled_tokens: Mapping[str, int]) -> None:
         """A forward pass over ``scheduled_tokens`` (request id -> number of tokens) starts."""
+        self._take_failures()  # of a warm-up pass, which computed nothing for anybody
         self._step_requests = dict(scheduled_tokens)
         self.runtime.begin_step()
         self._report.maybe_log()
 
     def failed_requests(self, model_runner: Any) -> dict[str, str]:
         """Requests of the running step that met an expert that could not be read, with the reason."""
-        failures, rows = self.runtime.take_failures()
+        failures, rows = self._take_failures()
         if not failures:
             return {}
         reason = str(failures[0])
-        if any(isinstance(failure, DamagedRecordError) for failure in failures):
-            self._set_aside(reason)
         if self._vllm_config.parallel_config.world_size > 1:
             raise failures[0]
         order = getattr(getattr(model_runner, "input_batch", None), "req_ids", None)
@@ -102,6 +102,14 @@ class ServedModel:
             "resident_bytes": self.runtime.resident_bytes,
             "expert_bytes": self._expert_bytes,
         }
+
+    def _take_failures(self) -> tuple[list[LoadError], set[int]]:
+        failures, rows = self.runtime.take_failures()
+        for failure in failures:
+            if isinstance(failure, DamagedRecordError):
+                self._set_aside(str(failure))
+                break
+        return failures, rows
 
     def _load_everything(self) -> None:
         try:
@@ -138,7 +146,7 @@ class ServedModel:
         """Fast memory for experts in bytes, and how ``auto`` came to it."""
         budget = config.budget
         if budget.share is not None:
-            return round(self._expert_bytes * budget.share), ""
+            return math.ceil(self._expert_bytes * budget.share), ""
         if budget.size is not None:
             return budget.size, ""
         spare = int(available_bytes() * SPARE_SHARE)
