@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.e2e.engines import EngineServer
+from tests.models import NAMES, Checkpoint, build, unmet
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +22,11 @@ def offloaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineServer
     server = EngineServer(tmp_path_factory.mktemp("offloaded") / "log")
     yield server
     server.close()
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    made = build(request.param, tmp_path_factory.mktemp(request.param))
+    if reason := unmet(made):
+        pytest.skip(reason)
+    return made

@@ -1,6 +1,6 @@
 """Writes docs/support.md from the outcome of the identity tests.
 
-python -m pytest tests/e2e/test_identity.py --junitxml=identity.xml
+python -m pytest tests/e2e/test_identity.py tests/e2e/test_identity_compiled.py --junitxml=identity.xml
 python -m tests.e2e.support_table identity.xml > docs/support.md
 """
 
@@ -16,7 +16,7 @@ from tests.models import NAMES, RECIPES
 MODES = ("test_eager", "test_compiled")
 HEADER = """# What has been shown to work
 
-Written by `tests/e2e/support_table.py` from a run of `tests/e2e/test_identity.py`: greedy tokens and their logprobs
+Written by `tests/e2e/support_table.py` from a run of `tests/e2e/test_identity*.py`: greedy tokens and their logprobs
 equal those of unmodified vLLM, at batch 1 and 16, with chunked prefill and prefix caching; eager with room for one
 token's experts, 25 %, 50 % and all of them; compiled with the smallest room and with all. Anything not listed is
 untried; what is known not to work is refused at start-up by name.
