@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .cache import POLICY_NAMES
 from .errors import ConfigError
+from .predict.names import ENGINE_PREDICTORS
 
 ADDITIONAL_CONFIG_KEY = "moe_offload"
 ENVIRONMENT_VARIABLE = "VLLM_MOE_OFFLOAD"
@@ -80,6 +81,31 @@ class OffloadConfig(BaseModel):
         description="folder of the record stores (default: $VLLM_MOE_OFFLOAD_STORE_ROOT, else "
         "vllm-moe-offload/stores in the user's cache folder)",
     )
+    predictor: Literal[ENGINE_PREDICTORS] = Field(  # type: ignore[valid-type]
+        "none", description="what foretells the experts of the layers ahead, to load them before they are asked for"
+    )
+    history: str | None = Field(
+        None,
+        description="folder in which predictors keep what earlier requests routed to, or 'off' to keep it in memory "
+        "only (default: 'history' beside the stores). Learning from it takes at most 5% of one core, at low priority",
+    )
+    trace: Path | None = Field(
+        None, description="file (.npz) to record every request's experts and routing weights in; replay reads it"
+    )
+
+    @field_validator("trace")
+    @classmethod
+    def _check_trace(cls, value: Path | None) -> Path | None:
+        if value is not None and value.suffix != ".npz":
+            raise ValueError(f"{str(value)!r} must end in .npz")
+        return value
+
+    @field_validator("history")
+    @classmethod
+    def _check_history(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("'' is neither a folder nor 'off'")
+        return value
 
     @field_validator("cache", mode="before")
     @classmethod

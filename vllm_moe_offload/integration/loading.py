@@ -74,7 +74,7 @@ def _finish(model: torch.nn.Module, offload: "ModelOffload", vllm_config: Any) -
     if PREPARE_ONLY in vllm_config.additional_config:
         model.moe_offload_prepared = offload.prepared()
     else:
-        model.moe_offload = offload.finish()
+        model.moe_offload = offload.finish(model)
 
 
 class PreparedStore(NamedTuple):
@@ -140,13 +140,13 @@ class ModelOffload:
         if len(self._recorded) == len(self._methods):
             self._progress.close()
 
-    def finish(self) -> ServedModel:
+    def finish(self, model: torch.nn.Module) -> ServedModel:
         """All layers are loaded: complete the store and give every layer its slots.
 
         Raises:
             StoreError: the store cannot be completed, or is not this model's.
         """
-        return ServedModel(self._vllm_config, self._config, self._complete(), self._methods)
+        return ServedModel(self._vllm_config, self._config, model, self._complete(), self._methods)
 
     def prepared(self) -> PreparedStore:
         """All layers are loaded: complete the store, and leave it at that. Raises what ``finish`` raises."""

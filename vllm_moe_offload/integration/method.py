@@ -6,6 +6,7 @@ import torch
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.utils.torch_utils import LayerName
 
+from ..chronicle.witness import Witness
 from ..runtime import OffloadRuntime, PooledLayer
 from .records import remove
 
@@ -27,6 +28,9 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
         self.moe = real.moe
         self._create_arguments: dict[str, Any] = {}
         self.pooled: tuple[OffloadRuntime, PooledLayer] | None = None
+        self.witness: Witness | None = None
+        self.number = 0
+        """Of the layer among the MoE layers, in the order in which they run."""
 
     def create_weights(self, layer: torch.nn.Module, **kwargs: Any) -> None:
         self._create_arguments = kwargs
@@ -54,15 +58,18 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
         shared_experts: Any,
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
-        if self.pooled is None:
+        if self.pooled is None and self.witness is None:
             return self.real.apply(layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input)
         return torch.ops.vllm.moe_offload_experts(x, topk_weights, topk_ids, LayerName(layer.layer_name))
 
     def compute(
         self, layer: torch.nn.Module, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
     ) -> torch.Tensor:
-        """``apply`` over the slot pool: what the opaque op runs."""
-        assert self.pooled is not None
+        """``apply`` where Python has to look at the routing: what the opaque op runs."""
+        if self.witness is not None:
+            self.witness.routed(self.number, topk_ids.numpy(), topk_weights.float().numpy())
+        if self.pooled is None:
+            return self.real.apply(layer, x, topk_weights, topk_ids, None, None)
         runtime, pooled_layer = self.pooled
         expert_map = layer._expert_map
         chosen = topk_ids if expert_map is None else expert_map[topk_ids.long()]

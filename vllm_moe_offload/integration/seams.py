@@ -92,6 +92,9 @@ AVAILABLE_MEMORY = Seam(
     "keep slot memory out of the KV cache",
     ("self",),
 )
+SHUTDOWN = Seam(
+    "vllm.v1.worker.gpu_worker", "Worker.shutdown", "write what is to be kept when an engine ends", ("self",)
+)
 UPDATE_FROM_OUTPUT = Seam(
     "vllm.v1.core.sched.scheduler",
     "Scheduler.update_from_output",
@@ -133,6 +136,26 @@ LEANED_ON = (
     ),
     Seam("vllm.v1.request", "RequestStatus.FINISHED_ERROR", "fail a request"),
     Seam("vllm.v1.engine", "EngineCoreOutput", "tell the client"),
+    Seam(
+        "vllm.v1.worker.gpu_input_batch",
+        "InputBatch.req_ids",
+        "know which rows of a step belong to which request",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_input_batch", "InputBatch", "read the batch: positions, prompts, tokens", ("max_num_reqs",)
+    ),
+    Seam(
+        "vllm.v1.core.sched.output",
+        "SchedulerOutput",
+        "know what was scheduled and what has ended",
+        ("num_scheduled_tokens", "finished_req_ids", "scheduled_spec_decode_tokens", "total_num_scheduled_tokens"),
+    ),
+    Seam(
+        "vllm.model_executor.layers.vocab_parallel_embedding",
+        "VocabParallelEmbedding",
+        "read the model's token embeddings",
+        ("num_embeddings", "embedding_dim"),
+    ),
     Seam("vllm.v1.executor", "Executor.get_class", "prepare: start workers without an engine", ("vllm_config",)),
     Seam("vllm.v1.executor", "Executor.collective_rpc", "prepare: ask them for their stores", ("method",)),
     Seam("vllm.utils.argparse_utils", "FlexibleArgumentParser", "prepare: read engine arguments"),
@@ -149,6 +172,7 @@ SEAMS: tuple[Seam, ...] = (
     EXECUTE_MODEL,
     SAMPLE_TOKENS,
     AVAILABLE_MEMORY,
+    SHUTDOWN,
     UPDATE_FROM_OUTPUT,
     *LEANED_ON,
 )

@@ -2,7 +2,6 @@
 
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from ..store.reader import Store
 from ..store.root import StoreRoot
 from .kernel import attach_slots
 from .report import StatsReport
+from .watching import Layers, Watch
 
 if TYPE_CHECKING:
     from .method import OffloadedMoEMethod
@@ -29,13 +29,11 @@ logger = init_logger("vllm.moe_offload")
 SPARE_SHARE = 0.9
 """Of the memory that is free when the dense weights are loaded, this much may become slots and KV cache."""
 
-Layers = Mapping[str, tuple[torch.nn.Module, "OffloadedMoEMethod"]]
-
 
 class ServedModel:
     """Gives every layer its slots, and answers for the runtime to the rest of the integration."""
 
-    def __init__(self, vllm_config: Any, config: OffloadConfig, store: Store, layers: Layers):
+    def __init__(self, vllm_config: Any, config: OffloadConfig, model: torch.nn.Module, store: Store, layers: Layers):
         self._vllm_config = vllm_config
         self._check_layers(store, layers)
         needs = _needs(store, layers)
@@ -51,6 +49,9 @@ class ServedModel:
             self._load_everything()
         self._mark_in_config()
         self._step_requests: dict[str, int] = {}
+        self._watch: Watch | None = None
+        if config.trace is not None:
+            self._watch = Watch(vllm_config, config, model, layers, store, _io_cpus())
         self._report = StatsReport(self.runtime)
         if not store.direct:
             logger.warning(
@@ -68,12 +69,26 @@ class ServedModel:
             store.path,
         )
 
-    def begin_step(self, scheduled_tokens: Mapping[str, int]) -> None:
-        """A forward pass over ``scheduled_tokens`` (request id -> number of tokens) starts."""
-        self._take_failures()  # of a warm-up pass, which computed nothing for anybody
-        self._step_requests = dict(scheduled_tokens)
-        self.runtime.begin_step()
-        self._report.maybe_log()
+    def begin_step(self, model_runner: Any, scheduler_output: Any) -> None:
+        """A step has been scheduled. Where it schedules no tokens, it only says which requests have ended."""
+        if self._watch is not None:
+            self._watch.begin_step(model_runner, scheduler_output)
+        if scheduler_output.total_num_scheduled_tokens:
+            self._take_failures()  # of a warm-up pass, which computed nothing for anybody
+            self._step_requests = dict(scheduler_output.num_scheduled_tokens)
+            self.runtime.begin_step()
+            self._report.maybe_log()
+
+    def end_step(self) -> None:
+        """The forward pass is over."""
+        if self._watch is not None:
+            self._watch.witness.end_step()
+
+    def close(self) -> None:
+        """The worker ends: write what is to be kept."""
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
 
     def failed_requests(self, model_runner: Any) -> dict[str, str]:
         """Requests of the running step that met an expert that could not be read, with the reason."""

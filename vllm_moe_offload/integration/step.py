@@ -17,6 +17,7 @@ def install() -> None:
     seams.UPDATE_FROM_OUTPUT.wrap(_fail_requests)
     seams.AVAILABLE_MEMORY.wrap(_leave_room_for_slots)
     seams.RELOAD_WEIGHTS.wrap(_refuse_reload)
+    seams.SHUTDOWN.wrap(_close)
     _add_stats_method()
 
 
@@ -28,8 +29,8 @@ def offload_of(worker: Any) -> ServedModel | None:
 def _begin_step(execute_model: Callable[..., Any]) -> Callable[..., Any]:
     def begin_and_execute(self: Any, scheduler_output: Any) -> Any:
         offload = offload_of(self)
-        if offload is not None and scheduler_output.total_num_scheduled_tokens:
-            offload.begin_step(scheduler_output.num_scheduled_tokens)
+        if offload is not None:
+            offload.begin_step(self.model_runner, scheduler_output)
         return execute_model(self, scheduler_output)
 
     return begin_and_execute
@@ -39,7 +40,10 @@ def _report_failures(sample_tokens: Callable[..., Any]) -> Callable[..., Any]:
     def sample_and_report(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = sample_tokens(self, *args, **kwargs)
         offload = offload_of(self)
-        failed = {} if offload is None else offload.failed_requests(self.model_runner)
+        if offload is None:
+            return output
+        offload.end_step()
+        failed = offload.failed_requests(self.model_runner)
         if failed:
             for reason in sorted(set(failed.values())):
                 logger.error("moe-offload: failing %d request(s): %s", len(failed), reason)
@@ -115,6 +119,17 @@ def _leave_room_for_slots(determine_available_memory: Callable[..., Any]) -> Cal
         return available - offload.untouched_bytes()
 
     return determine
+
+
+def _close(shutdown: Callable[..., Any]) -> Callable[..., Any]:
+    def close_and_shutdown(self: Any) -> None:
+        runner = getattr(self, "model_runner", None)
+        offload = offload_of(self) if getattr(runner, "model", None) is not None else None
+        if offload is not None:
+            offload.close()
+        shutdown(self)
+
+    return close_and_shutdown
 
 
 def _refuse_reload(reload_weights: Callable[..., Any]) -> Callable[..., Any]:

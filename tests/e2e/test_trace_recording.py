@@ -1,0 +1,102 @@
+"""``trace``: every token of every request, routed as the model itself routes it, in a file that replay reads."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.e2e.engines import EngineServer
+from vllm_moe_offload.history.trace import PREFILL, Trace
+from vllm_moe_offload.history.trace_file import read_trace
+
+
+def prompts(count: int, seed: int) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(1, 8192) for _ in range(draw.randint(1, 90))] for _ in range(count)]
+
+
+ROUNDS = [{"prompts": prompts(1, seed=1), "tokens": 24}, {"prompts": prompts(9, seed=2), "tokens": 12}]
+"""Together the prompts of the second round are more than one step of 256 takes, so that prefill is chunked."""
+
+
+def record(
+    server: EngineServer, model: Path, file: Path, rounds: list[dict[str, Any]] = ROUNDS, **settings: Any
+) -> tuple[Trace, list[list[int]]]:
+    """The trace of an engine, and what its requests were: prompt and generated tokens."""
+    engine = {"enforce_eager": True, "dtype": "bfloat16", "enable_prefix_caching": False}
+    offload = {"moe_offload": {"cache": "25%", "trace": str(file)} | settings}
+    answer = server.run(model, engine | {"additional_config": offload}, rounds)
+    texts = [
+        prompt + output["tokens"]
+        for given, made in zip(rounds, answer["rounds"], strict=True)
+        for prompt, output in zip(given["prompts"], made, strict=True)
+    ]
+    return read_trace(file), texts
+
+
+def by_tokens(trace: Trace) -> dict[tuple[int, ...], Trace]:
+    assert trace.tokens is not None
+    return {tuple(request.tokens.tolist()): request for request in trace.requests()}  # type: ignore[union-attr]
+
+
+def test_every_token_that_was_read_is_in_the_trace(tiny_moe: Path, offloaded: EngineServer, tmp_path: Path) -> None:
+    trace, texts = record(offloaded, tiny_moe, tmp_path / "trace.npz")
+    assert trace.shape == (8, 64, 4) and trace.model == "tiny-moe" and trace.fingerprint
+    recorded = by_tokens(trace)
+    assert set(recorded) == {tuple(text[:-1]) for text in texts}, "the last token of an answer is never read"
+    lengths = [len(prompt) for given in ROUNDS for prompt in given["prompts"]]
+    for text, length in zip(texts, lengths, strict=True):
+        phase = recorded[tuple(text[:-1])].phase
+        assert phase is not None and (phase == PREFILL).tolist() == [i < length for i in range(len(text) - 1)]
+    assert trace.embeddings is not None and trace.embeddings.shape == (len(texts), 192)
+    np.testing.assert_allclose(np.linalg.norm(trace.embeddings.astype(np.float32), axis=1), 1, atol=0.01)
+
+
+def test_the_trace_is_what_the_routers_say(tiny_moe: Path, offloaded: EngineServer, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    trace, _ = record(offloaded, tiny_moe, tmp_path / "trace.npz")
+    model = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.bfloat16)
+    agreed, weights_apart = [], []
+    for request in trace.requests():
+        with torch.no_grad():
+            logits = model(torch.tensor(request.tokens)[None].long(), output_router_logits=True).router_logits
+        shares = torch.stack(logits).float().softmax(dim=-1)
+        top = shares.topk(4, dim=-1)
+        for layer in range(8):
+            expected, recorded = top.indices[layer].numpy(), request.experts[:, layer]
+            same = (np.sort(expected) == np.sort(recorded)).all(axis=1)
+            agreed.append(same)
+            chosen = np.take_along_axis(shares[layer].numpy(), recorded.astype(np.int64), axis=1)
+            chosen /= chosen.sum(axis=1, keepdims=True)
+            weights_apart.append(np.abs(chosen - request.weights[:, layer])[same].max(initial=0))
+    assert np.concatenate(agreed).mean() > 0.9, "bfloat16 rounds differently elsewhere, but not that often"
+    assert np.median(weights_apart) < 0.05
+
+
+@pytest.mark.parametrize("settings", [{"cache": "100%"}, {"cache": "2%"}, {"cache": "50%", "policy": "lru"}])
+def test_residency_does_not_show_in_the_trace(
+    tiny_moe: Path, offloaded: EngineServer, tmp_path: Path, settings: dict[str, str]
+) -> None:
+    rounds = [{"prompts": prompts(1, seed=3), "tokens": 12}]
+    expected, _ = record(offloaded, tiny_moe, tmp_path / "expected.npz", rounds)
+    trace, _ = record(offloaded, tiny_moe, tmp_path / "trace.npz", rounds, **settings)
+    np.testing.assert_array_equal(trace.experts, expected.experts)
+    np.testing.assert_array_equal(trace.weights, expected.weights)
+
+
+def test_a_restart_continues_the_file_of_its_model_and_refuses_any_other(
+    tiny_moe: Path, offloaded: EngineServer, tmp_path: Path
+) -> None:
+    rounds = [{"prompts": prompts(2, seed=4), "tokens": 4}]
+    file = tmp_path / "trace.npz"
+    record(offloaded, tiny_moe, file, rounds)
+    trace, _ = record(offloaded, tiny_moe, file, rounds)
+    assert trace.num_requests == 4
+    file.write_bytes(b"something else")
+    with pytest.raises(RuntimeError, match=r"trace\.npz: not a readable npz trace file"):
+        record(offloaded, tiny_moe, file, rounds)
+    assert file.read_bytes() == b"something else"

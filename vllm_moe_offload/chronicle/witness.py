@@ -1,0 +1,102 @@
+"""Watches every step of one worker and tells those who want to know what its rows were routed to.
+
+It must never change what a step computes, and does nothing at all in steps that serve no request (warm-up, profiling).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..history.recording import Recorder, RequestRows
+from ..history.trace import Trace
+
+Vector = NDArray[np.float32]
+
+
+class StepSource(Protocol):
+    """What the engine says of the running step, once it has put its batch together."""
+
+    def rows(self) -> Sequence[RequestRows]:
+        """The rows of the step, request by request, in the order of the batch."""
+
+    def prompt(self, request: str) -> NDArray[np.int32]:
+        """The tokens of a request's prompt."""
+
+
+class Witness:
+    """Follows the steps.
+
+    Args:
+        recorder: keeps the maps of running requests.
+        ended: told of every request that has ended, with its trace.
+        embed: vectors ``[n, D]`` of tokens ``[n]``; None where the model's embeddings cannot be read.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        ended: Callable[[str, Trace], None],
+        embed: Callable[[NDArray[np.integer]], Vector] | None,
+    ):
+        self.recorder = recorder
+        self._ended = ended
+        self._embed = embed
+        self._source: StepSource | None = None
+        self._embeddings: dict[str, Vector] = {}
+        self._watching = False
+
+    def begin_step(self, source: StepSource) -> None:
+        """A step has been scheduled; its batch is not put together yet."""
+        self._source = source
+        self._watching = False
+
+    def begin_pass(self) -> None:
+        """The forward pass of the step starts. Without effect where no step has been announced, or the second time."""
+        if self._source is None:
+            return
+        rows, source, self._source = self._source.rows(), self._source, None
+        for part in rows:
+            if self._embed is not None and part.request not in self._embeddings:
+                self._embeddings[part.request] = mean_direction(self._embed(source.prompt(part.request)))
+        self.recorder.begin_step(rows)
+        self._watching = True
+
+    def routed(self, layer: int, experts: NDArray[np.integer], weights: NDArray[np.floating]) -> None:
+        """The router of ``layer`` has chosen: ``[rows, K]``, in the numbers of the whole layer."""
+        if self._source is not None:
+            self.begin_pass()
+        if self._watching:
+            self.recorder.note(layer, experts, weights)
+
+    def end_step(self) -> None:
+        """The forward pass is over."""
+        self._source = None
+        if self._watching:
+            self._watching = False
+            self.recorder.end_step()
+
+    def requests_ended(self, requests: Iterable[str]) -> None:
+        """Requests have finished or were aborted."""
+        for request in requests:
+            trace = self.recorder.finish(request)
+            embedding = self._embeddings.pop(request, None)
+            if trace is not None:
+                self._ended(request, _with_embedding(trace, embedding))
+
+    def running(self) -> list[Trace]:
+        """Traces, so far, of the requests that have not ended."""
+        traces = ((request, self.recorder.trace(request)) for request in self.recorder.running)
+        return [_with_embedding(trace, self._embeddings.get(request)) for request, trace in traces if trace is not None]
+
+
+def mean_direction(vectors: Vector) -> Vector:
+    """The mean of ``vectors`` ``[n, D]`` scaled to length 1; zero where there is none."""
+    mean = vectors.sum(axis=0, dtype=np.float32)
+    return mean / max(float(np.linalg.norm(mean)), 1e-9)
+
+
+def _with_embedding(trace: Trace, embedding: Vector | None) -> Trace:
+    return trace if embedding is None else replace(trace, embeddings=embedding[None].astype(np.float16))

@@ -1,0 +1,70 @@
+"""Which requests and tokens the rows of the running step belong to, and what the model's tokens mean."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..history.recording import RequestRows
+
+TokenRows = Callable[[NDArray[np.integer]], NDArray[np.float32]]
+
+
+class RunnerStep:
+    """One scheduled step, seen through vLLM's V1 model runner. Valid once the runner has put its batch together."""
+
+    def __init__(self, model_runner: Any, scheduler_output: Any):
+        self._runner = model_runner
+        self._scheduled: Mapping[str, int] = scheduler_output.num_scheduled_tokens
+        self._drafts: Mapping[str, Sequence[int]] = scheduler_output.scheduled_spec_decode_tokens
+
+    def rows(self) -> list[RequestRows]:
+        batch = self._runner.input_batch
+        order: list[str] = batch.req_ids
+        counts = [self._scheduled[request] for request in order]
+        tokens = self._runner.input_ids.gpu[: sum(counts)].numpy().copy()
+        positions = batch.num_computed_tokens_cpu[: len(order)].tolist()
+        prompts = batch.num_prompt_tokens[: len(order)].tolist()
+        rows, start = [], 0
+        for request, count, position, prompt in zip(order, counts, positions, prompts, strict=True):
+            part, start = tokens[start : start + count], start + count
+            rows.append(RequestRows(request, position, part, prompt, len(self._drafts.get(request, ()))))
+        return rows
+
+    def prompt(self, request: str) -> NDArray[np.int32]:
+        batch = self._runner.input_batch
+        index = batch.req_id_to_index[request]
+        return batch.token_ids_cpu[index, : batch.num_prompt_tokens[index]]
+
+
+def knows_rows(model_runner: Any) -> bool:
+    """Whether ``RunnerStep`` can read this model runner: vLLM's V1 runner, not its V2."""
+    batch = getattr(model_runner, "input_batch", None)
+    return hasattr(batch, "token_ids_cpu") and hasattr(getattr(model_runner, "input_ids", None), "gpu")
+
+
+def token_rows(model: torch.nn.Module) -> tuple[TokenRows, int] | None:
+    """The model's own token embeddings as a function of token numbers, and their length.
+
+    None where they are not all here as plain numbers: split over ranks, or quantized.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    for module in model.modules():
+        if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
+            weight = getattr(module, "weight", None)
+            if module.tp_size > 1 or weight is None or weight.dim() != 2 or not weight.is_floating_point():
+                return None
+            return _rows_of(weight.detach()), weight.shape[1]
+    return None
+
+
+def _rows_of(weight: torch.Tensor) -> TokenRows:
+    """Plain numpy: it is also called from threads that must not use torch's."""
+    if weight.dtype != torch.bfloat16:
+        table = weight.numpy()
+        return lambda tokens: table[tokens].astype(np.float32)
+    halves = weight.view(torch.uint16).numpy()
+    return lambda tokens: (halves[tokens].astype(np.uint32) << 16).view(np.float32)

@@ -1,0 +1,4 @@
+"""Names of predictors, for whoever must list them without importing them."""
+
+ENGINE_PREDICTORS = ("history", "finemoe", "moe-infinity", "coactivation", "frequency", "none")
+"""Predictors that a running engine can use."""
