@@ -12,12 +12,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .cache import ExpertCache, create_policy
+from .cache import Acquisition, ExpertCache, create_policy
 from .cache.base import IntArray
 from .cache.cache import ABSENT
 from .devices import HostPool
 from .errors import LoadError
 from .observe import Counters
+from .prefetch.ahead import LoadsAhead
+from .prefetch.anticipation import Anticipation
 from .prefetch.loader import Load, RecordLoader
 from .prefetch.waves import group_rows, streams
 from .store.layout import RecordLayout
@@ -39,6 +41,7 @@ class SlotPool:
 
     memory: HostPool
     cache: ExpertCache
+    ahead: LoadsAhead
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,11 @@ class PooledLayer:
     def ids(self) -> NDArray[np.int64]:
         return np.arange(self.first, self.first + self.experts)
 
+    @property
+    def span(self) -> range:
+        """Its ids."""
+        return range(self.first, self.first + self.experts)
+
 
 class OffloadRuntime:
     """Serves the experts a forward pass asks for, from slots if they are there and from the store if not.
@@ -69,6 +77,9 @@ class OffloadRuntime:
         io_cpus: where loader threads may run; None leaves them where the process runs.
     """
 
+    anticipation: Anticipation | None = None
+    """Whoever looks ahead, if anyone: told what became of its guesses, and asked for more before a layer computes."""
+
     def __init__(self, store: Store, slots: Mapping[RecordLayout, int], policy: str, io_cpus: set[int] | None = None):
         self.store = store
         self.counters = Counters()
@@ -76,7 +87,6 @@ class OffloadRuntime:
         self.pools: list[SlotPool] = []
         self.layers: dict[str, PooledLayer] = {}
         self._following: dict[str, PooledLayer] = {}
-        self._under_way: dict[int, list[tuple[Load, int, int]]] = {}
         self._failures: list[LoadError] = []
         self._failed_rows: set[int] = set()
         for layout, count in slots.items():
@@ -85,9 +95,9 @@ class OffloadRuntime:
     def _add_pool(self, layout: RecordLayout, slots: int, policy: str) -> None:
         entries = [(index, entry) for index, entry in enumerate(self.store.layers) if entry.layout == layout]
         layer_of = np.repeat([index for index, _ in entries], [entry.experts for _, entry in entries])
-        pool = SlotPool(HostPool(layout, slots), ExpertCache(layer_of, slots, create_policy(policy, layer_of)))
+        cache = ExpertCache(layer_of, slots, create_policy(policy, layer_of))
+        pool = SlotPool(HostPool(layout, slots), cache, LoadsAhead(cache))
         self.pools.append(pool)
-        self._under_way[id(pool)] = []
         first = 0
         previous: PooledLayer | None = None
         for index, entry in entries:
@@ -144,6 +154,18 @@ class OffloadRuntime:
         else:
             yield from self._serve_at_once(layer, chosen, needed)
 
+    def prefetch(self, layer: PooledLayer, experts: IntArray) -> int:
+        """Start loading experts (flat ids, best first) on a guess, where slots can be spared. Returns how many."""
+        pool = layer.pool
+        room = (pool.memory.slots - layer.experts) // 2 - len(pool.ahead.under_way)
+        if room <= 0:
+            return 0
+        admitted = pool.cache.admit(experts[:room])
+        self._note_evicted(pool, admitted.evicted)
+        self._start_ahead(layer, admitted, guess=True)
+        self.counters.prefetches += len(admitted.missing)
+        return len(admitted.missing)
+
     def take_failures(self) -> tuple[list[LoadError], set[int]]:
         """The loads that failed since the last call, and the rows of the batch whose results are therefore void."""
         failures, rows = self._failures, self._failed_rows
@@ -156,10 +178,13 @@ class OffloadRuntime:
 
     def _serve_at_once(self, layer: PooledLayer, chosen: NDArray[np.integer], needed: IntArray) -> Iterator[Wave]:
         cache = layer.pool.cache
-        self._await_under_way(layer.pool, needed)
+        self._await_under_way(layer, needed)
         acquired = cache.acquire(needed)
+        self._note_evicted(layer.pool, acquired.evicted)
         self.counters.hits += len(needed) - len(acquired.missing)
         failed = self._fetch(layer, acquired.missing, acquired.missing_slots)
+        if self.anticipation is not None:
+            self.anticipation.look_ahead()
         yield Wave(None, self._slots_of(layer, chosen))
         cache.release(acquired.slots)
         self._void(layer, chosen, failed)
@@ -168,8 +193,9 @@ class OffloadRuntime:
         """A long prefill: pass the layer's experts through a share of the slots and start on the next layer's."""
         cache = layer.pool.cache
         share = _stream_share(layer.pool.memory.slots, layer.experts)
-        self._await_under_way(layer.pool, needed)
+        self._await_under_way(layer, needed)
         streamed = cache.stream(needed, share)
+        self._note_evicted(layer.pool, streamed.evicted)
         if (streamed.slots == ABSENT).any():
             cache.release(streamed.slots[streamed.slots != ABSENT])
             cache.forget(streamed.missing)
@@ -185,7 +211,7 @@ class OffloadRuntime:
     def _serve_in_waves(self, layer: PooledLayer, chosen: NDArray[np.integer]) -> Iterator[Wave]:
         """Fewer slots than the step needs: rows are grouped so that the experts of two groups fit side by side."""
         cache = layer.pool.cache
-        self._await_under_way(layer.pool, layer.ids)
+        self._await_under_way(layer, layer.ids)
         slots, top_k = layer.pool.memory.slots, chosen.shape[1]
         overlap = slots >= 2 * top_k
         groups = group_rows(chosen, layer.experts, slots // 2 if overlap else slots)
@@ -205,6 +231,7 @@ class OffloadRuntime:
     def _start_group(self, layer: PooledLayer, chosen: NDArray[np.integer]) -> tuple[NDArray[np.int32], list[Load]]:
         needed = np.flatnonzero(np.bincount(chosen[chosen >= 0], minlength=layer.experts)) + layer.first
         acquired = layer.pool.cache.acquire(needed)
+        self._note_evicted(layer.pool, acquired.evicted)
         self.counters.hits += len(needed) - len(acquired.missing)
         self.counters.misses += len(acquired.missing)
         loads = [self._load(layer, e, s) for e, s in zip(acquired.missing, acquired.missing_slots, strict=True)]
@@ -217,37 +244,51 @@ class OffloadRuntime:
             return
         absent = following.ids[following.pool.cache.slot_of[following.ids] == ABSENT]
         ahead = following.pool.cache.stream(absent, share)
-        loads = [self._load(following, e, s) for e, s in zip(ahead.missing, ahead.missing_slots, strict=True)]
-        self.counters.streamed += len(loads)
-        self._under_way[id(layer.pool)] += zip(loads, ahead.missing.tolist(), ahead.missing_slots.tolist(), strict=True)
+        self._note_evicted(following.pool, ahead.evicted)
+        self.counters.streamed += len(ahead.missing)
+        self._start_ahead(following, ahead, guess=False)
+
+    def _start_ahead(self, layer: PooledLayer, ahead: Acquisition, guess: bool) -> None:
+        loads = [self._load(layer, e, s) for e, s in zip(ahead.missing, ahead.missing_slots, strict=True)]
+        layer.pool.ahead.add(loads, ahead.missing, ahead.missing_slots, guess)
         self.loader.start(loads)
 
-    def _await_under_way(self, pool: SlotPool, needed: IntArray) -> None:
+    def _await_under_way(self, layer: PooledLayer, needed: IntArray) -> None:
         """Wait for those of ``needed`` that are still being loaded, and unpin whatever has arrived.
 
-        Waits for all that is under way where the pins of the rest could leave too few slots.
+        Waits for all that is under way where the pins of the rest could leave too few slots. Guesses at this layer
+        that were wrong and have not begun to load are taken back.
         """
-        if under_way := self._under_way[id(pool)]:
+        pool, late, waited = layer.pool, 0, 0.0
+        if under_way := pool.ahead.under_way:
             crowded = len(under_way) + len(needed) > pool.memory.slots
             wanted = set(needed.tolist())
-            self._join([load for load, expert, _ in under_way if crowded or expert in wanted])
-            self._reap(pool)
+            wrong = [s for s in under_way if s.guess and s.expert not in wanted and s.expert in layer.span]
+            if wrong:
+                taken = {id(load) for load in self.loader.withdraw([started.load for started in wrong])}
+                pool.ahead.withdrawn([started for started in wrong if id(started.load) in taken])
+                self.counters.prefetches -= len(taken)
+            awaited = [s for s in pool.ahead.under_way if crowded or s.expert in wanted]
+            late = sum(s.guess and s.expert in wanted and not s.load.finished for s in awaited)
+            waited = self._join([started.load for started in awaited])
+            self._account(pool.ahead.reap())
+        if self.anticipation is not None:
+            self._note_used(pool, needed, late, waited)
 
-    def _reap(self, pool: SlotPool) -> None:
-        """Unpin experts that were loaded ahead and have arrived; those that failed give their slots back."""
-        under_way = self._under_way[id(pool)]
-        if not under_way:
-            return
-        remaining = []
-        for load, expert, slot in under_way:
-            if not load.finished:
-                remaining.append((load, expert, slot))
-                continue
-            pool.cache.release(np.array([slot]))
-            self._account([load])
-            if load.error is not None:
-                pool.cache.forget(np.array([expert]))
-        self._under_way[id(pool)] = remaining
+    def _note_used(self, pool: SlotPool, needed: IntArray, late: int, waited: float) -> None:
+        assert self.anticipation is not None
+        useful = pool.ahead.use(needed) - late
+        if useful > 0:
+            self.counters.prefetch_useful += useful
+            self.anticipation.note_useful(useful)
+        if late:
+            self.counters.prefetch_late += late
+            self.anticipation.note_late(late, waited)
+
+    def _note_evicted(self, pool: SlotPool, evicted: IntArray) -> None:
+        if self.anticipation is not None and len(evicted) and (wasted := pool.ahead.evict(evicted)):
+            self.counters.prefetch_wasted += wasted
+            self.anticipation.note_wasted(wasted)
 
     def _fetch(self, layer: PooledLayer, missing: IntArray, slots: IntArray) -> list[Load]:
         if not len(missing):
@@ -268,13 +309,18 @@ class OffloadRuntime:
     def _demand(self, loads: Sequence[Load]) -> None:
         started = time.perf_counter()
         self.loader.demand(loads)
-        self.counters.stall_seconds += time.perf_counter() - started
+        waited = time.perf_counter() - started
+        self.counters.stall_seconds += waited
         self._account(loads)
+        if self.anticipation is not None:
+            self.anticipation.note_demand(len(loads), waited)
 
-    def _join(self, loads: Sequence[Load]) -> None:
+    def _join(self, loads: Sequence[Load]) -> float:
         started = time.perf_counter()
         self.loader.join(loads)
-        self.counters.stall_seconds += time.perf_counter() - started
+        waited = time.perf_counter() - started
+        self.counters.stall_seconds += waited
+        return waited
 
     def _account(self, loads: Sequence[Load]) -> None:
         self.counters.loads += len(loads)

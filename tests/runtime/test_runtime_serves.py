@@ -181,8 +181,8 @@ def test_damaged_records_void_the_rows_that_need_them_and_nothing_else(
 
 def settle(checked: Checked) -> None:
     """Loads that were started ahead may still have read the damaged bytes."""
-    for under_way in checked.runtime._under_way.values():
-        checked.runtime.loader.join([load for load, *_ in under_way])
+    for pool in checked.runtime.pools:
+        checked.runtime.loader.join([started.load for started in pool.ahead.under_way])
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from ..history.recording import Recorder, RequestRows
 from ..history.trace import Trace
+from ..predict.context import RequestState
+from ..prefetch.anticipation import Anticipation
 
 Vector = NDArray[np.float32]
 
@@ -31,19 +33,23 @@ class Witness:
 
     Args:
         recorder: keeps the maps of running requests.
-        ended: told of every request that has ended, with its trace.
+        ended: told of every request that has ended: its trace, and what prediction kept of it.
         embed: vectors ``[n, D]`` of tokens ``[n]``; None where the model's embeddings cannot be read.
+        anticipation: looks ahead while the steps run.
     """
 
     def __init__(
         self,
         recorder: Recorder,
-        ended: Callable[[str, Trace], None],
+        ended: Callable[[Trace, RequestState | None], None],
         embed: Callable[[NDArray[np.integer]], Vector] | None,
+        anticipation: Anticipation | None = None,
     ):
         self.recorder = recorder
         self._ended = ended
         self._embed = embed
+        self._anticipation = anticipation
+        self._num_rows = 0
         self._source: StepSource | None = None
         self._embeddings: dict[str, Vector] = {}
         self._watching = False
@@ -62,29 +68,40 @@ class Witness:
             if self._embed is not None and part.request not in self._embeddings:
                 self._embeddings[part.request] = mean_direction(self._embed(source.prompt(part.request)))
         self.recorder.begin_step(rows)
+        self._num_rows = sum(len(part.tokens) for part in rows)
         self._watching = True
+        if self._anticipation is not None:
+            self._anticipation.begin_step(rows, self._embeddings)
 
     def routed(self, layer: int, experts: NDArray[np.integer], weights: NDArray[np.floating]) -> None:
         """The router of ``layer`` has chosen: ``[rows, K]``, in the numbers of the whole layer."""
         if self._source is not None:
             self.begin_pass()
-        if self._watching:
-            self.recorder.note(layer, experts, weights)
+        if not self._watching:
+            return
+        self.recorder.note(layer, experts, weights)
+        if self._anticipation is not None and self._anticipation.looks_ahead:
+            weights = weights[: self._num_rows]
+            shares = weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-9)
+            self._anticipation.observe(layer, experts[: self._num_rows], shares)
 
     def end_step(self) -> None:
         """The forward pass is over."""
         self._source = None
         if self._watching:
             self._watching = False
-            self.recorder.end_step()
+            maps = self.recorder.end_step()
+            if self._anticipation is not None:
+                self._anticipation.end_step(maps)
 
     def requests_ended(self, requests: Iterable[str]) -> None:
         """Requests have finished or were aborted."""
         for request in requests:
             trace = self.recorder.finish(request)
             embedding = self._embeddings.pop(request, None)
+            state = None if self._anticipation is None else self._anticipation.close(request)
             if trace is not None:
-                self._ended(request, _with_embedding(trace, embedding))
+                self._ended(_with_embedding(trace, embedding), state)
 
     def running(self) -> list[Trace]:
         """Traces, so far, of the requests that have not ended."""

@@ -29,10 +29,14 @@ class StatsReport:
         hits, misses = counters.hits - before.hits, counters.misses - before.misses
         if hits + misses:
             logger.info(
-                "moe-offload: %.1f%% of %d experts were in fast memory; %.1f MiB/s loaded, %.0f%% of the time stalled",
+                "moe-offload: %.1f%% of %d experts were in fast memory; %.1f MiB/s loaded, %.0f%% of the time stalled"
+                "; prefetched %d useful, %d late, %d wasted",
                 100 * hits / (hits + misses),
                 hits + misses,
                 (counters.loaded_bytes - before.loaded_bytes) / 2**20 / (now - self._since),
                 100 * (counters.stall_seconds - before.stall_seconds) / (now - self._since),
+                counters.prefetch_useful - before.prefetch_useful,
+                counters.prefetch_late - before.prefetch_late,
+                counters.prefetch_wasted - before.prefetch_wasted,
             )
         self._since, self._before = now, replace(counters)

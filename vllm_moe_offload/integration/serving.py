@@ -50,8 +50,8 @@ class ServedModel:
         self._mark_in_config()
         self._step_requests: dict[str, int] = {}
         self._watch: Watch | None = None
-        if config.trace is not None:
-            self._watch = Watch(vllm_config, config, model, layers, store, _io_cpus())
+        if config.trace is not None or config.predictor != "none":
+            self._watch = Watch(vllm_config, config, model, layers, self.runtime, _io_cpus())
         self._report = StatsReport(self.runtime)
         if not store.direct:
             logger.warning(

@@ -2,23 +2,38 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
 from ..chronicle.background import Background
+from ..chronicle.keeper import HistoryKeeper
+from ..chronicle.learning import Learning
+from ..chronicle.predictors import create_predictor
 from ..chronicle.trace_recording import TraceRecording
 from ..chronicle.witness import Witness
 from ..config import OffloadConfig
 from ..errors import UnsupportedError
+from ..history.archive import HistoryArchive
 from ..history.recording import Recorder
 from ..history.trace import Trace
-from ..predict.base import ModelShape
+from ..predict.base import ModelShape, Predictor
+from ..predict.context import RequestState
+from ..predict.history import HistoryPredictor
+from ..predict.token_vectors import ModelVectors
+from ..prefetch.anticipation import Anticipation
+from ..prefetch.estimates import Estimates
+from ..runtime import OffloadRuntime
+from ..slots_ahead import SlotsAhead
 from ..store.reader import Store
+from ..store.root import default_root
 from .rows import RunnerStep, knows_rows, token_rows
 
 if TYPE_CHECKING:
@@ -26,7 +41,9 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.moe_offload")
 
-SECONDS_BETWEEN_WRITES = 60.0
+SECONDS_BETWEEN_ROUNDS = 5.0
+MOST_TOKENS = 8192
+"""Of one request, the history sees its last so many."""
 
 Layers = Mapping[str, tuple[torch.nn.Module, "OffloadedMoEMethod"]]
 
@@ -45,17 +62,48 @@ class Watch:
         config: OffloadConfig,
         model: torch.nn.Module,
         layers: Layers,
-        store: Store,
+        runtime: OffloadRuntime,
         cpus: set[int],
     ):
         shape = model_shape(layers)
-        self._trace = _trace_recording(vllm_config, config, shape, store)
-        found = token_rows(model)
-        self.witness = Witness(Recorder(shape), self._request_ended, found[0] if found else None)
+        self._embeddings = token_rows(model)
+        self._trace = _trace_recording(vllm_config, config, shape, runtime.store)
+        self._keeper = _history_keeper(vllm_config, config, shape, runtime.store)
+        self._vectors = ModelVectors(*self._embeddings) if self._embeddings else None
+        self._predictor = self._create_predictor(config, shape)
+        self._learning = self._start_learning(cpus)
+        anticipation = self._look_ahead(layers, runtime)
+        recorder = Recorder(shape, MOST_TOKENS if self._trace is None else None)
+        embed = self._embeddings and self._embeddings[0]
+        self.witness = Witness(recorder, self._request_ended, embed, anticipation)
         for number, (_, method) in enumerate(layers.values()):
             method.witness, method.number = self.witness, number
         model.register_forward_pre_hook(lambda module, arguments: self.witness.begin_pass())
-        self._background = Background(self._write, SECONDS_BETWEEN_WRITES, _complain, cpus)
+        self._background = Background(self._round, SECONDS_BETWEEN_ROUNDS, _complain, cpus)
+
+    def _create_predictor(self, config: OffloadConfig, shape: ModelShape) -> Predictor | None:
+        if self._keeper is None:
+            return None
+        return create_predictor(config.predictor, shape, self._keeper.history, self._vectors)
+
+    def _start_learning(self, cpus: set[int]) -> Learning | None:
+        if self._keeper is None or not isinstance(self._predictor, HistoryPredictor):
+            return None
+        keeper, archive = self._keeper, self._keeper.archive
+        folder = archive.path(keeper.fingerprint).parent if archive and keeper.writes else None
+        return Learning(self._predictor, folder, keeper.fingerprint, self._vectors, cpus, _say)
+
+    def _look_ahead(self, layers: Layers, runtime: OffloadRuntime) -> Anticipation | None:
+        """Nothing is looked for ahead where everything is resident."""
+        if self._predictor is None or all(method.pooled is None for _, method in layers.values()):
+            return None
+        pooled = [runtime.layers[name] for name in layers]
+        slots = SlotsAhead(runtime, pooled, [_held(layer) for layer, _ in layers.values()])
+        record = max(layer.pool.memory.layout.record_bytes for layer in pooled)
+        load_seconds = 1e-4 + record / 2e9
+        estimates = Estimates(load_seconds, layer_seconds=1e-3, chunk_seconds=load_seconds)
+        runtime.anticipation = Anticipation(self._predictor, slots, estimates, time.perf_counter)
+        return runtime.anticipation
 
     def begin_step(self, model_runner: Any, scheduler_output: Any) -> None:
         """A step has been scheduled: some requests ended before it, others run in it."""
@@ -73,14 +121,27 @@ class Watch:
     def close(self) -> None:
         """Write what is to be kept, and end."""
         self._background.close()
+        if self._learning is not None:
+            self._learning.close()
+        if self._keeper is not None:
+            self._keeper.save(at_once=True)
         if self._trace is not None:
             self._trace.write(self.witness.running())
 
-    def _request_ended(self, request: str, trace: Trace) -> None:
+    def _request_ended(self, trace: Trace, state: RequestState | None) -> None:
         if self._trace is not None:
             self._trace.add(trace)
+        if self._predictor is not None:
+            self._predictor.close(state or self._predictor.open(), trace)
+            if not isinstance(self._predictor, HistoryPredictor):
+                assert self._keeper is not None
+                self._keeper.history.add(trace)
 
-    def _write(self) -> None:
+    def _round(self) -> None:
+        if self._keeper is not None:
+            self._keeper.save()
+        if self._learning is not None:
+            self._learning.attend()
         if self._trace is not None:
             self._trace.write([])
 
@@ -121,6 +182,43 @@ def _trace_recording(vllm_config: Any, config: OffloadConfig, shape: ModelShape,
     name = Path(vllm_config.model_config.model).name
     logger.info("moe-offload: recording a trace of every request in %s", path)
     return TraceRecording(path, shape, name, model_fingerprint(store))
+
+
+def _history_keeper(vllm_config: Any, config: OffloadConfig, shape: ModelShape, store: Store) -> HistoryKeeper | None:
+    if config.predictor == "none":
+        return None
+    archive = None if config.history == "off" else HistoryArchive(_history_folder(config))
+    first = vllm_config.parallel_config.data_parallel_rank == 0
+    keeper = HistoryKeeper(archive, model_fingerprint(store), shape, _warn, first and writes_files())
+    logger.info(
+        "moe-offload: predicting by '%s', from %d tokens of %d earlier requests",
+        config.predictor,
+        keeper.history.num_tokens,
+        len(keeper.history.requests),
+    )
+    return keeper
+
+
+def _history_folder(config: OffloadConfig) -> Path:
+    return Path(config.history) if config.history else (config.store or default_root()).parent / "history"
+
+
+def _held(layer: torch.nn.Module) -> NDArray[np.int64] | None:
+    """Numbers of the experts this worker holds, in its own order; None for all of them."""
+    expert_map = layer._expert_map
+    if expert_map is None:
+        return None
+    own = expert_map.numpy()
+    held = np.flatnonzero(own >= 0)
+    return held[np.argsort(own[held])]
+
+
+def _say(sentence: str) -> None:
+    logger.info("moe-offload: %s", sentence)
+
+
+def _warn(sentence: str) -> None:
+    logger.warning("moe-offload: %s", sentence)
 
 
 def _complain(error: Exception) -> None:

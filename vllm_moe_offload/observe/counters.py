@@ -16,6 +16,14 @@ class Counters:
     failed_loads: int = 0
     stall_seconds: float = 0.0
     """Time forward passes spent waiting for loads."""
+    prefetches: int = 0
+    """Loads started on a prediction. Those in the next three are over; the others still lie unused in their slots."""
+    prefetch_useful: int = 0
+    """There when first needed."""
+    prefetch_late: int = 0
+    """Still loading when needed."""
+    prefetch_wasted: int = 0
+    """Evicted before anyone needed them."""
     steps: int = 0
     waves: int = 0
     """Kernel calls beyond the first of a layer, made because its experts did not fit in the slots together."""

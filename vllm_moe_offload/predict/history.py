@@ -15,7 +15,7 @@ from .base import ModelShape, Predictor, Step
 from .context import RequestState, TokenContext, TokenMap
 from .heads import HeadsPredictor
 from .heads_training import HeadsTrainer
-from .neighbours import NeighboursPredictor
+from .neighbours import MAX_CANDIDATES, NeighboursPredictor
 from .network import NetworkSize, Parameters
 from .token_vectors import LearnedVectors, TokenVectors
 
@@ -31,6 +31,7 @@ class HistoryPredictor(Predictor):
         vectors: makes the vectors of tokens, called at each training; learned ones when not given. A model's own
             embeddings never change, so the same object may be returned every time.
         learn_at_once: train within ``close`` when training is due. Otherwise someone must call ``train``.
+        max_candidates: of the neighbours.
     """
 
     def __init__(
@@ -39,13 +40,14 @@ class HistoryPredictor(Predictor):
         history: HistoryStore,
         vectors: Callable[[], TokenVectors] = LearnedVectors,
         learn_at_once: bool = False,
+        max_candidates: int = MAX_CANDIDATES,
     ):
         super().__init__(shape)
         self.history = history
         self.heads: HeadsPredictor | None = None
         self.trained_tokens = 0
         """Tokens in the history when the current heads were trained."""
-        self._neighbours = NeighboursPredictor(shape, history)
+        self._neighbours = NeighboursPredictor(shape, history, max_candidates)
         self._vectors = vectors
         self._learn_at_once = learn_at_once
         self._trainer: HeadsTrainer | None = None

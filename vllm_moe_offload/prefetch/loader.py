@@ -87,6 +87,10 @@ class RecordLoader:
             self._started.extend(loads)
             self._wake.notify(len(loads))
 
+    def withdraw(self, loads: Sequence[Load]) -> list[Load]:
+        """Take back those of ``loads`` that are still queued, and return them: they will never finish."""
+        return [load for load in loads if self._take(load)]
+
     def join(self, loads: Sequence[Load]) -> None:
         """Return when ``loads`` are finished, reading in the calling thread those that no worker has taken up yet."""
         for load in loads:

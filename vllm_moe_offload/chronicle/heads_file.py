@@ -1,0 +1,78 @@
+"""Trained heads on disk, beside the history they were learned from. A file that is not entirely right is not used."""
+
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import TraceError
+from ..history.files import write_atomically
+from ..predict.network import NetworkSize, Parameters
+from ..predict.token_vectors import LearnedVectors, TokenVectors
+
+VERSION = 1
+HEADS_FILE = "heads.npz"
+
+
+class SavedHeads(NamedTuple):
+    """What a training made."""
+
+    parameters: Parameters
+    vectors: LearnedVectors | None
+    """Learned along with the heads; None where the model's own embeddings stand in for them."""
+    trained_tokens: int
+    """Tokens of the history they were learned from."""
+
+
+def write_heads(path: Path, fingerprint: str, parameters: Parameters, vectors: TokenVectors, tokens: int) -> None:
+    """Write so that a crash leaves the old file or the whole new one."""
+    learned = vectors if isinstance(vectors, LearnedVectors) else LearnedVectors(vectors.width)
+    fields = {
+        "version": np.array(VERSION),
+        "fingerprint": np.array(fingerprint),
+        "size": np.array(parameters.size),
+        "parameters": parameters.flat,
+        "trained_tokens": np.array(tokens),
+        "learned": np.array(isinstance(vectors, LearnedVectors)),
+        "known": np.array(sorted(learned.known, key=learned.known.__getitem__), np.int64),
+        "rows": learned.rows,
+    }
+    write_atomically(path, lambda file: np.savez(file, **fields))  # type: ignore[arg-type]
+
+
+def read_heads(path: Path, fingerprint: str, size: NetworkSize, learned: bool) -> SavedHeads:
+    """The heads in a file, if they fit this model.
+
+    Args:
+        size: what they must have; its ``vector`` counts only where vectors are not learned.
+        learned: whether vectors must have been learned along.
+
+    Raises:
+        TraceError: the file is missing, damaged, of another version, model or size; names it and says which.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            fields = {name: archive[name] for name in archive.files}
+        version, found = int(fields["version"]), NetworkSize(*fields["size"].tolist())
+        wanted = size._replace(vector=found.vector) if learned else size
+        if version != VERSION or str(fields["fingerprint"]) != fingerprint or found != wanted:
+            raise ValueError(f"version {version}, {found}, of model {fields['fingerprint']}")
+        if bool(fields["learned"]) != learned or not np.isfinite(fields["parameters"]).all():
+            raise ValueError("other token vectors, or numbers that are not finite")
+        parameters = Parameters(found, fields["parameters"].astype(np.float32, copy=False))
+        vectors = _learned_vectors(fields, found.vector) if learned else None
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise TraceError(f"{path}: not heads of this model ({error})") from error
+    return SavedHeads(parameters, vectors, int(fields["trained_tokens"]))
+
+
+def _learned_vectors(fields: dict[str, np.ndarray], width: int) -> LearnedVectors:
+    vectors = LearnedVectors(width)
+    known, rows = fields["known"], fields["rows"]
+    if rows.shape != (len(known) + 1, width):
+        raise ValueError(f"{len(known)} tokens but vectors of shape {rows.shape}")
+    vectors.grow(known)
+    vectors.known = {int(token): row for row, token in enumerate(known, start=1)}
+    vectors.rows = rows.astype(np.float32)
+    return vectors

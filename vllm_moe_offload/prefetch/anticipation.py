@@ -1,0 +1,201 @@
+"""Asks a predictor about the layers ahead and a planner what of it to load, while a step goes through its layers.
+
+It must never wait for a load nor touch a slot: whoever owns them answers its questions and carries out its wishes.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..history.recording import RequestMaps, RequestRows
+from ..predict.base import Predictor, Step, union_probability
+from ..predict.context import RequestState, TokenContext, TokenMap
+from .estimates import Estimates
+from .planner import Outlook, Phase, Planner
+from .worth import Worth
+
+MOST_ROWS = 32
+"""Steps with more rows need nearly every expert of a layer: nothing to predict."""
+_MOST_AHEAD = 3
+_THINKING_SHARE = 0.1
+"""Looking farther than one layer ahead may take this share of a layer's time."""
+_REMEMBERED_PREFILL = 64
+"""Of a prefill chunk, the last tokens count towards the request's frequency: earlier ones have decayed to nothing."""
+
+
+class Residency(Protocol):
+    """Whoever owns the slots. Experts are numbered within their layer; arrays ``[E]`` hold all of a layer's."""
+
+    def absent(self, layer: int) -> NDArray[np.bool_]:
+        """Which experts have no slot and are not being loaded."""
+
+    def expect(self, layer: int, probabilities: NDArray[np.float32]) -> None:
+        """With these probabilities the running step will use the layer's experts."""
+
+    def passed(self, layer: int) -> None:
+        """The layer is being computed: the running step has no further use for it."""
+
+    def prefetch(self, layer: int, experts: NDArray[np.int64]) -> int:
+        """Start loading ``experts``, best first, as far as there is room. Returns how many were started."""
+
+    def queued(self) -> int:
+        """Loads under way that nobody waits for."""
+
+
+class Anticipation:
+    """Looks ahead for one worker.
+
+    Args:
+        estimates: what is known of this machine; kept up to date here.
+        clock: seconds.
+    """
+
+    def __init__(self, predictor: Predictor, residency: Residency, estimates: Estimates, clock: Callable[[], float]):
+        self.predictor = predictor
+        self.planner = Planner(estimates)
+        self._residency = residency
+        self._clock = clock
+        self._worth = {phase: Worth() for phase in Phase}
+        self._states: dict[str, RequestState] = {}
+        self._contexts: dict[str, Sequence[TokenContext]] = {}
+        self._step: Step | None = None
+        self._phase = Phase.DECODE
+        self._layer = -1
+        self._ask_seconds = 1e-4
+        self._layer_began = 0.0
+        self._stalled = 0.0
+        self._demands = 0
+        self._prefetches = 0
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the running step is predicted."""
+        return self._step is not None
+
+    def begin_step(self, rows: Sequence[RequestRows], embeddings: Mapping[str, NDArray[np.float32]]) -> None:
+        """The forward pass over ``rows`` starts. ``embeddings``: of requests, where known."""
+        began = self._clock()
+        self._step, self._layer = None, -1
+        self._phase = Phase.PREFILL if any(part.is_prefill for part in rows) else Phase.DECODE
+        for part in rows:
+            if part.request not in self._states:
+                self._states[part.request] = self.predictor.open(embeddings.get(part.request))
+        few = sum(len(part.tokens) for part in rows) <= MOST_ROWS
+        self._contexts = {part.request: self._context(part) for part in rows} if few or self._learns else {}
+        self.planner.begin_step(self._phase)
+        if few and not self.planner.is_off(self._phase) and self._worth[self._phase].begin_step():
+            self._step = self.predictor.begin([row for part in rows for row in self._contexts[part.request]])
+            self._look_from(-1)
+            self._worth[self._phase].spend(self._clock() - began)
+
+    def observe(self, layer: int, experts: NDArray[np.integer], weights: NDArray[np.floating]) -> None:
+        """``layer`` has routed the rows of the step, ``[rows, K]``; its experts are going to be asked for."""
+        if self._step is None:
+            return
+        now = self._clock()
+        if self._layer >= 0:
+            seconds = max(now - self._layer_began - self._stalled, 1e-6)
+            loads = self._demands + self._prefetches
+            self.planner.estimates.note_layer(seconds, loads * self.planner.estimates.load_seconds, self._demands)
+        self._stalled, self._demands, self._prefetches = 0.0, 0, 0
+        self._layer = layer
+        self._residency.passed(layer)
+        self._step.observe(layer, experts, weights)
+        self._layer_began = self._clock()
+        self._worth[self._phase].spend(self._layer_began - now)
+
+    def look_ahead(self) -> None:
+        """The experts of the layer observed last are there: think of the next ones while it computes."""
+        if self._step is None:
+            return
+        began = self._clock()
+        self._look_from(self._layer)
+        now = self._clock()
+        self._layer_began += now - began
+        self._worth[self._phase].spend(now - began)
+
+    def end_step(self, maps: Sequence[RequestMaps]) -> None:
+        """The pass is over; ``maps`` are what its rows have been through."""
+        for part in maps:
+            state = self._states.get(part.rows.request)
+            if state is not None and len(part.tokens):
+                self._remember(state, part)
+        self._step, self._contexts = None, {}
+
+    def close(self, request: str) -> RequestState | None:
+        """A request has ended. Returns what was known of it."""
+        return self._states.pop(request, None)
+
+    def note_demand(self, loads: int, seconds: float) -> None:
+        """The step has waited for ``loads`` that nobody had started."""
+        estimates = self.planner.estimates
+        estimates.note_load(seconds / loads)
+        estimates.chunk_seconds = estimates.load_seconds
+        self._stalled += seconds
+        self._demands += loads
+
+    def note_useful(self, count: int) -> None:
+        """``count`` prefetches were there when they were needed."""
+        for _ in range(count):
+            self.planner.note_useful(self._phase)
+        self._worth[self._phase].save(count * self.planner.estimates.load_seconds)
+
+    def note_late(self, count: int, waited_seconds: float) -> None:
+        """``count`` prefetches were waited for, together for ``waited_seconds``."""
+        each = waited_seconds / count
+        for _ in range(count):
+            self.planner.note_late(self._phase, each)
+        self._worth[self._phase].save(count * max(0.0, self.planner.estimates.load_seconds - each))
+        self._stalled += waited_seconds
+
+    def note_wasted(self, count: int) -> None:
+        """``count`` prefetches were evicted unused."""
+        for _ in range(count):
+            self.planner.note_wasted(self._phase)
+
+    def _look_from(self, layer: int) -> None:
+        assert self._step is not None
+        estimates = self.planner.estimates
+        farthest = min(layer + self._distance(), self.predictor.shape.layers - 1)
+        for target in range(layer + 1, farthest + 1):
+            began = self._clock()
+            probabilities = union_probability(self._step.predict(target))
+            self._residency.expect(target, probabilities)
+            outlook = Outlook(target - layer, probabilities, self._residency.absent(target))
+            wanted = self.planner.plan(self._phase, outlook, self._residency.queued() * estimates.load_seconds)
+            if len(wanted):
+                self._prefetches += self._residency.prefetch(target, wanted)
+            self._ask_seconds += 0.05 * (self._clock() - began - self._ask_seconds)
+
+    def _distance(self) -> int:
+        """As far as a load takes, if the thinking is cheap beside the layers."""
+        estimates = self.planner.estimates
+        layers = 1 + int(estimates.load_seconds / max(estimates.layer_seconds, 1e-6))
+        affordable = int(_THINKING_SHARE * estimates.layer_seconds / self._ask_seconds)
+        return max(1, min(layers, affordable, _MOST_AHEAD))
+
+    @property
+    def _learns(self) -> bool:
+        return self.predictor.learns_from_each_token
+
+    def _context(self, part: RequestRows) -> Sequence[TokenContext]:
+        state = self._states[part.request]
+        if len(part.tokens) == 1:
+            return [state.context(int(part.tokens[0]))]
+        return state.contexts_side_by_side(part.tokens)
+
+    def _remember(self, state: RequestState, part: RequestMaps) -> None:
+        experts, weights = part.experts.astype(np.int64), part.weights.astype(np.float32)
+        maps = [TokenMap(*one) for one in zip(experts, weights, strict=True)]
+        tokens = part.tokens.tolist()
+        early = max(0, len(maps) - _REMEMBERED_PREFILL)
+        for token, token_map in zip(tokens[:early], maps[:early], strict=True):
+            self.predictor.memory.remember(token, token_map)
+        for token, token_map in zip(tokens[early:], maps[early:], strict=True):
+            state.advance(token, token_map)
+        if self._learns:
+            skipped = len(part.rows.tokens) - part.rows.drafts - len(maps)
+            for context, token_map in zip(self._contexts[part.rows.request][skipped:], maps, strict=False):
+                self.predictor.learn(context, token_map)
