@@ -1,6 +1,5 @@
 """``--moe-offload-trace FILE``: all requests of an engine, as a trace file that grows while it serves."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,18 +30,18 @@ class TraceRecording:
         self._written = -1
         if path.exists():
             self._requests.append(self._earlier())
-        self.write([])
+        self.write()
 
     def add(self, request: Trace) -> None:
         """A request has ended. Seen by the next ``write``."""
         self._requests.append(request)
 
-    def write(self, running: Sequence[Trace]) -> None:
-        """Replace the file by one that has all requests that have ended, and ``running``, those that have not."""
+    def write(self) -> None:
+        """Replace the file by one that has all requests that have ended, if there are new ones."""
         requests = list(self._requests)
-        if len(requests) == self._written and not running:
+        if len(requests) == self._written:
             return
-        trace = join([*requests, *running], self._shape)
+        trace = join(requests, self._shape)
         try:
             write_trace(self.path, replace(trace, model=self._model, fingerprint=self._fingerprint), compress=False)
         except OSError as error:

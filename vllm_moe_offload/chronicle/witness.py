@@ -103,11 +103,6 @@ class Witness:
             if trace is not None:
                 self._ended(_with_embedding(trace, embedding), state)
 
-    def running(self) -> list[Trace]:
-        """Traces, so far, of the requests that have not ended."""
-        traces = ((request, self.recorder.trace(request)) for request in self.recorder.running)
-        return [_with_embedding(trace, self._embeddings.get(request)) for request, trace in traces if trace is not None]
-
 
 def mean_direction(vectors: Vector) -> Vector:
     """The mean of ``vectors`` ``[n, D]`` scaled to length 1; zero where there is none."""

@@ -121,12 +121,14 @@ class Watch:
     def close(self) -> None:
         """Write what is to be kept, and end."""
         self._background.close()
+        self.witness.end_step()
+        self.witness.requests_ended(self.witness.recorder.running)
         if self._learning is not None:
             self._learning.close()
         if self._keeper is not None:
             self._keeper.save(at_once=True)
         if self._trace is not None:
-            self._trace.write(self.witness.running())
+            self._trace.write()
 
     def _request_ended(self, trace: Trace, state: RequestState | None) -> None:
         if self._trace is not None:
@@ -143,7 +145,7 @@ class Watch:
         if self._learning is not None:
             self._learning.attend()
         if self._trace is not None:
-            self._trace.write([])
+            self._trace.write()
 
 
 def model_shape(layers: Layers) -> ModelShape:
