@@ -202,3 +202,56 @@ def test_a_budget_for_everything_loads_every_expert_into_its_own_slot(
         damaged.load_everything()
     damaged.close()
     made.flip(1, 2)
+
+
+class Guesser:
+    """In place of an anticipation: has anything at all loaded, and keeps the books it is told to keep."""
+
+    def __init__(self, runtime: OffloadRuntime, seed: int):
+        self.runtime = runtime
+        self.draw = np.random.default_rng(seed)
+        self.useful = self.late = self.wasted = 0
+
+    def look_ahead(self) -> None:
+        layer = self.draw.choice(list(self.runtime.layers.values()))
+        guesses = self.draw.permutation(layer.experts)[: self.draw.integers(1, 5)]
+        self.runtime.prefetch(layer, guesses + layer.first)
+
+    def note_demand(self, loads: int, seconds: float) -> None:
+        assert loads > 0 and seconds > 0
+
+    def note_useful(self, count: int) -> None:
+        self.useful += count
+
+    def note_late(self, count: int, waited_seconds: float) -> None:
+        self.late += count
+
+    def note_wasted(self, count: int) -> None:
+        self.wasted += count
+
+
+@settings(max_examples=150, deadline=None)
+@given(script=scripts(damage=True))
+def test_guesses_do_not_show_in_what_a_wave_finds(stores: dict[str, RecordStore], script: Script) -> None:
+    made = stores[script.model]
+    checked = Checked(made, script.slots, script.policy)
+    guesser = Guesser(checked.runtime, script.seed)
+    checked.runtime.anticipation = guesser  # type: ignore[assignment]
+    try:
+        for layer, expert in script.damaged:
+            made.flip(layer, expert)
+        checked.damaged = set(script.damaged)
+        for step in script.steps():
+            checked.step(step)
+        settle(checked)
+    finally:
+        for layer, expert in script.damaged:
+            made.flip(layer, expert)
+    checked.runtime.anticipation = None
+    checked.damaged = set()
+    checked.check_contents()
+    counters = checked.runtime.counters
+    told = (counters.prefetch_useful, counters.prefetch_late, counters.prefetch_wasted)
+    assert told == (guesser.useful, guesser.late, guesser.wasted)
+    assert sum(told) <= counters.prefetches
+    checked.runtime.close()

@@ -1,0 +1,169 @@
+"""Looking ahead, with a predictor that says what it is told and a clock that moves when told to."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_moe_offload.history.recording import Recorder, RequestRows
+from vllm_moe_offload.predict.base import ModelShape, Predictor, Probabilities, Step
+from vllm_moe_offload.predict.context import TokenContext
+from vllm_moe_offload.prefetch.anticipation import MOST_ROWS, Anticipation
+from vllm_moe_offload.prefetch.estimates import Estimates
+
+SHAPE = ModelShape(4, 8, 2)
+
+
+class Oracle(Predictor):
+    """Says that every row will use experts ``2 * layer`` and ``2 * layer + 1``; notes what it is asked and told."""
+
+    def __init__(self, sure: float = 1.0):
+        super().__init__(SHAPE)
+        self.sure = sure
+        self.seen: list[list[TokenContext]] = []
+
+    def begin(self, rows: Sequence[TokenContext]) -> Step:
+        self.seen.append(list(rows))
+        return OracleStep(self.sure, len(rows))
+
+
+class OracleStep(Step):
+    def __init__(self, sure: float, rows: int):
+        self.sure, self.rows = sure, rows
+
+    def observe(self, layer: int, experts: NDArray[np.integer], weights: NDArray[np.floating]) -> None:
+        pass
+
+    def predict(self, layer: int) -> Probabilities:
+        probabilities = np.zeros((self.rows, SHAPE.experts), np.float32)
+        probabilities[:, right(layer)] = self.sure
+        return probabilities
+
+
+class Slots:
+    """Room for everything; remembers what was asked of it."""
+
+    def __init__(self, clock: list[float], resident: Sequence[tuple[int, int]] = ()):
+        self.clock = clock
+        self.here = np.zeros((SHAPE.layers, SHAPE.experts), bool)
+        for layer, expert in resident:
+            self.here[layer, expert] = True
+        self.started: list[tuple[int, int]] = []
+        self.expected: dict[int, NDArray[np.float32]] = {}
+
+    def absent(self, layer: int) -> NDArray[np.bool_]:
+        return ~self.here[layer]
+
+    def expect(self, layer: int, probabilities: NDArray[np.float32]) -> None:
+        self.expected[layer] = probabilities
+
+    def passed(self, layer: int) -> None:
+        self.expected.pop(layer, None)
+
+    def prefetch(self, layer: int, experts: NDArray[np.int64]) -> int:
+        self.here[layer, experts] = True
+        self.started += [(layer, expert) for expert in experts.tolist()]
+        return len(experts)
+
+    def queued(self) -> int:
+        return 0
+
+
+def right(layer: int) -> list[int]:
+    return [2 * layer, 2 * layer + 1]
+
+
+def estimates() -> Estimates:
+    return Estimates(load_seconds=0.002, layer_seconds=0.003, chunk_seconds=0.002, busy=0.5)
+
+
+def decode_row(request: str = "a", token: int = 5, position: int = 10) -> RequestRows:
+    return RequestRows(request, position, np.array([token], np.int32), prompt=3)
+
+
+def run_step(anticipation: Anticipation, recorder: Recorder, rows: list[RequestRows], clock: list[float]) -> None:
+    anticipation.begin_step(rows, {})
+    recorder.begin_step(rows)
+    count = sum(len(part.tokens) for part in rows)
+    for layer in range(SHAPE.layers):
+        clock[0] += 0.003
+        experts = np.tile(right(layer), (count, 1))
+        weights = np.full((count, 2), 0.5, np.float32)
+        recorder.note(layer, experts, weights)
+        anticipation.observe(layer, experts, weights)
+        anticipation.look_ahead()
+    anticipation.end_step(recorder.end_step())
+
+
+def test_what_is_certain_and_absent_is_loaded_before_its_layer_and_only_once() -> None:
+    clock = [0.0]
+    slots = Slots(clock, resident=[(2, 4)])
+    anticipation = Anticipation(Oracle(), slots, estimates(), lambda: clock[0])
+    run_step(anticipation, Recorder(SHAPE), [decode_row()], clock)
+    wanted = {(layer, expert) for layer in range(SHAPE.layers) for expert in right(layer)} - {(2, 4)}
+    assert sorted(slots.started) == sorted(wanted), "layer 0 from the step's start, the others as the layers pass"
+    assert not slots.expected, "nothing is expected of a step that is over"
+
+
+def test_what_is_improbable_is_left_alone() -> None:
+    clock = [0.0]
+    slots = Slots(clock)
+    run_step(
+        Anticipation(Oracle(sure=0.1), slots, estimates(), lambda: clock[0]), Recorder(SHAPE), [decode_row()], clock
+    )
+    assert not slots.started
+
+
+def test_a_request_carries_its_past_from_step_to_step_and_is_forgotten_when_it_ends() -> None:
+    clock, oracle, recorder = [0.0], Oracle(), Recorder(SHAPE)
+    anticipation = Anticipation(oracle, Slots(clock), estimates(), lambda: clock[0])
+    run_step(anticipation, recorder, [decode_row(token=5)], clock)
+    run_step(anticipation, recorder, [decode_row(token=6, position=11), decode_row("b", token=5)], clock)
+    first, (second, other) = oracle.seen[0][0], oracle.seen[1]
+    assert first.previous is None and first.same is None
+    assert (second.token, second.previous_token) == (6, 5) and second.previous is not None
+    assert second.previous.experts.tolist() == [right(layer) for layer in range(SHAPE.layers)]
+    assert other.previous is None and other.same is not None, "the token's last map is shared, the past is not"
+    assert anticipation.close("a") is second.state and anticipation.close("a") is None
+
+
+def test_a_step_of_many_rows_is_not_predicted_but_remembered() -> None:
+    clock, oracle, recorder = [0.0], Oracle(), Recorder(SHAPE)
+    slots = Slots(clock)
+    anticipation = Anticipation(oracle, slots, estimates(), lambda: clock[0])
+    tokens = np.arange(MOST_ROWS + 1, dtype=np.int32)
+    run_step(anticipation, recorder, [RequestRows("a", 0, tokens, prompt=len(tokens))], clock)
+    assert not oracle.seen and not slots.started
+    run_step(anticipation, recorder, [decode_row(token=0, position=len(tokens))], clock)
+    assert oracle.seen[0][0].previous_token == MOST_ROWS and oracle.seen[0][0].same is not None
+
+
+def test_guesses_that_are_never_used_silence_it_and_it_tries_again() -> None:
+    clock, oracle, recorder = [0.0], Oracle(), Recorder(SHAPE)
+    slots = Slots(clock)
+    anticipation = Anticipation(oracle, slots, estimates(), lambda: clock[0])
+    guessed = []
+    for step in range(1500):
+        run_step(anticipation, recorder, [decode_row(position=10 + step)], clock)
+        if slots.started:
+            anticipation.note_wasted(len(slots.started))
+        guessed.append(bool(slots.started))
+        slots.here[:] = False
+        slots.started.clear()
+    assert all(guessed[:8]), "it is given a chance"
+    assert sum(guessed) < 0.2 * len(guessed), "which is not abused"
+    assert any(guessed[-1000:]), "nor the last"
+
+
+def test_time_spent_thinking_counts_against_it() -> None:
+    clock, recorder = [0.0], Recorder(SHAPE)
+
+    def slow_clock() -> float:
+        clock[0] += 0.001
+        return clock[0]
+
+    oracle = Oracle(sure=0.0)
+    anticipation = Anticipation(oracle, Slots(clock), estimates(), slow_clock)
+    for step in range(96):
+        run_step(anticipation, recorder, [decode_row(position=10 + step)], clock)
+    assert len(oracle.seen) == 32, "a window of trying, then twice as long of silence"
