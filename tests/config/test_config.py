@@ -181,3 +181,16 @@ def test_errors_name_the_door_even_if_another_would_win(
 
 def test_a_store_is_a_path() -> None:
     assert OffloadConfig.from_mapping({"store": "/a/b"}, "here").store == Path("/a/b")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("predictor", "oracle", "'history', 'finemoe', 'moe-infinity', 'coactivation', 'frequency' or 'none'"),
+        ("history", " ", "neither a folder nor 'off'"),
+        ("trace", "trace.txt", "must end in .npz"),
+    ],
+)
+def test_what_prediction_cannot_use_is_refused_with_the_reason(key: str, value: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=rf"here: {key} = '{value}': .*{reason}"):
+        OffloadConfig.from_mapping({key: value}, "here")

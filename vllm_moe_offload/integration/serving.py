@@ -50,7 +50,10 @@ class ServedModel:
         self._mark_in_config()
         self._step_requests: dict[str, int] = {}
         self._watch: Watch | None = None
-        if config.trace is not None or config.predictor != "none":
+        predicts = config.predictor != "none" and not self._resident
+        if config.predictor != "none" and self._resident:
+            logger.info("moe-offload: every expert is resident: nothing to predict, and nothing is remembered")
+        if config.trace is not None or predicts:
             self._watch = Watch(vllm_config, config, model, layers, self.runtime, _io_cpus())
         self._report = StatsReport(self.runtime)
         if not store.direct:
