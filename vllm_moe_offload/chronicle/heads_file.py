@@ -68,11 +68,7 @@ def read_heads(path: Path, fingerprint: str, size: NetworkSize, learned: bool) -
 
 
 def _learned_vectors(fields: dict[str, np.ndarray], width: int) -> LearnedVectors:
-    vectors = LearnedVectors(width)
     known, rows = fields["known"], fields["rows"]
     if rows.shape != (len(known) + 1, width):
         raise ValueError(f"{len(known)} tokens but vectors of shape {rows.shape}")
-    vectors.grow(known)
-    vectors.known = {int(token): row for row, token in enumerate(known, start=1)}
-    vectors.rows = rows.astype(np.float32)
-    return vectors
+    return LearnedVectors.from_rows(known, rows.astype(np.float32))
