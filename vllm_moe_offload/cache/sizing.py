@@ -1,9 +1,11 @@
 """How many slots a budget gives each record layout. Pure arithmetic."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from ..errors import ConfigError
+
+Layout = TypeVar("Layout")
 
 
 class LayoutNeeds(NamedTuple):
@@ -17,11 +19,11 @@ class LayoutNeeds(NamedTuple):
     """Slots that the largest choice of one token takes."""
 
 
-def slots_for_budget(needs: Mapping[str, LayoutNeeds], budget_bytes: int, setting: str) -> dict[str, int]:
+def slots_for_budget(needs: Mapping[Layout, LayoutNeeds], budget_bytes: int, setting: str) -> dict[Layout, int]:
     """Slots per layout, by the layouts' shares of all expert bytes, never more than a layout has experts.
 
     Args:
-        needs: by any key.
+        needs: by layout, or whatever stands for it.
         budget_bytes: fast memory for all of them together.
         setting: what the user wrote, for the error.
 

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..history.embedding import mean_embedding
 from ..history.recording import Recorder, RequestRows
 from ..history.trace import Trace
 from ..predict.context import RequestState
@@ -66,7 +67,7 @@ class Witness:
         rows, source, self._source = self._source.rows(), self._source, None
         for part in rows:
             if self._embed is not None and part.request not in self._embeddings:
-                self._embeddings[part.request] = mean_direction(self._embed(source.prompt(part.request)))
+                self._embeddings[part.request] = mean_embedding(self._embed(source.prompt(part.request)))
         self.recorder.begin_step(rows)
         self._num_rows = sum(len(part.tokens) for part in rows)
         self._watching = True
@@ -102,12 +103,6 @@ class Witness:
             state = None if self._anticipation is None else self._anticipation.close(request)
             if trace is not None:
                 self._ended(_with_embedding(trace, embedding), state)
-
-
-def mean_direction(vectors: Vector) -> Vector:
-    """The mean of ``vectors`` ``[n, D]`` scaled to length 1; zero where there is none."""
-    mean = vectors.sum(axis=0, dtype=np.float32)
-    return mean / max(float(np.linalg.norm(mean)), 1e-9)
 
 
 def _with_embedding(trace: Trace, embedding: Vector | None) -> Trace:

@@ -1,12 +1,7 @@
 """A request's meaning as one vector: the mean of its prompt's token embeddings, at unit length."""
 
-from collections.abc import Callable
-
 import numpy as np
 from numpy.typing import NDArray
-
-EmbedPrompt = Callable[[NDArray[np.integer]], NDArray[np.floating]]
-"""Token numbers ``[T]`` of a prompt to a vector ``[D]`` of any length: the door for a user's own embedding."""
 
 
 def mean_embedding(vectors: NDArray[np.floating]) -> NDArray[np.float32]:

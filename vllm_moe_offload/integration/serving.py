@@ -15,6 +15,7 @@ from ..devices.memory import available_bytes
 from ..errors import LoadError, StoreError
 from ..prefetch.loader import DamagedRecordError
 from ..runtime import OffloadRuntime
+from ..store.layout import RecordLayout
 from ..store.reader import Store
 from ..store.root import StoreRoot
 from .kernel import attach_slots
@@ -40,9 +41,9 @@ class ServedModel:
         self._expert_bytes = sum(need.record_bytes * need.experts for need in needs.values())
         budget, why = self._budget_bytes(config)
         slots = slots_for_budget(needs, budget, f"{config.cache!r}{why}")
-        by_layout = {entry.layout: slots[repr(entry.layout)] for entry in store.layers}
-        self._resident = all(slots[key] == need.experts for key, need in needs.items())
-        self.runtime = OffloadRuntime(store, by_layout, config.policy, _io_cpus())
+        self._resident = all(slots[layout] == need.experts for layout, need in needs.items())
+        io_cpus = _io_cpus()
+        self.runtime = OffloadRuntime(store, slots, config.policy, io_cpus)
         for layer, method in layers.values():
             self._attach(layer, method)
         if self._resident:
@@ -54,7 +55,7 @@ class ServedModel:
         if config.predictor != "none" and self._resident:
             logger.info("moe-offload: every expert is resident: nothing to predict, and nothing is remembered")
         if config.trace is not None or predicts:
-            self._watch = Watch(vllm_config, config, model, layers, self.runtime, _io_cpus())
+            self._watch = Watch(vllm_config, config, model, layers, self.runtime, io_cpus)
         self._report = StatsReport(self.runtime)
         if not store.direct:
             logger.warning(
@@ -187,14 +188,14 @@ class ServedModel:
         }
 
 
-def _needs(store: Store, layers: Layers) -> dict[str, LayoutNeeds]:
+def _needs(store: Store, layers: Layers) -> dict[RecordLayout, LayoutNeeds]:
     """What each record layout asks of its pool."""
-    needs: dict[str, LayoutNeeds] = {}
+    needs: dict[RecordLayout, LayoutNeeds] = {}
     for entry in store.layers:
         _, method = layers[entry.name]
         top_k = min(method.moe.experts_per_token, entry.experts)
-        before = needs.get(repr(entry.layout), LayoutNeeds(entry.layout.payload_bytes, 0, 0))
-        needs[repr(entry.layout)] = before._replace(
+        before = needs.get(entry.layout, LayoutNeeds(entry.layout.payload_bytes, 0, 0))
+        needs[entry.layout] = before._replace(
             experts=before.experts + entry.experts, minimum=max(before.minimum, top_k)
         )
     return needs

@@ -68,7 +68,6 @@ class _MoEInfinityStep(Step):
     def __init__(self, matrices: NDArray[np.float32], rows: int, shape: ModelShape):
         self._matrices, self._shape = matrices, shape
         self._matches = np.zeros((rows, len(matrices)), np.float32)
-        self._lengths = np.zeros(len(matrices), np.float32)
         self._last = -1
 
     def observe(self, layer: int, experts: Experts, weights: Weights) -> None:
