@@ -1,0 +1,186 @@
+"""The messages between engines and the daemon, and their limits. Data only: it must never open, read or map anything.
+
+Experts and slots travel as the bytes of little-endian int32 arrays. Experts are flat ids of one pool: the layers whose
+records have one layout, in the order of the store, each taking as many ids as it has experts.
+"""
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+VERSION = 1
+"""Of this protocol and of the table in shared memory. Peers of another version are refused by name."""
+
+SMALL_FRAME_BYTES = 1 << 20
+LARGE_FRAME_BYTES = 64 << 20
+"""What a connection of role ``history`` may send at once: traces of whole requests travel on it."""
+
+MAX_WORKERS = 64
+"""Attached to one model at a time."""
+
+
+class Message(msgspec.Struct, tag=True, frozen=True, forbid_unknown_fields=True):
+    """Base of everything on the wire."""
+
+
+class Hello(Message):
+    """First on every connection. ``role``: what will be asked on it."""
+
+    version: int
+    role: str
+    """``worker``, ``history`` or ``control``."""
+
+
+class Welcome(Message):
+    version: int
+    pid: int
+
+
+class Refused(Message):
+    """Whatever was asked is not going to happen; the reason is for a person."""
+
+    reason: str
+
+
+class Attach(Message):
+    """An engine's worker wants to compute with the experts of a store."""
+
+    store: str
+    """Name of the store's folder: its fingerprint. The daemon looks for it under its own root."""
+    pid: int
+    wanted_bytes: int
+    """Fast memory the worker was configured to use for experts."""
+    lease: bool
+    """Whether it needs every expert in the slot of its own number for as long as it is attached."""
+    group: str
+    """Ranks of one engine have one group; hints of one serve all."""
+    rank: int
+
+
+class PoolInfo(msgspec.Struct, frozen=True):
+    """One pool of an attached model; its arena and its table come as two file descriptors, in this order."""
+
+    experts: int
+    limit: int
+    """Slots that may be occupied at present."""
+    arena_bytes: int
+    table_bytes: int
+
+
+class Attached(Message):
+    worker: int
+    """The worker's entry in the tables, the same in every pool."""
+    lease: bool
+    pools: list[PoolInfo]
+
+
+class Demand(Message):
+    """The worker waits for ``experts``: everything the layer needs, present or not."""
+
+    ticket: int
+    """Rises by one. Its experts stay until the worker writes this number, or a later one, to ``done``."""
+    pool: int
+    experts: bytes
+    stream: bool = False
+    """A long prefill passes through: do not let it wipe out what decoding keeps."""
+
+
+class FailedLoad(msgspec.Struct, frozen=True):
+    expert: int
+    reason: str
+    damaged: bool
+    """The record's bytes are wrong, as opposed to unreadable."""
+
+
+class Supplied(Message):
+    ticket: int
+    slots: bytes
+    """In the order asked; -1 for what has failed."""
+    loaded: int
+    """Records read for this demand."""
+    joined: int
+    """Records that were on their way already."""
+    failed: list[FailedLoad] = []
+
+
+class Hint(Message):
+    """Experts that will probably be needed, best first. Has no reply."""
+
+    pool: int
+    experts: bytes
+    stream: bool = False
+
+
+class Adopt(Message):
+    """Complete records in an older arena, whose descriptor comes along: they save reading if their checksums match."""
+
+    pool: int
+    experts: bytes
+    slots: bytes
+
+
+class Adopted(Message):
+    records: int
+
+
+class GetStatus(Message):
+    pass
+
+
+class Stop(Message):
+    pass
+
+
+class Stopping(Message):
+    pass
+
+
+class WorkerStatus(msgspec.Struct, frozen=True):
+    worker: int
+    pid: int
+    group: str
+    rank: int
+    lease: bool
+    counters: dict[str, int]
+
+
+class ModelStatus(msgspec.Struct, frozen=True):
+    store: str
+    model: str
+    experts: int
+    limit: int
+    resident: int
+    record_bytes: int
+    """Of all experts together."""
+    limit_bytes: int
+    resident_bytes: int
+    counters: dict[str, int]
+    """Since the model was first attached: demands, loads, loaded_bytes, joined, prefetches, useful, late, wasted, …"""
+    workers: list[WorkerStatus]
+    history_requests: int = 0
+    history_tokens: int = 0
+
+
+class StatusReport(Message):
+    pid: int
+    uptime_seconds: float
+    budget_bytes: int
+    models: list[ModelStatus]
+
+
+Request = Hello | Attach | Demand | Hint | Adopt | GetStatus | Stop
+Reply = Welcome | Attached | Supplied | Adopted | StatusReport | Stopping | Refused
+
+
+def pack_ids(ids: NDArray[np.integer]) -> bytes:
+    """Experts or slots as they travel."""
+    return np.ascontiguousarray(ids, dtype="<i4").tobytes()
+
+
+def unpack_ids(data: bytes) -> NDArray[np.int32]:
+    """The inverse of ``pack_ids``.
+
+    Raises:
+        ValueError: the bytes are no whole number of int32.
+    """
+    return np.frombuffer(data, dtype="<i4").astype(np.int32)
