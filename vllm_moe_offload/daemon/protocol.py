@@ -23,7 +23,7 @@ class Message(msgspec.Struct, tag=True, frozen=True, forbid_unknown_fields=True)
     """Base of everything on the wire."""
 
 
-class Hello(Message):
+class Hello(Message, frozen=True):
     """First on every connection. ``role``: what will be asked on it."""
 
     version: int
@@ -31,18 +31,18 @@ class Hello(Message):
     """``worker``, ``history`` or ``control``."""
 
 
-class Welcome(Message):
+class Welcome(Message, frozen=True):
     version: int
     pid: int
 
 
-class Refused(Message):
+class Refused(Message, frozen=True):
     """Whatever was asked is not going to happen; the reason is for a person."""
 
     reason: str
 
 
-class Attach(Message):
+class Attach(Message, frozen=True):
     """An engine's worker wants to compute with the experts of a store."""
 
     store: str
@@ -67,14 +67,14 @@ class PoolInfo(msgspec.Struct, frozen=True):
     table_bytes: int
 
 
-class Attached(Message):
+class Attached(Message, frozen=True):
     worker: int
     """The worker's entry in the tables, the same in every pool."""
     lease: bool
     pools: list[PoolInfo]
 
 
-class Demand(Message):
+class Demand(Message, frozen=True):
     """The worker waits for ``experts``: everything the layer needs, present or not."""
 
     ticket: int
@@ -92,7 +92,7 @@ class FailedLoad(msgspec.Struct, frozen=True):
     """The record's bytes are wrong, as opposed to unreadable."""
 
 
-class Supplied(Message):
+class Supplied(Message, frozen=True):
     ticket: int
     slots: bytes
     """In the order asked; -1 for what has failed."""
@@ -103,7 +103,7 @@ class Supplied(Message):
     failed: list[FailedLoad] = []
 
 
-class Hint(Message):
+class Hint(Message, frozen=True):
     """Experts that will probably be needed, best first. Has no reply."""
 
     pool: int
@@ -111,7 +111,7 @@ class Hint(Message):
     stream: bool = False
 
 
-class Adopt(Message):
+class Adopt(Message, frozen=True):
     """Complete records in an older arena, whose descriptor comes along: they save reading if their checksums match."""
 
     pool: int
@@ -119,19 +119,19 @@ class Adopt(Message):
     slots: bytes
 
 
-class Adopted(Message):
+class Adopted(Message, frozen=True):
     records: int
 
 
-class GetStatus(Message):
+class GetStatus(Message, frozen=True):
     pass
 
 
-class Stop(Message):
+class Stop(Message, frozen=True):
     pass
 
 
-class Stopping(Message):
+class Stopping(Message, frozen=True):
     pass
 
 
@@ -161,7 +161,7 @@ class ModelStatus(msgspec.Struct, frozen=True):
     history_tokens: int = 0
 
 
-class StatusReport(Message):
+class StatusReport(Message, frozen=True):
     pid: int
     uptime_seconds: float
     budget_bytes: int
