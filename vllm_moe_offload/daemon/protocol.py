@@ -23,8 +23,11 @@ class Message(msgspec.Struct, tag=True, frozen=True, forbid_unknown_fields=True)
     """Base of everything on the wire."""
 
 
-class Hello(Message, frozen=True):
-    """First on every connection. ``role``: what will be asked on it."""
+class Hello(Message, frozen=True, forbid_unknown_fields=False):
+    """First on every connection. ``role``: what will be asked on it.
+
+    Fields added by later versions are let through, so that their version is what such peers are refused for.
+    """
 
     version: int
     role: str

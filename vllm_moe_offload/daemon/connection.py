@@ -1,0 +1,172 @@
+"""An engine's or a person's connection to the daemon: ask and be answered. It must never wait without a limit."""
+
+import contextlib
+import socket
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import overload
+
+import msgspec
+
+from ..errors import OffloadError
+from .framing import FramedSocket, PeerError
+from .protocol import (
+    VERSION,
+    Adopt,
+    Adopted,
+    Attach,
+    Attached,
+    Demand,
+    GetStatus,
+    Hello,
+    Hint,
+    Refused,
+    Reply,
+    Request,
+    StatusReport,
+    Stop,
+    Stopping,
+    Supplied,
+    Welcome,
+)
+
+MAX_FDS = 64
+"""With one reply: two per pool of a model."""
+
+_REPLIES: dict[type, type] = {
+    Hello: Welcome,
+    Attach: Attached,
+    Demand: Supplied,
+    Adopt: Adopted,
+    GetStatus: StatusReport,
+    Stop: Stopping,
+}
+
+
+class DaemonGoneError(OffloadError):
+    """No daemon answers, or none any more: it ended, hangs, or broke the protocol. The connection is of no use."""
+
+
+class RefusedError(OffloadError):
+    """The daemon will not do what it was asked; its reason."""
+
+
+class Connection:
+    """One connection to a daemon. Any thread may use it; requests wait for each other.
+
+    A request that was not answered in time, or was interrupted, closes the connection: its answer could otherwise be
+    taken for that of the next one.
+    """
+
+    def __init__(self, peer: socket.socket, name: str, timeout: float) -> None:
+        """Of a connected socket; see ``connect``. ``name`` says in errors who is at the other end."""
+        self.daemon_pid = 0
+        self._name = name
+        self._frames: FramedSocket[Reply] = FramedSocket(peer, msgspec.msgpack.Decoder(Reply), MAX_FDS)
+        self._frames.wait_at_most(timeout)
+        self._asking = threading.Lock()
+        self._sending = threading.Lock()
+
+    @classmethod
+    def connect(cls, path: Path, role: str, timeout: float) -> "Connection":
+        """Connect to the daemon at a socket.
+
+        Args:
+            path: of the socket.
+            role: ``worker`` or ``control``: what will be asked.
+            timeout: seconds that connecting, and later every answer, may take.
+
+        Raises:
+            DaemonGoneError: nobody listens at ``path``, or does not answer.
+            RefusedError: the daemon does not want us; for example, it is of another version.
+        """
+        peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            peer.settimeout(timeout)
+            peer.connect(str(path))
+        except OSError as error:
+            peer.close()
+            raise DaemonGoneError(
+                f"no daemon answers at {path} ({error.strerror or error}); start one with `vllm-moe-offload daemon`"
+            ) from None
+        connection = cls(peer, f"the daemon at {path}", timeout)
+        try:
+            connection.daemon_pid = connection.request(Hello(VERSION, role)).pid
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    @overload
+    def request(self, message: Hello) -> Welcome: ...
+    @overload
+    def request(self, message: Attach) -> Attached: ...
+    @overload
+    def request(self, message: Demand) -> Supplied: ...
+    @overload
+    def request(self, message: Adopt, fds: Sequence[int]) -> Adopted: ...
+    @overload
+    def request(self, message: GetStatus) -> StatusReport: ...
+    @overload
+    def request(self, message: Stop) -> Stopping: ...
+
+    def request(self, message: Request, fds: Sequence[int] = ()) -> Reply:
+        """Send a message, with descriptors that stay ours, and wait for its reply.
+
+        Raises:
+            RefusedError: the daemon says no. It may have closed the connection, which the next request would find.
+            DaemonGoneError: there was no (sensible) reply in time. The connection is closed.
+        """
+        with self._asking:
+            reply = self._exchange(message, fds)
+            if isinstance(reply, Refused):
+                raise RefusedError(f"{self._name} refuses: {reply.reason}")
+            if reply is None or type(reply) is not _REPLIES[type(message)]:
+                raise self._gone("closed the connection" if reply is None else f"answered with {type(reply).__name__}")
+            return reply
+
+    def send(self, message: Hint) -> None:
+        """Send a message that has no reply.
+
+        Raises:
+            DaemonGoneError: there is nobody to read it. The connection is closed.
+        """
+        try:
+            self._send(message, ())
+        except (PeerError, OSError) as error:
+            raise self._gone(_reason(error)) from None
+
+    def take_fds(self) -> list[int]:
+        """The descriptors that came with the last reply; they are the caller's to close now."""
+        return self._frames.take_fds()
+
+    def close(self) -> None:
+        """End the connection, also under a request that waits in another thread (it raises ``DaemonGoneError``)."""
+        self._frames.shut_down()
+        with self._asking, self._sending:
+            self._frames.close()
+
+    def _exchange(self, message: Request, fds: Sequence[int]) -> Reply | None:
+        try:
+            # Who closed the connection may have said why before; reading on finds it.
+            with contextlib.suppress(ConnectionError):
+                self._send(message, fds)
+            return self._frames.receive()
+        except (PeerError, OSError) as error:
+            raise self._gone(_reason(error)) from None
+        except BaseException:
+            self._frames.shut_down()
+            raise
+
+    def _send(self, message: Request, fds: Sequence[int]) -> None:
+        with self._sending:
+            self._frames.send(message, fds)
+
+    def _gone(self, reason: str) -> DaemonGoneError:
+        self._frames.shut_down()
+        return DaemonGoneError(f"{self._name} {reason}")
+
+
+def _reason(error: Exception) -> str:
+    return f"is gone ({error.strerror})" if isinstance(error, OSError) else str(error)
