@@ -1,0 +1,149 @@
+"""Who is in which slot of an arena, and what every worker is doing, in shared memory that all of them map.
+
+The daemon writes the header, ``slot_of`` and ``loading``; a worker writes its own row of everything else. It must
+never be the daemon's own memory of anything: whoever maps it can write it, so what is read from a worker's row is a
+claim to be checked.
+"""
+
+import mmap
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .mapping import Mapping, PeerMemoryError, whole_pages
+from .protocol import MAX_WORKERS, VERSION
+
+ABSENT = -1
+RING = 65536
+"""Uses a worker can note before the oldest are overwritten."""
+COUNTERS = ("hits", "misses", "stall_us", "useful", "late", "wasted", "steps", "tokens")
+"""Columns of ``counters``."""
+
+_MAGIC = int.from_bytes(b"MOEtable", "little")
+_LINE = 64
+# Positions in the header and in a worker's entry, in 8-byte words. What is written often has a cache line of its own.
+EPOCH = 8
+GENERATION = 16
+ACTIVE, DONE, HEAD = 0, 1, 2
+
+
+class _Places(NamedTuple):
+    """Byte offsets of the parts of a table of so many experts."""
+
+    slot_of: int
+    loading: int
+    entries: int
+    counters: int
+    expected: int
+    row: int
+    """float32 elements from one worker's ``expected`` to the next one's."""
+    uses: int
+    end: int
+
+
+def _places(experts: int) -> _Places:
+    row = -(-experts * 4 // _LINE) * _LINE
+    slot_of = mmap.PAGESIZE
+    loading = slot_of + whole_pages(4 * experts)
+    entries = loading + whole_pages(experts)
+    counters = entries + whole_pages(MAX_WORKERS * _LINE)
+    expected = counters + whole_pages(MAX_WORKERS * 8 * len(COUNTERS))
+    uses = expected + whole_pages(MAX_WORKERS * row)
+    return _Places(slot_of, loading, entries, counters, expected, row // 4, uses, uses + MAX_WORKERS * RING * 4)
+
+
+def table_bytes(experts: int) -> int:
+    """Size of the memory behind a table; most of it is never touched."""
+    return whole_pages(_places(experts).end)
+
+
+class ResidencyTable:
+    """Arrays over the shared memory of one pool of ``experts`` experts. Workers are numbered ``0 … MAX_WORKERS - 1``.
+
+    Attributes:
+        slot_of: int32 ``[experts]``, the slot of every expert whose record is complete in the arena, else ABSENT.
+        loading: uint8 ``[experts]``, 1 where a load is under way or admitted.
+        active: uint64 ``[workers]``, the epoch at which the worker began to read, 0 when it does not (epochs.py).
+        done: uint64 ``[workers]``, the highest ticket the worker has finished computing with.
+        head: uint64 ``[workers]``, how many uses the worker has noted in its row of ``uses`` (uses.py).
+        uses: int32 ``[workers, RING]``.
+        expected: float32 ``[workers, experts]``, how much the worker's running step is expected to use each expert.
+        counters: int64 ``[workers, len(COUNTERS)]``.
+    """
+
+    def __init__(self, mapping: Mapping, experts: int):
+        places = _places(experts)
+        self.mapping = mapping
+        self.experts = experts
+        self.header: NDArray[np.uint64] = mapping.array(0, np.uint64, (mmap.PAGESIZE // 8,))
+        self.slot_of: NDArray[np.int32] = mapping.array(places.slot_of, np.int32, (experts,))
+        self.loading: NDArray[np.uint8] = mapping.array(places.loading, np.uint8, (experts,))
+        self.entries: NDArray[np.uint64] = mapping.array(places.entries, np.uint64, (MAX_WORKERS, _LINE // 8))
+        self.active = self.entries[:, ACTIVE]
+        self.done = self.entries[:, DONE]
+        self.head = self.entries[:, HEAD]
+        self.counters: NDArray[np.int64] = mapping.array(places.counters, np.int64, (MAX_WORKERS, len(COUNTERS)))
+        rows: NDArray[np.float32] = mapping.array(places.expected, np.float32, (MAX_WORKERS, places.row))
+        self.expected = rows[:, :experts]
+        self.uses: NDArray[np.int32] = mapping.array(places.uses, np.int32, (MAX_WORKERS, RING))
+
+    @classmethod
+    def create(cls, name: str, experts: int, generation: int = 0) -> "ResidencyTable":
+        """A table of which nothing is resident, nobody reads, and the epoch is 1.
+
+        Raises:
+            ConfigError: the system has no room for it.
+        """
+        table = cls(Mapping.create(name, table_bytes(experts)), experts)
+        table.slot_of[:] = ABSENT
+        table.header[: len(_facts(experts))] = _facts(experts)
+        table.header[EPOCH] = 1
+        table.header[GENERATION] = generation
+        return table
+
+    @classmethod
+    def attach(cls, fd: int, experts: int) -> "ResidencyTable":
+        """The table of a daemon's pool. Takes ``fd`` over.
+
+        Raises:
+            PeerMemoryError: the memory is no table, or one of another version or size; nothing stays mapped.
+        """
+        mapping = Mapping.attach(fd, table_bytes(experts), writable=True)
+        facts = _facts(experts)
+        found = mapping.array(0, np.uint64, (len(facts),))
+        for name, mine, theirs in zip(_FACTS, facts.tolist(), found.tolist(), strict=True):
+            if mine != theirs:
+                mapping.close()
+                raise PeerMemoryError(
+                    f"the daemon's residency table has {name} {theirs}, this worker needs {mine}; run the daemon and "
+                    "the engines from one version of vllm-moe-offload"
+                )
+        return cls(mapping, experts)
+
+    @property
+    def epoch(self) -> int:
+        return int(self.header[EPOCH])
+
+    @property
+    def generation(self) -> int:
+        """Which life of the daemon made the table."""
+        return int(self.header[GENERATION])
+
+    def clear(self, worker: int) -> None:
+        """Make the entry of a worker that is gone, or about to come, as new."""
+        self.entries[worker] = 0
+        self.counters[worker] = 0
+        self.expected[worker] = 0
+
+    def close(self) -> None:
+        """Close the descriptor; the arrays stay usable."""
+        self.mapping.close()
+
+
+_FACTS = ("magic number", "version", "number of experts", "number of workers", "size of rings", "counters")
+
+
+def _facts(experts: int) -> NDArray[np.uint64]:
+    """What both sides must agree on before anything else is believed: the first words of the header."""
+    return np.array([_MAGIC, VERSION, experts, MAX_WORKERS, RING, len(COUNTERS)], dtype=np.uint64)
