@@ -12,6 +12,7 @@ from vllm_moe_offload.cache import POLICY_NAMES
 from vllm_moe_offload.cache.cache import FREE
 from vllm_moe_offload.errors import LoadError
 from vllm_moe_offload.runtime import OffloadRuntime, PooledLayer
+from vllm_moe_offload.slots import Ledger, embedded_pools
 from vllm_moe_offload.store import RecordLayout, Store
 
 SMALL = layout(4096, 100)
@@ -75,13 +76,18 @@ def scripts(draw: st.DrawFn, damage: bool = False) -> Script:
     )
 
 
+def runtime_of(made: RecordStore, slots: dict[RecordLayout, int], policy: str) -> OffloadRuntime:
+    ledger, store = Ledger(), Store.open(made.store.path)
+    return OffloadRuntime(store, embedded_pools(store, slots, policy, None, ledger), ledger)
+
+
 class Checked:
     """A runtime that is looked at through every wave it yields."""
 
     def __init__(self, made: RecordStore, slots: dict[RecordLayout, int], policy: str):
         self.made = made
         self.slots = slots
-        self.runtime = OffloadRuntime(Store.open(made.store.path), slots, policy)
+        self.runtime = runtime_of(made, slots, policy)
         self.damaged: set[tuple[int, int]] = set()
 
     def step(self, chosen: list[np.ndarray]) -> None:
@@ -182,7 +188,7 @@ def test_damaged_records_void_the_rows_that_need_them_and_nothing_else(
 def settle(checked: Checked) -> None:
     """Loads that were started ahead may still have read the damaged bytes."""
     for pool in checked.runtime.pools:
-        checked.runtime.loader.join([started.load for started in pool.ahead.under_way])
+        pool.loader.join([started.load for started in pool.ahead.under_way])
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -191,13 +197,13 @@ def test_a_budget_for_everything_loads_every_expert_into_its_own_slot(
 ) -> None:
     made = stores[model]
     slots = {shape: sum(e for other, e in MODELS[model] if other == shape) for shape, _ in MODELS[model]}
-    runtime = OffloadRuntime(Store.open(made.store.path), slots, "lfu")
+    runtime = runtime_of(made, slots, "lfu")
     runtime.load_everything()
     for layer in runtime.layers.values():
         assert all(made.holds(layer.pool.memory, layer.first + e, layer.index, e) for e in range(layer.experts))
     runtime.close()
     made.flip(1, 2)
-    damaged = OffloadRuntime(Store.open(made.store.path), slots, "lfu")
+    damaged = runtime_of(made, slots, "lfu")
     with pytest.raises(LoadError, match="expert 2 of layer 1 could not be read"):
         damaged.load_everything()
     damaged.close()
@@ -215,7 +221,7 @@ class Guesser:
     def look_ahead(self) -> None:
         layer = self.draw.choice(list(self.runtime.layers.values()))
         guesses = self.draw.permutation(layer.experts)[: self.draw.integers(1, 5)]
-        self.runtime.prefetch(layer, guesses + layer.first)
+        layer.pool.prefetch(layer.span, guesses + layer.first)
 
     def note_demand(self, loads: int, seconds: float) -> None:
         assert loads > 0 and seconds > 0

@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..devices import HostPool
 from ..errors import StoreError, UnsupportedError
+from ..slots.base import SlotMemory
 from .records import expert_tensors, place_in_pool, record_layout, remove
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def attach_slots(
-    layer: torch.nn.Module, method: "OffloadedMoEMethod", memory: HostPool, first: int, count: int
+    layer: torch.nn.Module, method: "OffloadedMoEMethod", memory: SlotMemory, first: int, count: int
 ) -> None:
     """Make slots ``first … first + count - 1`` the experts that ``method``'s kernel computes with.
 

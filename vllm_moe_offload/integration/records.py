@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..devices import HostPool
 from ..errors import UnsupportedError
+from ..slots.base import SlotMemory
 from ..store.layout import Component, RecordLayout
 
 NOT_EXPERT_WEIGHTS = frozenset(
@@ -73,7 +73,7 @@ def as_bytes(layer_name: str, tensors: dict[str, torch.Tensor]) -> list[NDArray[
     return [tensor.detach().view(tensor.shape[0], -1).view(torch.uint8).numpy() for tensor in tensors.values()]
 
 
-def place_in_pool(layer: torch.nn.Module, memory: HostPool, first: int, count: int) -> None:
+def place_in_pool(layer: torch.nn.Module, memory: SlotMemory, first: int, count: int) -> None:
     """Make slots ``first … first + count - 1`` the layer's expert tensors."""
     for component, array in zip(memory.layout.components, memory.components, strict=True):
         dtype = getattr(torch, component.dtype)

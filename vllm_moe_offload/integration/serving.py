@@ -15,6 +15,7 @@ from ..devices.memory import available_bytes
 from ..errors import LoadError, StoreError
 from ..prefetch.loader import DamagedRecordError
 from ..runtime import OffloadRuntime
+from ..slots import Ledger, embedded_pools
 from ..store.layout import RecordLayout
 from ..store.reader import Store
 from ..store.root import StoreRoot
@@ -43,7 +44,9 @@ class ServedModel:
         slots = slots_for_budget(needs, budget, f"{config.cache!r}{why}")
         self._resident = all(slots[layout] == need.experts for layout, need in needs.items())
         io_cpus = _io_cpus()
-        self.runtime = OffloadRuntime(store, slots, config.policy, io_cpus)
+        ledger = Ledger()
+        pools = embedded_pools(store, slots, config.policy, io_cpus, ledger)
+        self.runtime = OffloadRuntime(store, pools, ledger)
         for layer, method in layers.values():
             self._attach(layer, method)
         if self._resident:

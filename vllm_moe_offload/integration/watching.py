@@ -31,7 +31,7 @@ from ..predict.token_vectors import ModelVectors
 from ..prefetch.anticipation import Anticipation
 from ..prefetch.estimates import Estimates
 from ..runtime import OffloadRuntime
-from ..slots_ahead import SlotsAhead
+from ..slots.looking_ahead import SlotsAhead
 from ..store.reader import Store
 from ..store.root import default_root
 from .rows import RunnerStep, knows_rows, token_rows
@@ -98,7 +98,8 @@ class Watch:
         if self._predictor is None or all(method.pooled is None for _, method in layers.values()):
             return None
         pooled = [runtime.layers[name] for name in layers]
-        slots = SlotsAhead(runtime, pooled, [_held(layer) for layer, _ in layers.values()])
+        spans = [(layer.pool, layer.span) for layer in pooled]
+        slots = SlotsAhead(spans, [_held(layer) for layer, _ in layers.values()])
         record = max(layer.pool.memory.layout.record_bytes for layer in pooled)
         load_seconds = 1e-4 + record / 2e9
         estimates = Estimates(load_seconds, layer_seconds=1e-3, chunk_seconds=load_seconds)

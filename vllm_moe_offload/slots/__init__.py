@@ -1,0 +1,7 @@
+"""Pools of slots as a forward pass uses them: hold the experts it reads, bring in those it lacks."""
+
+from .base import Hold, SlotPool, Span
+from .embedded import embedded_pools
+from .ledger import Ledger
+
+__all__ = ["Hold", "Ledger", "SlotPool", "Span", "embedded_pools"]

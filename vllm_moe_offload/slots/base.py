@@ -1,0 +1,133 @@
+"""The contract of a pool of slots: what a forward pass may ask of it, wherever its experts are kept.
+
+Experts are flat ids: the layers of one record layout in the order of the store, each taking as many ids as it has
+experts. One thread asks, one forward pass at a time.
+"""
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..cache.base import IntArray
+from ..errors import LoadError
+from ..store.layout import RecordLayout
+
+Span = range
+"""The flat ids of one layer."""
+
+
+class SlotMemory(Protocol):
+    """Where the records lie: per component of the layout one uint8 array ``[slots, nbytes]``."""
+
+    layout: RecordLayout
+    slots: int
+    components: tuple[NDArray[np.uint8], ...]
+
+
+class Failure(NamedTuple):
+    """An expert whose record could not be brought in."""
+
+    expert: int
+    error: LoadError
+
+
+class Hold:
+    """Experts that stay in their slots until the hold is released.
+
+    ``slots`` (int32, in the order asked) may be read once the hold is finished, except those of ``failures``.
+    """
+
+    __slots__ = ("experts", "failures", "slots")
+
+    def __init__(self, experts: IntArray, slots: NDArray[np.int32]):
+        self.experts = experts
+        self.slots = slots
+        self.failures: list[Failure] = []
+
+
+class SlotPool(ABC):
+    """The slots of all layers whose records have one layout, and who is in them."""
+
+    memory: SlotMemory
+    experts: int
+    """How many there are in all; ids are smaller."""
+
+    @property
+    @abstractmethod
+    def capacity(self) -> int:
+        """Slots that may be occupied at a time."""
+
+    def begin_step(self) -> None:  # noqa: B027 - not every pool keeps time
+        """A forward pass over scheduled tokens starts."""
+
+    @abstractmethod
+    def load_all(self) -> None:
+        """Fill every slot: expert ``i`` goes to slot ``i`` for good. For pools that hold all experts.
+
+        Raises:
+            LoadError: a record could not be read.
+        """
+
+    @abstractmethod
+    def hold(self, layer: Span, experts: IntArray) -> Hold:
+        """Wait until ``experts`` (distinct, of ``layer``, at most ``capacity``) are in slots, and keep them there."""
+
+    @abstractmethod
+    def hold_streaming(self, layer: Span, experts: IntArray) -> Hold:
+        """As ``hold``, for a long prefill: it passes through a share of the slots and leaves the rest alone."""
+
+    @abstractmethod
+    def stream_ahead(self, layer: Span) -> None:
+        """A long prefill is about to reach ``layer``: start on its experts."""
+
+    @abstractmethod
+    def settle(self, layer: Span) -> None:
+        """``layer`` will be held part by part: wait for what is under way where it could be in the way."""
+
+    @abstractmethod
+    def start_hold(self, layer: Span, experts: IntArray) -> Hold:
+        """Begin a hold without waiting for it. Two may be open at once if both fit into ``capacity``."""
+
+    @abstractmethod
+    def finish_hold(self, hold: Hold) -> None:
+        """Wait until the experts of a started hold are there."""
+
+    @abstractmethod
+    def release(self, hold: Hold) -> None:
+        """The pass has read what it held."""
+
+    @abstractmethod
+    def absent(self, layer: Span) -> NDArray[np.bool_]:
+        """``[len(layer)]``: which experts have no slot and are not being loaded."""
+
+    @abstractmethod
+    def foresee(self) -> None:
+        """From now on ``expect`` will be called: let eviction heed it."""
+
+    @abstractmethod
+    def expect(self, layer: Span, probabilities: NDArray[np.float32] | float) -> None:
+        """With these probabilities ``[len(layer)]`` the running step will use the layer's experts."""
+
+    @abstractmethod
+    def prefetch(self, layer: Span, experts: IntArray) -> int:
+        """Start loading experts of ``layer`` on a guess, best first, where slots can be spared. Returns how many."""
+
+    @abstractmethod
+    def queued(self) -> int:
+        """Loads under way that nobody waits for."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Nothing will be asked any more."""
+
+
+def stream_share(capacity: int, experts: int) -> int:
+    """Slots a long prefill may use: a layer of ``experts``, two where that leaves most of the pool to decoding."""
+    return min(2 * experts, max(experts, capacity // 2))
+
+
+def guess_room(capacity: int, experts: int, under_way: int) -> int:
+    """How many more guesses at layers of ``experts`` experts the slots have room for."""
+    return max(0, (capacity - experts) // 2 - under_way)

@@ -1,0 +1,252 @@
+"""A pool whose slots, loads and evictions all belong to this process.
+
+It must never let a kernel read a slot that is not pinned and loaded.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..cache import Acquisition, ExpertCache, create_policy
+from ..cache.base import IntArray
+from ..cache.cache import ABSENT
+from ..devices import HostPool
+from ..prefetch.ahead import LoadsAhead
+from ..prefetch.foresight import ForesightPolicy
+from ..prefetch.loader import Load, RecordLoader
+from ..store.layout import RecordLayout
+from ..store.reader import Store
+from .base import Failure, Hold, SlotMemory, SlotPool, Span, guess_room, stream_share
+from .ledger import Ledger
+
+
+class _LoadingHold(Hold):
+    __slots__ = ("loads",)
+
+    def __init__(self, acquired: Acquisition, experts: IntArray, loads: list[Load]):
+        super().__init__(experts, acquired.slots)
+        self.loads = loads
+
+
+class EmbeddedPool(SlotPool):
+    """Wires cache, memory and loader together.
+
+    Args:
+        layers: indices in the store of the layers that share the pool, in its order.
+        memory: with a slot for every one the cache may give away.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        layers: Sequence[int],
+        memory: SlotMemory,
+        cache: ExpertCache,
+        loader: RecordLoader,
+        ledger: Ledger,
+    ):
+        self.memory = memory
+        self.cache = cache
+        self.ahead = LoadsAhead(cache)
+        self.loader = loader
+        counts = [store.layers[layer].experts for layer in layers]
+        self.experts = sum(counts)
+        self._layer_of = np.repeat(layers, counts).tolist()
+        self._number_of = np.concatenate([np.arange(count) for count in counts]).tolist()
+        self._record_bytes = memory.layout.payload_bytes
+        self._ledger = ledger
+        self._expected: NDArray[np.float32] | None = None
+        self._void: set[int] = set()
+        """Experts whose loads failed and whose slots somebody may still hold."""
+
+    @property
+    def capacity(self) -> int:
+        return self.cache.num_slots
+
+    def begin_step(self) -> None:
+        self.cache.begin_step()
+
+    def load_all(self) -> None:
+        acquired = self.cache.acquire(np.arange(self.experts))
+        loads = self._loads(acquired)
+        self._demand(loads)
+        for load in loads:
+            if load.error is not None:
+                raise load.error
+
+    def hold(self, layer: Span, experts: IntArray) -> Hold:
+        self._await_under_way(layer, experts)
+        return self._hold_acquired(experts, self.cache.acquire(experts))
+
+    def hold_streaming(self, layer: Span, experts: IntArray) -> Hold:
+        self._await_under_way(layer, experts)
+        streamed = self.cache.stream(experts, self._share(layer))
+        self._note_evicted(streamed.evicted)
+        if (streamed.slots == ABSENT).any():
+            self.cache.release(streamed.slots[streamed.slots != ABSENT])
+            self.cache.forget(streamed.missing)
+            return self.hold(layer, experts)
+        return self._hold_acquired(experts, streamed)
+
+    def stream_ahead(self, layer: Span) -> None:
+        absent = layer.start + np.flatnonzero(self.absent(layer))
+        ahead = self.cache.stream(absent, self._share(layer))
+        self._note_evicted(ahead.evicted)
+        self._ledger.counters.streamed += len(ahead.missing)
+        self._start_ahead(ahead, guess=False)
+
+    def settle(self, layer: Span) -> None:
+        self._await_under_way(layer, np.arange(layer.start, layer.stop))
+
+    def start_hold(self, layer: Span, experts: IntArray) -> Hold:
+        acquired = self.cache.acquire(experts)
+        self._count(experts, acquired)
+        loads = self._loads(acquired)
+        self.loader.start(loads)
+        return _LoadingHold(acquired, experts, loads)
+
+    def finish_hold(self, hold: Hold) -> None:
+        assert isinstance(hold, _LoadingHold)
+        self._join(hold.loads)
+        self._conclude(hold)
+
+    def release(self, hold: Hold) -> None:
+        self.cache.release(hold.slots)
+        if hold.failures:
+            self._void.update(expert for expert, _ in hold.failures)
+        if self._void:
+            self._forget_void()
+
+    def absent(self, layer: Span) -> NDArray[np.bool_]:
+        return self.cache.slot_of[layer.start : layer.stop] == ABSENT
+
+    def foresee(self) -> None:
+        policy = ForesightPolicy(self.cache.policy, self.experts)
+        self.cache.policy, self._expected = policy, policy.expected
+
+    def expect(self, layer: Span, probabilities: NDArray[np.float32] | float) -> None:
+        assert self._expected is not None, "nobody announced to foresee anything"
+        self._expected[layer.start : layer.stop] = probabilities
+
+    def prefetch(self, layer: Span, experts: IntArray) -> int:
+        room = guess_room(self.capacity, len(layer), len(self.ahead.under_way))
+        if room == 0:
+            return 0
+        admitted = self.cache.admit(experts[:room])
+        self._note_evicted(admitted.evicted)
+        self._start_ahead(admitted, guess=True)
+        self._ledger.counters.prefetches += len(admitted.missing)
+        return len(admitted.missing)
+
+    def queued(self) -> int:
+        return sum(not started.load.finished for started in self.ahead.under_way)
+
+    def close(self) -> None:
+        self.loader.close()
+
+    def _share(self, layer: Span) -> int:
+        return stream_share(self.capacity, len(layer))
+
+    def _hold_acquired(self, experts: IntArray, acquired: Acquisition) -> Hold:
+        self._count(experts, acquired)
+        hold = _LoadingHold(acquired, experts, self._loads(acquired))
+        if hold.loads:
+            self._demand(hold.loads)
+            self._conclude(hold)
+        return hold
+
+    def _count(self, experts: IntArray, acquired: Acquisition) -> None:
+        self._note_evicted(acquired.evicted)
+        self._ledger.counters.hits += len(experts) - len(acquired.missing)
+        self._ledger.counters.misses += len(acquired.missing)
+
+    def _conclude(self, hold: _LoadingHold) -> None:
+        self._account(hold.loads)
+        failed = {(load.layer, load.expert): load.error for load in hold.loads if load.error is not None}
+        if failed:
+            keys = ((int(e), (self._layer_of[e], self._number_of[e])) for e in hold.experts)
+            hold.failures = [Failure(expert, failed[key]) for expert, key in keys if key in failed]
+
+    def _forget_void(self) -> None:
+        for expert in list(self._void):
+            slot = self.cache.slot_of[expert]
+            if slot == ABSENT or self.cache.pins[slot] == 0:
+                self._void.remove(expert)
+                if slot != ABSENT:
+                    self.cache.forget(np.array([expert]))
+
+    def _start_ahead(self, ahead: Acquisition, guess: bool) -> None:
+        loads = self._loads(ahead)
+        self.ahead.add(loads, ahead.missing, ahead.missing_slots, guess)
+        self.loader.start(loads)
+
+    def _await_under_way(self, layer: Span, needed: IntArray) -> None:
+        """Wait for those of ``needed`` that are still being loaded, and unpin whatever has arrived.
+
+        Waits for all that is under way where the pins of the rest could leave too few slots. Guesses at this layer
+        that were wrong and have not begun to load are taken back.
+        """
+        late, waited = 0, 0.0
+        if under_way := self.ahead.under_way:
+            crowded = len(under_way) + len(needed) > self.capacity
+            wanted = set(needed.tolist())
+            wrong = [s for s in under_way if s.guess and s.expert not in wanted and s.expert in layer]
+            if wrong:
+                taken = {id(load) for load in self.loader.withdraw([started.load for started in wrong])}
+                self.ahead.withdrawn([started for started in wrong if id(started.load) in taken])
+                self._ledger.counters.prefetches -= len(taken)
+            awaited = [s for s in self.ahead.under_way if crowded or s.expert in wanted]
+            late = sum(s.guess and s.expert in wanted and not s.load.finished for s in awaited)
+            waited = self._join([started.load for started in awaited])
+            self._account(self.ahead.reap())
+        if self._ledger.anticipation is not None:
+            self._ledger.guesses_used(self.ahead.use(needed) - late, late, waited)
+
+    def _note_evicted(self, evicted: IntArray) -> None:
+        if len(evicted) and self._ledger.anticipation is not None:
+            self._ledger.guesses_wasted(self.ahead.evict(evicted))
+
+    def _loads(self, acquired: Acquisition) -> list[Load]:
+        pairs = zip(acquired.missing.tolist(), acquired.missing_slots.tolist(), strict=True)
+        return [self._load(expert, slot) for expert, slot in pairs]
+
+    def _load(self, expert: int, slot: int) -> Load:
+        parts = [component[slot] for component in self.memory.components]
+        return Load(self._layer_of[expert], self._number_of[expert], parts)
+
+    def _demand(self, loads: Sequence[Load]) -> None:
+        started = time.perf_counter()
+        self.loader.demand(loads)
+        self._ledger.demanded(len(loads), time.perf_counter() - started)
+
+    def _join(self, loads: Sequence[Load]) -> float:
+        started = time.perf_counter()
+        self.loader.join(loads)
+        waited = time.perf_counter() - started
+        self._ledger.waited(waited)
+        return waited
+
+    def _account(self, loads: Sequence[Load]) -> None:
+        self._ledger.loaded(len(loads), self._record_bytes, sum(load.error is not None for load in loads))
+
+
+def embedded_pools(
+    store: Store, slots: Mapping[RecordLayout, int], policy: str, io_cpus: set[int] | None, ledger: Ledger
+) -> dict[RecordLayout, SlotPool]:
+    """One pool per record layout, all fed by one loader.
+
+    Args:
+        slots: how many each layout gets.
+        policy: name of the eviction policy.
+        io_cpus: where loader threads may run; None leaves them where the process runs.
+    """
+    loader = RecordLoader(store, cpus=io_cpus)
+    pools: dict[RecordLayout, SlotPool] = {}
+    for layout, count in slots.items():
+        layers = [index for index, entry in enumerate(store.layers) if entry.layout == layout]
+        layer_of = np.repeat(layers, [store.layers[layer].experts for layer in layers])
+        cache = ExpertCache(layer_of, count, create_policy(policy, layer_of))
+        pools[layout] = EmbeddedPool(store, layers, HostPool(layout, count), cache, loader, ledger)
+    return pools

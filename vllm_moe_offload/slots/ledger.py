@@ -1,0 +1,48 @@
+"""What became of loads, told at one place to the counters and to whoever looks ahead. It must never decide anything."""
+
+from dataclasses import dataclass, field
+
+from ..observe import Counters
+from ..prefetch.anticipation import Anticipation
+
+
+@dataclass
+class Ledger:
+    """One worker's books."""
+
+    counters: Counters = field(default_factory=Counters)
+    anticipation: Anticipation | None = None
+
+    def demanded(self, loads: int, seconds: float) -> None:
+        """The pass waited ``seconds`` for ``loads`` that nobody had started."""
+        self.counters.stall_seconds += seconds
+        if self.anticipation is not None and loads:
+            self.anticipation.note_demand(loads, seconds)
+
+    def waited(self, seconds: float) -> None:
+        """The pass waited for loads that were on their way."""
+        self.counters.stall_seconds += seconds
+
+    def loaded(self, records: int, record_bytes: int, failed: int = 0) -> None:
+        """So many reads have ended."""
+        self.counters.loads += records
+        self.counters.loaded_bytes += records * record_bytes
+        self.counters.failed_loads += failed
+
+    def guesses_used(self, useful: int, late: int, waited_seconds: float) -> None:
+        """A layer needed experts that had been guessed: so many were there, so many were waited for, all together."""
+        if useful > 0:
+            self.counters.prefetch_useful += useful
+            if self.anticipation is not None:
+                self.anticipation.note_useful(useful)
+        if late > 0:
+            self.counters.prefetch_late += late
+            if self.anticipation is not None:
+                self.anticipation.note_late(late, waited_seconds)
+
+    def guesses_wasted(self, count: int) -> None:
+        """So many guesses lost their slots before anyone used them."""
+        if count > 0:
+            self.counters.prefetch_wasted += count
+            if self.anticipation is not None:
+                self.anticipation.note_wasted(count)
