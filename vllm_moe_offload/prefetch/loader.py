@@ -40,6 +40,10 @@ class Load:
     def finished(self) -> bool:
         return not self.done.locked()
 
+    def finish(self) -> None:
+        """The read has ended, well or not: said once, by the thread that read. Waiting ``join``s return after it."""
+        self.done.release()
+
 
 class RecordLoader:
     """Loads records of one store into slots.
@@ -148,7 +152,7 @@ class RecordLoader:
                     load.error = None
                     return
         finally:
-            load.done.release()
+            load.finish()
 
     def _transfer(self, load: Load) -> None:
         layout = self._store.layers[load.layer].layout
