@@ -169,7 +169,7 @@ class OffloadRuntime:
         started: Hold | None = None
         for number, rows in enumerate(groups):
             hold = started or pool.start_hold(layer.span, _needed(layer, chosen[rows]))
-            pool.finish_hold(hold)
+            hold = pool.finish_hold(layer.span, hold)
             started = None
             if overlap and number + 1 < len(groups):
                 started = pool.start_hold(layer.span, _needed(layer, chosen[groups[number + 1]]))

@@ -91,8 +91,8 @@ class SlotPool(ABC):
         """Begin a hold without waiting for it. Two may be open at once if both fit into ``capacity``."""
 
     @abstractmethod
-    def finish_hold(self, hold: Hold) -> None:
-        """Wait until the experts of a started hold are there."""
+    def finish_hold(self, layer: Span, hold: Hold) -> Hold:
+        """Wait until the experts of a started hold are there; returns the hold to read, which replaces the other."""
 
     @abstractmethod
     def release(self, hold: Hold) -> None:

@@ -72,6 +72,7 @@ class EmbeddedPool(SlotPool):
         acquired = self.cache.acquire(np.arange(self.experts))
         loads = self._loads(acquired)
         self._demand(loads)
+        self._account(loads)
         for load in loads:
             if load.error is not None:
                 raise load.error
@@ -107,10 +108,11 @@ class EmbeddedPool(SlotPool):
         self.loader.start(loads)
         return _LoadingHold(acquired, experts, loads)
 
-    def finish_hold(self, hold: Hold) -> None:
+    def finish_hold(self, layer: Span, hold: Hold) -> Hold:
         assert isinstance(hold, _LoadingHold)
         self._join(hold.loads)
         self._conclude(hold)
+        return hold
 
     def release(self, hold: Hold) -> None:
         self.cache.release(hold.slots)
