@@ -120,7 +120,8 @@ class Mapping:
     def become_private(self) -> None:
         """From now on this process writes what it likes and nobody sees it. Contents, addresses and arrays stay.
 
-        Pages are copied when first written; until then they show what others write into the shared ones.
+        Pages are copied when first written, and cost memory twice from then on: the shared ones stay, those of holes
+        too. Until then they show what others write into the shared ones.
         """
         # The whole range may be larger than memory: only what is written counts.
         self._map_over(writable=True, flags=mmap.MAP_PRIVATE | _MAP_NORESERVE, fd=self.fd)

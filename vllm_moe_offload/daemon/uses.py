@@ -10,6 +10,8 @@ from .table import HEAD, RING, ResidencyTable
 
 STEP = -1
 """Noted instead of an expert: a forward pass begins."""
+LONGEST = RING // 16
+"""What may be noted at once: so much of the ring may be half written at any time."""
 
 
 class UseWriter:
@@ -20,7 +22,13 @@ class UseWriter:
         self._entry = table.entries[worker].data
 
     def note(self, experts: NDArray[np.integer]) -> None:
-        """Append flat expert ids (``STEP`` first, where a step begins); at most RING at once."""
+        """Append up to LONGEST flat expert ids (``STEP`` first, where a step begins).
+
+        Raises:
+            ValueError: there are more.
+        """
+        if len(experts) > LONGEST:
+            raise ValueError(f"{len(experts)} uses noted at once; at most {LONGEST} may be")
         head = self._entry[HEAD]
         start, end = head % RING, head % RING + len(experts)
         if end <= RING:
@@ -48,9 +56,8 @@ class UseReader:
         head = self._entry[HEAD]
         tail = self._tail if self._tail <= head <= self._tail + RING else max(0, head - RING)
         self._tail = head
-        noted = self._ring[np.arange(tail, head) % RING]
-        # The writer went on meanwhile, and is at most one call of note() beyond the head it shows.
-        overwritten = self._entry[HEAD] - RING - tail
-        if overwritten > 0:
-            noted = noted[overwritten:]
+        noted = self._ring[(tail % RING + np.arange(head - tail)) % RING]
+        # Meanwhile the writer went on: to the head it shows now, and somewhere into what it notes next.
+        overwritten = max(0, self._entry[HEAD] + LONGEST - RING - tail)
+        noted = noted[overwritten:]
         return noted[(noted >= STEP) & (noted < self._experts)]

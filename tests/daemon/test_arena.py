@@ -1,0 +1,106 @@
+"""An arena serves wherever a host pool does: the loader fills its slots, kernels' tensors lie in it, readers only read."""
+
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.runtime.record_stores import LAYOUTS, MIXED, build_store, layout
+from vllm_moe_offload.daemon.arena import Arena, arena_bytes
+from vllm_moe_offload.daemon.mapping import PeerMemoryError
+from vllm_moe_offload.prefetch.loader import Load, RecordLoader
+from vllm_moe_offload.store import RecordLayout
+
+PAGE = 4096
+MIB = 2**20
+
+
+def pages_taken(arena: Arena) -> int:
+    return os.fstat(arena.mapping.fd).st_blocks * 512 // PAGE
+
+
+def reader_of(arena: Arena) -> Arena:
+    return Arena.attach(arena.mapping.reader_descriptor(), arena.layout, arena.slots)
+
+
+@given(st.lists(st.integers(0, 3 * PAGE), min_size=1, max_size=5).filter(any), st.integers(1, 9))
+def test_slots_are_dense_page_aligned_and_apart(sizes: list[int], slots: int) -> None:
+    arena = Arena.create("test", layout(*sizes), slots)
+    assert [component.shape for component in arena.components] == [(slots, size) for size in sizes]
+    for component in arena.components:
+        assert component.flags.c_contiguous and component.ctypes.data % PAGE == 0
+    for slot in range(slots):
+        for part in arena.slot(slot):
+            part[:] = slot + 1
+    seen = reader_of(arena)
+    for slot in range(slots):
+        assert all((part == slot + 1).all() for part in seen.slot(slot))
+    arena.punch(0)
+    assert not any(part.any() for part in seen.slot(0))
+    for slot in range(1, slots):
+        assert all((part == slot + 1).all() for part in seen.slot(slot))
+    arena.mapping.close()
+    seen.mapping.close()
+
+
+@pytest.mark.parametrize("shape", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_the_loader_fills_slots_that_others_read(tmp_path: Path, shape: RecordLayout) -> None:
+    made = build_store(tmp_path, [(shape, 6)])
+    arena = Arena.create("test", shape, 6)
+    seen = reader_of(arena)
+    loader = RecordLoader(made.store, threads=2)
+    loads = [Load(0, expert, arena.slot(5 - expert)) for expert in range(6)]
+    loader.demand(loads)
+    loader.close()
+    assert [load.error for load in loads] == [None] * 6
+    assert all(made.holds(seen, 5 - expert, 0, expert) for expert in range(6))
+    made.store.close()
+
+
+def test_readers_get_read_only_slots_until_the_memory_is_their_own() -> None:
+    arena = Arena.create("test", MIXED, 3)
+    seen = reader_of(arena)
+    assert not any(part.flags.writeable for part in seen.slot(1))
+    seen.mapping.become_private()
+    for part in seen.slot(1):
+        part[:] = 7
+    assert all((component[1] == 7).all() for component in seen.components)
+    assert not any(part.any() for part in arena.slot(1))
+
+
+def test_memory_is_taken_slot_by_slot_and_given_back() -> None:
+    arena = Arena.create("test", layout(MIB, PAGE), 1 << 20)
+    assert arena_bytes(arena.layout, arena.slots) == (1 << 20) * (MIB + PAGE)
+    for slot in (5, 77_777, 1_000_000):
+        arena.allocate(slot)
+    assert pages_taken(arena) == 3 * 257
+    arena.slot(5)[0][:] = 1
+    arena.punch(5)
+    assert pages_taken(arena) == 2 * 257
+
+
+def test_memory_for_other_records_is_refused() -> None:
+    arena = Arena.create("test", layout(PAGE), 8)
+    with pytest.raises(PeerMemoryError, match=f"{8 * PAGE} bytes where {16 * PAGE}"):
+        Arena.attach(arena.mapping.reader_descriptor(), layout(2 * PAGE), 8)
+
+
+def test_kernels_tensors_lie_in_shared_memory() -> None:
+    torch = pytest.importorskip("torch")
+    from vllm_moe_offload.integration.records import place_in_pool, record_layout
+
+    layer = torch.nn.Module()
+    layer.register_parameter("w13", torch.nn.Parameter(torch.zeros(4, 8, 16, dtype=torch.bfloat16), False))
+    arena = Arena.create("test", record_layout(dict(layer.named_parameters())), 10)
+    seen = reader_of(arena)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        place_in_pool(layer, seen, 2, 4)
+    arena.components[0].view(np.int16).reshape(10, 8, 16)[2:6] = np.arange(4)[:, None, None]
+    assert layer.w13.shape == (4, 8, 16)
+    assert layer.w13.data_ptr() == seen.components[0][2].ctypes.data
+    assert (layer.w13.view(torch.int16)[3] == 3).all()
