@@ -25,7 +25,8 @@ _LINE = 64
 # Positions in the header and in a worker's entry, in 8-byte words. What is written often has a cache line of its own.
 EPOCH = 8
 GENERATION = 16
-ACTIVE, DONE, HEAD = 0, 1, 2
+LIMIT = 24
+ACTIVE, DONE, HEAD, ATTACHED = 0, 1, 2, 3
 
 
 class _Places(NamedTuple):
@@ -130,8 +131,22 @@ class ResidencyTable:
         """Which life of the daemon made the table."""
         return int(self.header[GENERATION])
 
+    @property
+    def limit(self) -> int:
+        """How many slots may be occupied at present. Set by the daemon."""
+        return int(self.header[LIMIT])
+
+    @limit.setter
+    def limit(self, slots: int) -> None:
+        self.header[LIMIT] = slots
+
+    def admit(self, worker: int) -> None:
+        """A worker comes: its entry is as new, and says that the daemon minds it."""
+        self.clear(worker)
+        self.entries[worker, ATTACHED] = 1
+
     def clear(self, worker: int) -> None:
-        """Make the entry of a worker that is gone, or about to come, as new."""
+        """Make the entry of a worker that is gone as new. Whoever still reads by it can see that it must not."""
         self.entries[worker] = 0
         self.counters[worker] = 0
         self.expected[worker] = 0

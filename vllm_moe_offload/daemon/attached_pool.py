@@ -1,0 +1,219 @@
+"""A pool whose slots belong to the daemon: this process reads them in place and asks for what is not there.
+
+It must never write the arena, and holds nothing while it waits: workers cannot wait for each other in a ring.
+"""
+
+import time
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..cache.base import IntArray
+from ..errors import LoadError
+from ..prefetch.loader import DamagedRecordError
+from ..slots.base import Failure, Hold, SlotPool, Span, guess_room
+from ..slots.ledger import Ledger
+from .arena import Arena
+from .connection import Connection, DaemonGoneError
+from .epochs import Reader
+from .protocol import Demand, Hint, Supplied, pack_ids, unpack_ids
+from .table import ABSENT, ATTACHED, COUNTERS, DONE, ResidencyTable
+from .uses import STEP, UseWriter
+
+_STEP = np.array([STEP], dtype=np.int32)
+_STEPS_BETWEEN_LOOKS_BACK = 16
+
+
+class _TicketHold(Hold):
+    """What the daemon keeps in place until its ticket is done; ticket 0 is the worker's own epoch."""
+
+    __slots__ = ("ticket",)
+
+    def __init__(self, experts: IntArray, slots: NDArray[np.int32], ticket: int):
+        super().__init__(experts, slots)
+        self.ticket = ticket
+
+
+class AttachedPool(SlotPool):
+    """One pool of a model this worker is attached to.
+
+    Every call may raise ``DaemonGoneError``; the pool is of no use any more then, and nothing is held.
+
+    Args:
+        number: of the pool in the protocol.
+        worker: this worker's entry in the table.
+        ledger: this worker's books.
+    """
+
+    def __init__(
+        self, connection: Connection, number: int, arena: Arena, table: ResidencyTable, worker: int, ledger: Ledger
+    ):
+        self.memory = arena
+        self.experts = table.experts
+        self.table = table
+        self._connection = connection
+        self._number = number
+        self._ledger = ledger
+        self._record_bytes = arena.layout.payload_bytes
+        self._reader = Reader(table, worker)
+        self._uses = UseWriter(table, worker)
+        self._entry = table.entries[worker].data
+        self._expected = table.expected[worker]
+        self._counters = table.counters[worker]
+        self._foresees = False
+        self._ticket = 0
+        self._guessed = np.zeros(self.experts, dtype=bool)
+        self._asked: set[int] = set()
+        """Guesses of the running step: the daemon may not have taken notice of them yet."""
+        self._steps = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.table.limit
+
+    def begin_step(self) -> None:
+        self._uses.note(_STEP)
+        self._steps += 1
+        self._asked.clear()
+        if self._foresees:
+            self._expected[:] = 0
+            if self._steps % _STEPS_BETWEEN_LOOKS_BACK == 0:
+                self._look_back()
+        if self._number == 0:
+            self._show_counters()
+
+    def load_all(self) -> None:
+        """The daemon has done it, or it would not have granted the lease."""
+
+    def hold(self, layer: Span, experts: IntArray) -> Hold:
+        self._reader.enter()
+        slots = self.table.slot_of[experts]
+        if (slots == ABSENT).any():
+            self._reader.leave()
+            return self._demand(experts, stream=False)
+        self._uses.note(experts)
+        self._ledger.counters.hits += len(experts)
+        self._note_used(experts, slots, waited=0.0)
+        return _TicketHold(experts, slots, ticket=0)
+
+    def hold_streaming(self, layer: Span, experts: IntArray) -> Hold:
+        return self._demand(experts, stream=True)
+
+    def stream_ahead(self, layer: Span) -> None:
+        absent = layer.start + np.flatnonzero(self.absent(layer))
+        if len(absent):
+            self._ledger.counters.streamed += len(absent)
+            self._hint(absent, stream=True)
+
+    def settle(self, layer: Span) -> None:
+        """The daemon minds its own slots."""
+
+    def start_hold(self, layer: Span, experts: IntArray) -> Hold:
+        absent = experts[self.table.slot_of[experts] == ABSENT]
+        if len(absent):
+            self._hint(absent, stream=False)
+        return Hold(experts, np.empty(0, np.int32))
+
+    def finish_hold(self, layer: Span, hold: Hold) -> Hold:
+        return self._demand(hold.experts, stream=False)
+
+    def release(self, hold: Hold) -> None:
+        assert isinstance(hold, _TicketHold)
+        if not self._entry[ATTACHED]:
+            error = LoadError("the daemon took back its slots while they were read")
+            hold.failures = [Failure(expert, error) for expert in hold.experts.tolist()]
+        if hold.ticket:
+            self._entry[DONE] = hold.ticket
+        else:
+            self._reader.leave()
+
+    def absent(self, layer: Span) -> NDArray[np.bool_]:
+        span = slice(layer.start, layer.stop)
+        absent = (self.table.slot_of[span] == ABSENT) & (self.table.loading[span] == 0)
+        for expert in self._asked:
+            if expert in layer:
+                absent[expert - layer.start] = False
+        return absent
+
+    def foresee(self) -> None:
+        self._foresees = True
+
+    def expect(self, layer: Span, probabilities: NDArray[np.float32] | float) -> None:
+        self._expected[layer.start : layer.stop] = probabilities
+
+    def prefetch(self, layer: Span, experts: IntArray) -> int:
+        wanted = experts[: guess_room(self.capacity, len(layer), len(self._asked))]
+        if len(wanted):
+            self._hint(wanted, stream=False)
+            self._guessed[wanted] = True
+            self._asked.update(wanted.tolist())
+            self._ledger.counters.prefetches += len(wanted)
+        return len(wanted)
+
+    def queued(self) -> int:
+        return int(np.count_nonzero(self.table.loading))
+
+    def close(self) -> None:
+        """The session ends the connection of all pools."""
+
+    def _demand(self, experts: IntArray, stream: bool) -> Hold:
+        self._ticket += 1
+        before = self.table.slot_of[experts]
+        started = time.perf_counter()
+        reply = self._connection.request(Demand(self._ticket, self._number, pack_ids(experts), stream))
+        waited = time.perf_counter() - started
+        slots = unpack_ids(reply.slots)
+        if reply.ticket != self._ticket or len(slots) != len(experts):
+            raise DaemonGoneError(f"the daemon answered ticket {reply.ticket} instead of {self._ticket}")
+        self._uses.note(experts)
+        self._count(len(experts), reply, waited)
+        self._note_used(experts, before, waited)
+        hold = _TicketHold(experts, np.maximum(slots, 0), self._ticket)
+        hold.failures = [Failure(f.expert, _error(f.reason, f.damaged)) for f in reply.failed]
+        return hold
+
+    def _count(self, experts: int, reply: Supplied, waited: float) -> None:
+        missed = reply.loaded + reply.joined
+        self._ledger.counters.hits += experts - missed
+        self._ledger.counters.misses += missed
+        self._ledger.loaded(reply.loaded, self._record_bytes, len(reply.failed))
+        if reply.loaded:
+            self._ledger.demanded(reply.loaded, waited)
+        else:
+            self._ledger.waited(waited)
+
+    def _note_used(self, experts: IntArray, slots: NDArray[np.int32], waited: float) -> None:
+        """``slots``: where the experts were when they were asked for. Guesses that were not there yet were late."""
+        if self._foresees:
+            guessed = self._guessed[experts]
+            self._guessed[experts] = False
+            late = int(np.count_nonzero(guessed & (slots == ABSENT)))
+            self._ledger.guesses_used(int(np.count_nonzero(guessed)) - late, late, waited)
+
+    def _look_back(self) -> None:
+        """Guesses that are neither there nor on their way have been evicted unused."""
+        guessed = np.flatnonzero(self._guessed)
+        lost = guessed[(self.table.slot_of[guessed] == ABSENT) & (self.table.loading[guessed] == 0)]
+        self._guessed[lost] = False
+        self._ledger.guesses_wasted(len(lost))
+
+    def _hint(self, experts: IntArray, stream: bool) -> None:
+        self._connection.send(Hint(self._number, pack_ids(experts), stream))
+
+    def _show_counters(self) -> None:
+        counters = self._ledger.counters
+        shown = {
+            "hits": counters.hits,
+            "misses": counters.misses,
+            "stall_us": int(counters.stall_seconds * 1e6),
+            "useful": counters.prefetch_useful,
+            "late": counters.prefetch_late,
+            "wasted": counters.prefetch_wasted,
+            "steps": counters.steps,
+        }
+        for column, name in enumerate(COUNTERS):
+            self._counters[column] = shown.get(name, 0)
+
+
+def _error(reason: str, damaged: bool) -> LoadError:
+    return DamagedRecordError(reason) if damaged else LoadError(reason)
