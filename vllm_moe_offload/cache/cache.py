@@ -30,26 +30,48 @@ class ExpertCache:
 
     A *transient* slot holds an expert that streamed through for a long prefill: nothing is lost when it leaves, so it
     is the first to go, until an ordinary ``acquire`` uses it.
+
+    A *retired* slot (``retire``) still holds its expert, but is given away before any other that is occupied, in the
+    order of retirement; whoever asks for the expert meanwhile gets it back.
+
+    Args:
+        layer_of: int ``[N]``, the layer of each expert.
+        at_home: there are as many slots as experts, and an expert goes to the slot of its own number if that is free.
     """
 
-    def __init__(self, layer_of: IntArray, num_slots: int, policy: EvictionPolicy):
+    def __init__(self, layer_of: IntArray, num_slots: int, policy: EvictionPolicy, at_home: bool = False):
+        assert not at_home or num_slots == len(layer_of)
         self.layer_of = np.asarray(layer_of)
         self.num_slots = num_slots
         self.policy = policy
+        self.at_home = at_home
+        self.limit = num_slots
+        """How many slots may be occupied. When it is lowered below what is, nothing more is occupied until whoever
+        lowered it has emptied the surplus: ``retire``, and ``forget`` once nobody reads what was retired."""
         self.slot_of = np.full(len(layer_of), ABSENT, dtype=np.int32)
         self.expert_of = np.full(num_slots, FREE, dtype=np.int32)
         self.pins = np.zeros(num_slots, dtype=np.int32)
         self.transient = np.zeros(num_slots, dtype=bool)
+        self.retired = np.zeros(num_slots, dtype=np.int64)
+        """0, or a number that rises with the order in which slots were retired."""
+        self._retirements = 0
+
+    @property
+    def occupied(self) -> int:
+        return int(np.count_nonzero(self.expert_of != FREE))
 
     def begin_step(self) -> None:
         """A forward pass starts."""
         self.policy.begin_step()
 
-    def acquire(self, experts: IntArray) -> Acquisition:
+    def acquire(self, experts: IntArray, use: bool = True) -> Acquisition:
         """Pin ``experts`` (distinct flat ids), giving slots to those that have none.
 
         The resident ones are pinned before any victim is chosen, so no expert of this call can evict another. Every
         slot returned carries one more pin, to be given back with ``release``.
+
+        Args:
+            use: tell the policy that the running pass reads them; whoever tells it otherwise says False.
 
         Raises:
             ValueError: more experts are missing than there are unpinned slots; nothing has changed then.
@@ -59,13 +81,15 @@ class ExpertCache:
         if not absent.any():
             self.pins[slots] += 1
             self.transient[slots] = False
-            self.policy.use(experts)
+            self.retired[slots] = 0
+            if use:
+                self.policy.use(experts)
             return Acquisition(slots, _NONE, _NO_SLOTS, _NONE)
 
         resident = slots[~absent]
         self.pins[resident] += 1
         missing = np.asarray(experts, dtype=np.int64)[absent]
-        taken = self._cheapest_slots(len(missing))
+        taken = self._cheapest_slots(missing)
         if len(taken) < len(missing):
             self.pins[resident] -= 1
             raise ValueError(f"{len(missing)} experts are missing but only {len(taken)} slots are unpinned")
@@ -73,7 +97,9 @@ class ExpertCache:
         self.pins[taken] += 1
         slots[absent] = taken
         self.transient[slots] = False
-        self.policy.use(experts)
+        self.retired[slots] = 0
+        if use:
+            self.policy.use(experts)
         return Acquisition(slots, missing, taken, evicted)
 
     def stream(self, experts: IntArray, share: int) -> Acquisition:
@@ -87,11 +113,13 @@ class ExpertCache:
         absent = np.flatnonzero(slots == ABSENT)
         resident = slots[slots != ABSENT]
         self.pins[resident] += 1
+        self.retired[resident] = 0
         room = max(0, share - int(np.count_nonzero(self.transient)))
         taken = np.flatnonzero(self.transient & (self.pins == 0))[: len(absent)].astype(np.int32)
         if len(taken) < len(absent) and room:
             self.pins[taken] += 1
-            further = self._cheapest_slots(min(len(absent) - len(taken), room))
+            rest = np.asarray(experts, dtype=np.int64)[absent[len(taken) :]]
+            further = self._cheapest_slots(rest[:room])
             self.pins[taken] -= 1
             taken = np.concatenate([taken, further])
         placed = absent[: len(taken)]
@@ -128,11 +156,12 @@ class ExpertCache:
         guarded = slots if protect is None else np.concatenate([slots, self.slot_of[protect]])
         guarded = np.unique(guarded[guarded != ABSENT])
         self.pins[guarded] += 1
-        taken = self._cheapest_slots(len(absent), bias)
+        missing = np.asarray(experts, dtype=np.int64)[absent]
+        taken = self._cheapest_slots(missing, bias)
         self.pins[guarded] -= 1
 
         placed = absent[: len(taken)]
-        missing = np.asarray(experts, dtype=np.int64)[placed]
+        missing = missing[: len(taken)]
         evicted = self._place(missing, taken)
         self.pins[taken] += 1
         slots[placed] = taken
@@ -144,37 +173,88 @@ class ExpertCache:
         self.slot_of[experts] = ABSENT
         self.expert_of[slots] = FREE
         self.transient[slots] = False
+        self.retired[slots] = 0
+
+    def retire(self, count: int) -> NDArray[np.int64]:
+        """Choose up to ``count`` more unpinned experts that shall leave next, and return them.
+
+        They stay resident until their slots are given away or they are forgotten. Those asked for again stay for good.
+        """
+        slots = self._least_worth(count)
+        self.retired[slots] = np.arange(self._retirements + 1, self._retirements + 1 + len(slots))
+        self._retirements += len(slots)
+        return self.expert_of[slots].astype(np.int64)
+
+    def keep(self, experts: IntArray) -> None:
+        """``experts`` (resident) shall not leave after all."""
+        self.retired[self.slot_of[experts]] = 0
+
+    def move(self, expert: int, slot: int) -> None:
+        """``expert`` (resident, unpinned) changes to a free slot."""
+        assert self.expert_of[slot] == FREE and self.pins[self.slot_of[expert]] == 0
+        old = self.slot_of[expert]
+        self.transient[slot] = self.transient[old]
+        self.forget(np.array([expert]))
+        self.slot_of[expert] = slot
+        self.expert_of[slot] = expert
 
     def check_integrity(self) -> None:
         """Assert the invariants. Tests call it after every operation."""
         resident = np.flatnonzero(self.slot_of != ABSENT)
         occupied = np.flatnonzero(self.expert_of != FREE)
-        assert len(resident) == len(occupied) <= self.num_slots
+        assert len(resident) == len(occupied) == self.occupied <= self.num_slots
         assert (self.expert_of[self.slot_of[resident]] == resident).all()
         assert (self.pins >= 0).all()
         assert (self.pins[self.expert_of == FREE] == 0).all(), "a free slot is pinned"
         assert not self.transient[self.expert_of == FREE].any(), "a free slot is transient"
+        assert not self.retired[(self.expert_of == FREE) | (self.pins > 0)].any(), "a free or pinned slot is retired"
 
-    def _cheapest_slots(self, count: int, bias: FloatArray | None = None) -> NDArray[np.int32]:
-        """Up to ``count`` unpinned slots, free ones first, then the least worth keeping."""
-        free = np.flatnonzero(self.expert_of == FREE)[:count]
-        wanted = count - len(free)
-        if wanted == 0:
-            return free.astype(np.int32)
-        candidates = np.flatnonzero((self.expert_of != FREE) & (self.pins == 0))
-        if len(candidates) > wanted:
-            residents = self.expert_of[candidates]
-            scores = self.policy.keep_scores(residents)
-            if bias is not None:
-                scores = scores + bias[residents]
-            scores = np.where(self.transient[candidates], -np.inf, scores)
-            candidates = candidates[np.argpartition(scores, wanted - 1)[:wanted]]
-        return np.concatenate([free, candidates]).astype(np.int32)
+    def _cheapest_slots(self, experts: NDArray[np.int64], bias: FloatArray | None = None) -> NDArray[np.int32]:
+        """Unpinned slots for up to all of ``experts`` (absent ones), in their order.
+
+        Free ones first, then those retired, then the least worth keeping.
+        """
+        taken = self._free_slots(experts)
+        wanted = len(experts) - len(taken)
+        if wanted:
+            retired = np.flatnonzero(self.retired)
+            retired = retired[np.argsort(self.retired[retired])][:wanted]
+            taken = np.concatenate([taken, retired, self._least_worth(wanted - len(retired), bias)])
+        return taken.astype(np.int32)
+
+    def _free_slots(self, experts: NDArray[np.int64]) -> NDArray[np.integer]:
+        """Free slots within the limit for the first of ``experts``."""
+        free = self.expert_of == FREE
+        slots = np.flatnonzero(free)
+        slots = slots[: max(0, self.limit - (self.num_slots - len(slots)))]
+        if not self.at_home or len(slots) == 0:
+            return slots[: len(experts)]
+        taken = experts[: len(slots)].copy()
+        elsewhere = ~free[taken]
+        if elsewhere.any():
+            free[taken] = False
+            taken[elsewhere] = np.flatnonzero(free)[: np.count_nonzero(elsewhere)]
+        return taken
+
+    def _least_worth(self, count: int, bias: FloatArray | None = None) -> NDArray[np.integer]:
+        """Up to ``count`` slots that are neither free nor pinned nor retired."""
+        if count <= 0:
+            return _NO_SLOTS
+        candidates = np.flatnonzero((self.expert_of != FREE) & (self.pins == 0) & (self.retired == 0))
+        if len(candidates) <= count:
+            return candidates
+        residents = self.expert_of[candidates]
+        scores = self.policy.keep_scores(residents)
+        if bias is not None:
+            scores = scores + bias[residents]
+        scores = np.where(self.transient[candidates], -np.inf, scores)
+        return candidates[np.argpartition(scores, count - 1)[:count]]
 
     def _place(self, experts: NDArray[np.int64], slots: NDArray[np.int32]) -> NDArray[np.int64]:
         evicted = self.expert_of[slots]
         evicted = evicted[evicted != FREE].astype(np.int64)
         self.transient[slots] = False
+        self.retired[slots] = 0
         self.slot_of[evicted] = ABSENT
         self.slot_of[experts] = slots
         self.expert_of[slots] = experts
