@@ -189,14 +189,29 @@ class ExpertCache:
         """``experts`` (resident) shall not leave after all."""
         self.retired[self.slot_of[experts]] = 0
 
+    def cancel(self, experts: IntArray) -> None:
+        """As ``forget``, whoever has pinned them: their pins are void."""
+        self.pins[self.slot_of[experts]] = 0
+        self.forget(experts)
+
+    def adopt(self, experts: IntArray, slots: IntArray) -> None:
+        """``experts`` (distinct, absent) are found to be in ``slots`` (distinct, free) already."""
+        assert (self.slot_of[experts] == ABSENT).all() and (self.expert_of[slots] == FREE).all()
+        self.slot_of[experts] = slots
+        self.expert_of[slots] = experts
+
     def move(self, expert: int, slot: int) -> None:
         """``expert`` (resident, unpinned) changes to a free slot."""
         assert self.expert_of[slot] == FREE and self.pins[self.slot_of[expert]] == 0
         old = self.slot_of[expert]
-        self.transient[slot] = self.transient[old]
+        transient = self.transient[old]
         self.forget(np.array([expert]))
-        self.slot_of[expert] = slot
-        self.expert_of[slot] = expert
+        self.adopt(np.array([expert]), np.array([slot]))
+        self.transient[slot] = transient
+
+    def adopt(self, experts: IntArray, slots: IntArray) -> None:
+        """``experts`` (absent, distinct) are in these slots (free, distinct) already."""
+        self._place(np.asarray(experts, dtype=np.int64), np.asarray(slots, dtype=np.int32))
 
     def check_integrity(self) -> None:
         """Assert the invariants. Tests call it after every operation."""

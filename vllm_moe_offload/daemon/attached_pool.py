@@ -86,6 +86,8 @@ class AttachedPool(SlotPool):
         """The daemon has done it, or it would not have granted the lease."""
 
     def hold(self, layer: Span, experts: IntArray) -> Hold:
+        if not self._entry[ATTACHED]:
+            raise DaemonGoneError("the daemon has given up this worker")
         self._reader.enter()
         slots = self.table.slot_of[experts]
         if (slots == ABSENT).any():

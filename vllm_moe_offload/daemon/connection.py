@@ -10,6 +10,7 @@ from typing import overload
 import msgspec
 
 from ..errors import OffloadError
+from .credentials import peer_of
 from .framing import FramedSocket, PeerError
 from .protocol import (
     VERSION,
@@ -62,6 +63,9 @@ class Connection:
     def __init__(self, peer: socket.socket, name: str, timeout: float) -> None:
         """Of a connected socket; see ``connect``. ``name`` says in errors who is at the other end."""
         self.daemon_pid = 0
+        """What the daemon calls itself, which may be another name in its container."""
+        self.peer_pid = peer_of(peer).pid
+        """What the kernel calls it here; 0 if it cannot be seen from here."""
         self._name = name
         self._frames: FramedSocket[Reply] = FramedSocket(peer, msgspec.msgpack.Decoder(Reply), MAX_FDS)
         self._frames.wait_at_most(timeout)
@@ -136,6 +140,10 @@ class Connection:
             self._send(message, ())
         except (PeerError, OSError) as error:
             raise self._gone(_reason(error)) from None
+
+    def wait_at_most(self, seconds: float) -> None:
+        """How long every answer may take from now on."""
+        self._frames.wait_at_most(seconds)
 
     def take_fds(self) -> list[int]:
         """The descriptors that came with the last reply; they are the caller's to close now."""

@@ -63,7 +63,7 @@ class EmbeddedPool(SlotPool):
 
     @property
     def capacity(self) -> int:
-        return self.cache.num_slots
+        return self.cache.limit
 
     def begin_step(self) -> None:
         self.cache.begin_step()

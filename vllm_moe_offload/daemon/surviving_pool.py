@@ -1,0 +1,107 @@
+"""A pool that outlives the daemon: it asks the one behind it, and another when the daemon is gone."""
+
+from collections.abc import Callable
+from contextlib import suppress
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..cache.base import IntArray
+from ..errors import OffloadError
+from ..slots.base import Hold, SlotPool, Span
+from .arena import Arena
+from .connection import DaemonGoneError, RefusedError
+
+_GONE = (DaemonGoneError, RefusedError)
+"""A daemon that refuses to go on is of no more use than none."""
+
+
+class SurvivingPool(SlotPool):
+    """Hands everything on to ``behind``, which is exchanged while nothing is held.
+
+    Args:
+        memory: the arena; its addresses stay when what is behind changes.
+        fail_over: called when the daemon is gone; afterwards ``behind`` works without it.
+    """
+
+    def __init__(self, memory: Arena, behind: SlotPool, fail_over: Callable[[OffloadError], None]):
+        self.memory = memory
+        self.experts = behind.experts
+        self.behind = behind
+        self._fail_over = fail_over
+        self._foresees = False
+
+    def exchange(self, behind: SlotPool) -> None:
+        """From now on ``behind`` serves. Nothing may be held."""
+        self.behind.close()
+        self.behind = behind
+        if self._foresees:
+            behind.foresee()
+
+    @property
+    def capacity(self) -> int:
+        return self.behind.capacity
+
+    def begin_step(self) -> None:
+        self.behind.begin_step()
+
+    def load_all(self) -> None:
+        self.behind.load_all()
+
+    def hold(self, layer: Span, experts: IntArray) -> Hold:
+        try:
+            return self.behind.hold(layer, experts)
+        except _GONE as error:
+            self._fail_over(error)
+            return self.behind.hold(layer, experts)
+
+    def hold_streaming(self, layer: Span, experts: IntArray) -> Hold:
+        try:
+            return self.behind.hold_streaming(layer, experts)
+        except _GONE as error:
+            self._fail_over(error)
+            return self.behind.hold_streaming(layer, experts)
+
+    def stream_ahead(self, layer: Span) -> None:
+        with suppress(DaemonGoneError):  # whoever waits for the experts finds out as well
+            self.behind.stream_ahead(layer)
+
+    def settle(self, layer: Span) -> None:
+        self.behind.settle(layer)
+
+    def start_hold(self, layer: Span, experts: IntArray) -> Hold:
+        try:
+            return self.behind.start_hold(layer, experts)
+        except DaemonGoneError:  # so does finish_hold
+            return Hold(experts, np.empty(0, np.int32))
+
+    def finish_hold(self, layer: Span, hold: Hold) -> Hold:
+        try:
+            return self.behind.finish_hold(layer, hold)
+        except _GONE as error:
+            self._fail_over(error)
+            return self.behind.hold(layer, hold.experts)
+
+    def release(self, hold: Hold) -> None:
+        self.behind.release(hold)
+
+    def absent(self, layer: Span) -> NDArray[np.bool_]:
+        return self.behind.absent(layer)
+
+    def foresee(self) -> None:
+        self._foresees = True
+        self.behind.foresee()
+
+    def expect(self, layer: Span, probabilities: NDArray[np.float32] | float) -> None:
+        self.behind.expect(layer, probabilities)
+
+    def prefetch(self, layer: Span, experts: IntArray) -> int:
+        with suppress(DaemonGoneError):  # a guess that did not get through
+            return self.behind.prefetch(layer, experts)
+        return 0
+
+    def queued(self) -> int:
+        return self.behind.queued()
+
+    def close(self) -> None:
+        self.behind.close()
