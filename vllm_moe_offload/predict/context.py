@@ -69,7 +69,7 @@ class RequestState:
         self._previous: TokenMap | None = None
         self._previous_token = UNKNOWN_TOKEN
         self._frequency = np.zeros((layers, experts), np.float32)
-        self._layers = np.arange(layers)[:, None]
+        self._first = np.arange(0, layers * experts, experts)[:, None]
 
     def context(self, token: int = UNKNOWN_TOKEN) -> TokenContext:
         """The row for a forward pass that reads ``token`` next."""
@@ -88,7 +88,7 @@ class RequestState:
     def advance(self, token: int, token_map: TokenMap) -> None:
         """``token`` has run and was routed as ``token_map`` says. Contexts taken before stay as they were."""
         frequency = self._frequency * _DECAY
-        frequency[self._layers, token_map.experts] += 1 - _DECAY
+        frequency.reshape(-1)[token_map.experts + self._first] += 1 - _DECAY
         self._frequency = frequency
         self._previous = token_map
         self._previous_token = token
