@@ -4,6 +4,7 @@ It must never write the arena, and holds nothing while it waits: workers cannot 
 """
 
 import time
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,11 +43,19 @@ class AttachedPool(SlotPool):
     Args:
         number: of the pool in the protocol.
         worker: this worker's entry in the table.
+        tickets: rising, for all pools of this worker.
         ledger: this worker's books.
     """
 
     def __init__(
-        self, connection: Connection, number: int, arena: Arena, table: ResidencyTable, worker: int, ledger: Ledger
+        self,
+        connection: Connection,
+        number: int,
+        arena: Arena,
+        table: ResidencyTable,
+        worker: int,
+        tickets: Iterator[int],
+        ledger: Ledger,
     ):
         self.memory = arena
         self.experts = table.experts
@@ -61,7 +70,7 @@ class AttachedPool(SlotPool):
         self._expected = table.expected[worker]
         self._counters = table.counters[worker]
         self._foresees = False
-        self._ticket = 0
+        self._tickets = tickets
         self._guessed = np.zeros(self.experts, dtype=bool)
         self._asked: set[int] = set()
         """Guesses of the running step: the daemon may not have taken notice of them yet."""
@@ -159,18 +168,18 @@ class AttachedPool(SlotPool):
         """The session ends the connection of all pools."""
 
     def _demand(self, experts: IntArray, stream: bool) -> Hold:
-        self._ticket += 1
+        ticket = next(self._tickets)
         before = self.table.slot_of[experts]
         started = time.perf_counter()
-        reply = self._connection.request(Demand(self._ticket, self._number, pack_ids(experts), stream))
+        reply = self._connection.request(Demand(ticket, self._number, pack_ids(experts), stream))
         waited = time.perf_counter() - started
         slots = unpack_ids(reply.slots)
-        if reply.ticket != self._ticket or len(slots) != len(experts):
-            raise DaemonGoneError(f"the daemon answered ticket {reply.ticket} instead of {self._ticket}")
+        if reply.ticket != ticket or len(slots) != len(experts):
+            raise DaemonGoneError(f"the daemon answered ticket {reply.ticket} instead of {ticket}")
         self._uses.note(experts)
         self._count(len(experts), reply, waited)
         self._note_used(experts, before, waited)
-        hold = _TicketHold(experts, np.maximum(slots, 0), self._ticket)
+        hold = _TicketHold(experts, np.maximum(slots, 0), ticket)
         hold.failures = [Failure(f.expert, _error(f.reason, f.damaged)) for f in reply.failed]
         return hold
 

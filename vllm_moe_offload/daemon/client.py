@@ -4,6 +4,7 @@ The kernels keep the addresses they were given once; what lies behind them chang
 of shared memory that a process which may be alive could still write.
 """
 
+import itertools
 import os
 import threading
 import time
@@ -203,9 +204,9 @@ class DaemonClient:
             )
 
     def _attached_pools(self, attachment: _Attachment, arenas: list[Arena]) -> list[AttachedPool]:
-        worker = attachment.reply.worker
+        worker, tickets = attachment.reply.worker, itertools.count(1)
         return [
-            AttachedPool(attachment.connection, number, arena, table, worker, self._ledger)
+            AttachedPool(attachment.connection, number, arena, table, worker, tickets, self._ledger)
             for number, (arena, table) in enumerate(zip(arenas, attachment.tables, strict=True))
         ]
 
