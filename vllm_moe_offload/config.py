@@ -19,6 +19,7 @@ from .predict.names import ENGINE_PREDICTORS
 
 ADDITIONAL_CONFIG_KEY = "moe_offload"
 ENVIRONMENT_VARIABLE = "VLLM_MOE_OFFLOAD"
+MODEL_EMBEDDING = "model"
 
 _UNITS = {
     "B": 1,
@@ -32,6 +33,7 @@ _UNITS = {
     "TB": 10**12,
 }
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B)", re.IGNORECASE)
+_FUNCTION = re.compile(r"[\w.]+:[\w.]+")
 _SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 _CACHE_EXAMPLES = "a share like '25%', a size like '4GiB', or 'auto'"
 
@@ -89,9 +91,27 @@ class OffloadConfig(BaseModel):
         description="folder in which predictors keep what earlier requests routed to, or 'off' to keep it in memory "
         "only (default: 'history' beside the stores). Learning from it takes at most 5% of one core, at low priority",
     )
+    embedding: str = Field(
+        MODEL_EMBEDDING,
+        description="what stands for a request's meaning: 'model' (the mean of its token embeddings), or "
+        "'package.module:function', given the list of a prompt's token ids and returning a 1-D array",
+    )
     trace: Path | None = Field(
         None, description="file (.npz) to record every request's experts and routing weights in; replay reads it"
     )
+
+    daemon: str = Field(
+        "auto",
+        description="the daemon that keeps experts for all engines of this host: 'auto' (use it if one runs), "
+        "'unix:PATH' (of its socket), 'start' (start one where none runs, of the size of 'cache'), or 'off'",
+    )
+
+    @field_validator("daemon")
+    @classmethod
+    def _check_daemon(cls, value: str) -> str:
+        if value not in ("auto", "start", "off") and not value.removeprefix("unix:").startswith("/"):
+            raise ValueError(f"{value!r} is not 'auto', 'start', 'off' or like 'unix:/run/moe-offload.sock'")
+        return value
 
     @field_validator("trace")
     @classmethod
@@ -107,6 +127,13 @@ class OffloadConfig(BaseModel):
             raise ValueError("'' is neither a folder nor 'off'")
         return value
 
+    @field_validator("embedding")
+    @classmethod
+    def _check_embedding(cls, value: str) -> str:
+        if value != MODEL_EMBEDDING and not _FUNCTION.fullmatch(value):
+            raise ValueError(f"{value!r} is neither 'model' nor like 'package.module:function'")
+        return value
+
     @field_validator("cache", mode="before")
     @classmethod
     def _check_cache(cls, value: object) -> str:
@@ -114,6 +141,11 @@ class OffloadConfig(BaseModel):
             raise ValueError(f"{value!r} is not {_CACHE_EXAMPLES}")
         CacheBudget.parse(value)
         return value
+
+    @property
+    def insists_on_prediction(self) -> bool:
+        """Whether somebody asked for this predictor: then it is refused where it cannot work, instead of left out."""
+        return "predictor" in self.model_fields_set
 
     @property
     def budget(self) -> CacheBudget:

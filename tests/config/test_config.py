@@ -186,11 +186,21 @@ def test_a_store_is_a_path() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
-        ("predictor", "oracle", "'history', 'finemoe', 'moe-infinity', 'coactivation', 'frequency' or 'none'"),
+        ("predictor", "oracle", "'history', .*'gate', 'coactivation', 'frequency' or 'none'"),
         ("history", " ", "neither a folder nor 'off'"),
         ("trace", "trace.txt", "must end in .npz"),
+        ("embedding", "mine", "neither 'model' nor like 'package.module:function'"),
+        ("embedding", "mine.py:", "neither 'model' nor like 'package.module:function'"),
     ],
 )
 def test_what_prediction_cannot_use_is_refused_with_the_reason(key: str, value: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=rf"here: {key} = '{value}': .*{reason}"):
         OffloadConfig.from_mapping({key: value}, "here")
+
+
+@pytest.mark.parametrize("chosen", [{}, {"predictor": "none"}, {"predictor": "history"}])
+def test_whether_somebody_asked_for_a_predictor_survives_the_way_to_the_workers(chosen: dict[str, str]) -> None:
+    config, _ = resolve({"moe_offload": {"cache": "25%"} | chosen}, {})
+    assert config is not None
+    settings = config.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    assert OffloadConfig.from_mapping(settings, "here").insists_on_prediction == bool(chosen)

@@ -7,7 +7,6 @@ from vllm_moe_offload.predict.base import ModelShape, union_probability
 from vllm_moe_offload.predict.context import TokenMap
 from vllm_moe_offload.predict.finemoe import FineMoEPredictor
 from vllm_moe_offload.predict.fitting import PREDICTOR_NAMES, fit_predictor
-from vllm_moe_offload.predict.gate import GatePredictor
 from vllm_moe_offload.predict.history import HistoryPredictor
 from vllm_moe_offload.predict.moe_infinity import MoEInfinityPredictor
 from vllm_moe_offload.predict.neighbours import NeighboursPredictor
@@ -88,15 +87,6 @@ def test_moe_infinity_matches_the_nearest_past_request(past):
     assert np.allclose(np.linalg.norm(predictor.matrices, axis=(1, 2)), 1, atol=1e-5)
     near, far = (walk(predictor, past.request(0), 5, 10).predict(layer)[0] for layer in (10, 23))
     assert near.sum() > far.sum() > 0
-
-
-def test_gate_reads_the_hidden_state():
-    routers = np.random.default_rng(0).standard_normal((24, 32, 16)).astype(np.float32)
-    predictor = GatePredictor(SHAPE, routers)
-    step = predictor.begin([predictor.open().context()])
-    assert np.allclose(step.predict(3), 4 / 32)
-    step.see(3 * routers[5, 7:8])
-    assert step.predict(5).argmax() == 7
 
 
 def test_union_is_the_probability_that_anyone_uses_it():

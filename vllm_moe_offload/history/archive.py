@@ -4,6 +4,7 @@ What cannot be used is never deleted: it is renamed with the reason in its name,
 """
 
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +41,15 @@ class HistoryArchive:
     def path(self, fingerprint: str) -> Path:
         """Where the history of a model lies."""
         return self.directory / fingerprint / HISTORY_FILE
+
+    def problem(self) -> str | None:
+        """Why nothing can be kept here, or None. Creates the directory."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.directory):
+                return None
+        except OSError as error:
+            return str(error)
 
     def entries(self) -> Iterator[HistoryEntry]:
         """All histories found, by fingerprint."""

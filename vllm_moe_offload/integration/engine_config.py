@@ -61,7 +61,7 @@ def _resolve_first(create: Callable[..., Any]) -> Callable[..., Any]:
                 logger.warning("moe-offload: %s", sentence)
             if config is None:
                 return create(self, *args, **kwargs)
-            settings = config.model_dump(mode="json", exclude_none=True)
+            settings = config.model_dump(mode="json", exclude_unset=True, exclude_none=True)
             self.additional_config = {**(self.additional_config or {}), ADDITIONAL_CONFIG_KEY: settings}
             vllm_config = create(self, *args, **kwargs)
             refuse_unsupported(vllm_config)

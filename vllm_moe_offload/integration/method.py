@@ -1,8 +1,11 @@
 """The quantization method of an offloaded MoE layer: vLLM's own around slots instead of around all experts."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.utils.torch_utils import LayerName
 
@@ -29,6 +32,8 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
         self._create_arguments: dict[str, Any] = {}
         self.pooled: tuple[OffloadRuntime, PooledLayer] | None = None
         self.witness: Witness | None = None
+        self.show: Callable[[Callable[[], NDArray[np.float32]]], None] | None = None
+        """Told how to read what the router has read, before the witness hears what it has chosen."""
         self.number = 0
         """Of the layer among the MoE layers, in the order in which they run."""
 
@@ -66,6 +71,8 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
         self, layer: torch.nn.Module, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
     ) -> torch.Tensor:
         """``apply`` where Python has to look at the routing: what the opaque op runs."""
+        if self.show is not None:
+            self.show(lambda: x.float().numpy())
         if self.witness is not None:
             self.witness.routed(self.number, topk_ids.numpy(), topk_weights.float().numpy())
         if self.pooled is None:

@@ -39,12 +39,6 @@ class RunnerStep:
         return batch.token_ids_cpu[index, : batch.num_prompt_tokens[index]]
 
 
-def knows_rows(model_runner: Any) -> bool:
-    """Whether ``RunnerStep`` can read this model runner: vLLM's V1 runner, not its V2."""
-    batch = getattr(model_runner, "input_batch", None)
-    return hasattr(batch, "token_ids_cpu") and hasattr(getattr(model_runner, "input_ids", None), "gpu")
-
-
 def token_rows(model: torch.nn.Module) -> tuple[TokenRows, int] | None:
     """The model's own token embeddings as a function of token numbers, and their length.
 

@@ -113,6 +113,26 @@ LEANED_ON = (
     Seam(f"{_FUSED_MOE}.modular_kernel", "FusedMoEExperts", "hand the kernel the pool's scales"),
     Seam(f"{_FUSED_MOE}.runner.moe_runner", "MoERunner", "find a layer in the forward context"),
     Seam(
+        f"{_FUSED_MOE}.runner.moe_runner",
+        "MoERunner.__init__",
+        "gate predictor: find routers",
+        ("router", "routed_experts", "gate", "routed_input_transform"),
+    ),
+    Seam(f"{_FUSED_MOE}.router.gate_linear", "GateLinear", "gate predictor: ask routers", ("input_size",)),
+    Seam(
+        f"{_FUSED_MOE}.router.cpu_router",
+        "CPURouter",
+        "gate predictor: know how routers choose",
+        ("use_grouped_topk", "num_expert_group", "topk_group", "scoring_func", "e_score_correction_bias"),
+    ),
+    Seam(
+        f"{_FUSED_MOE}.router.cpu_router",
+        "CPURouter._compute_routing",
+        "gate predictor: check that",
+        ("hidden_states", "router_logits", "indices_type"),
+    ),
+    Seam("vllm.config", "VllmConfig.use_v2_model_runner", "know whether the rows of a step can be told apart"),
+    Seam(
         "vllm.model_executor.model_loader.reload.meta",
         "get_numel_loaded",
         "know when a layer has all its weights",

@@ -19,9 +19,10 @@ from ..slots import Ledger, embedded_pools
 from ..store.layout import RecordLayout
 from ..store.reader import Store
 from ..store.root import StoreRoot
+from .hosting import attach_to_daemon
 from .kernel import attach_slots
 from .report import StatsReport
-from .watching import Layers, Watch
+from .watching import Layers, Watch, watch_if_possible
 
 if TYPE_CHECKING:
     from .method import OffloadedMoEMethod
@@ -41,11 +42,18 @@ class ServedModel:
         needs = _needs(store, layers)
         self._expert_bytes = sum(need.record_bytes * need.experts for need in needs.values())
         budget, why = self._budget_bytes(config)
-        slots = slots_for_budget(needs, budget, f"{config.cache!r}{why}")
-        self._resident = all(slots[layout] == need.experts for layout, need in needs.items())
         io_cpus = _io_cpus()
         ledger = Ledger()
-        pools = embedded_pools(store, slots, config.policy, io_cpus, ledger)
+        self._daemon = attach_to_daemon(
+            vllm_config, config, store, budget, budget >= self._expert_bytes, io_cpus, ledger
+        )
+        if self._daemon is not None:
+            self._resident = self._daemon.lease
+            pools = self._daemon.pools
+        else:
+            slots = slots_for_budget(needs, budget, f"{config.cache!r}{why}")
+            self._resident = all(slots[layout] == need.experts for layout, need in needs.items())
+            pools = embedded_pools(store, slots, config.policy, io_cpus, ledger)
         self.runtime = OffloadRuntime(store, pools, ledger)
         for layer, method in layers.values():
             self._attach(layer, method)
@@ -54,11 +62,12 @@ class ServedModel:
         self._mark_in_config()
         self._step_requests: dict[str, int] = {}
         self._watch: Watch | None = None
-        predicts = config.predictor != "none" and not self._resident
-        if config.predictor != "none" and self._resident:
+        self._closed = False
+        if self._resident and config.predictor != "none":
             logger.info("moe-offload: every expert is resident: nothing to predict, and nothing is remembered")
-        if config.trace is not None or predicts:
-            self._watch = Watch(vllm_config, config, model, layers, self.runtime, io_cpus)
+            config = config.model_copy(update={"predictor": "none"})
+        if config.trace is not None or config.predictor != "none":
+            self._watch = watch_if_possible(vllm_config, config, model, layers, self.runtime, io_cpus)
         self._report = StatsReport(self.runtime)
         if not store.direct:
             logger.warning(
@@ -83,6 +92,8 @@ class ServedModel:
         if scheduler_output.total_num_scheduled_tokens:
             self._take_failures()  # of a warm-up pass, which computed nothing for anybody
             self._step_requests = dict(scheduler_output.num_scheduled_tokens)
+            if self._daemon is not None:
+                self._daemon.begin_step()
             self.runtime.begin_step()
             self._report.maybe_log()
 
@@ -92,10 +103,16 @@ class ServedModel:
             self._watch.witness.end_step()
 
     def close(self) -> None:
-        """The worker ends: write what is to be kept."""
+        """The worker ends: write what is to be kept, end the threads, let go of the store. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
         if self._watch is not None:
             self._watch.close()
             self._watch = None
+        if self._daemon is not None:
+            self._daemon.close()
+        self.runtime.close()
 
     def failed_requests(self, model_runner: Any) -> dict[str, str]:
         """Requests of the running step that met an expert that could not be read, with the reason."""
@@ -112,7 +129,9 @@ class ServedModel:
         return {order[index]: reason for index in {int(owner[row]) for row in rows if row < len(owner)}}
 
     def untouched_bytes(self) -> int:
-        """Slot memory that has not been taken from the system yet."""
+        """Slot memory that has not been taken from the system yet by this process."""
+        if self._daemon is not None:
+            return 0
         return max(0, self.runtime.resident_bytes - self.runtime.counters.loaded_bytes)
 
     def stats(self) -> dict[str, int | float]:
@@ -123,6 +142,8 @@ class ServedModel:
             "slots": self.runtime.slots,
             "resident_bytes": self.runtime.resident_bytes,
             "expert_bytes": self._expert_bytes,
+            "daemon_pid": 0 if self._daemon is None else self._daemon.daemon_pid,
+            **({} if self._watch is None else self._watch.stats()),
         }
 
     def _take_failures(self) -> tuple[list[LoadError], set[int]]:
@@ -185,9 +206,10 @@ class ServedModel:
     def _mark_in_config(self) -> None:
         """Resident and pooled layers compile to different graphs, which vLLM keeps under a hash of this dict."""
         settings = self._vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]
+        slots = sum(pool.memory.slots for pool in self.runtime.pools)
         self._vllm_config.additional_config = {
             **self._vllm_config.additional_config,
-            ADDITIONAL_CONFIG_KEY: {**settings, "cache": "100%" if self._resident else f"{self.runtime.slots}B"},
+            ADDITIONAL_CONFIG_KEY: {**settings, "cache": "100%" if self._resident else f"{slots}B"},
         }
 
 

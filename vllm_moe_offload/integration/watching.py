@@ -1,40 +1,36 @@
 """Sets up what one worker remembers of its requests, and tells it when steps begin and requests end."""
 
-import hashlib
-import json
 import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
 from ..chronicle.background import Background
-from ..chronicle.keeper import HistoryKeeper
 from ..chronicle.learning import Learning
 from ..chronicle.predictors import create_predictor
-from ..chronicle.trace_recording import TraceRecording
 from ..chronicle.witness import Witness
 from ..config import OffloadConfig
-from ..errors import UnsupportedError
-from ..history.archive import HistoryArchive
+from ..errors import OffloadError, UnsupportedError
 from ..history.recording import Recorder
 from ..history.trace import Trace
 from ..predict.base import ModelShape, Predictor
 from ..predict.context import RequestState
+from ..predict.gate import GatePredictor
 from ..predict.history import HistoryPredictor
 from ..predict.token_vectors import ModelVectors
 from ..prefetch.anticipation import Anticipation
 from ..prefetch.estimates import Estimates
 from ..runtime import OffloadRuntime
 from ..slots.looking_ahead import SlotsAhead
-from ..store.reader import Store
-from ..store.root import default_root
-from .rows import RunnerStep, knows_rows, token_rows
+from .gates import layer_routers
+from .keeping import history_keeper, trace_recording
+from .meaning import meaning_of
+from .rows import RunnerStep, token_rows
 
 if TYPE_CHECKING:
     from .method import OffloadedMoEMethod
@@ -52,7 +48,9 @@ class Watch:
     """The witness of one worker's steps, and what becomes of what it sees.
 
     Raises:
-        UnsupportedError: the model's MoE layers differ, so that no trace can hold their maps.
+        UnsupportedError: the model's MoE layers differ, so that no trace can hold their maps; this engine does not
+            say which rows belong to which request; the model's routers cannot be asked.
+        ConfigError: the folder of histories cannot be written, or the embedding function not be used.
         TraceError: the trace file cannot be written, or holds something else.
     """
 
@@ -66,15 +64,17 @@ class Watch:
         cpus: set[int],
     ):
         shape = model_shape(layers)
+        _refuse_unknown_rows(vllm_config)
+        gate = _gate_predictor(model, layers, shape) if config.predictor == "gate" else None
         self._embeddings = token_rows(model)
-        self._trace = _trace_recording(vllm_config, config, shape, runtime.store)
-        self._keeper = _history_keeper(vllm_config, config, shape, runtime.store)
+        embed = meaning_of(config.embedding, self._embeddings and self._embeddings[0])
+        self._trace = trace_recording(vllm_config, config, shape, runtime.store)
+        self._keeper = history_keeper(vllm_config, config, shape, runtime.store)
         self._vectors = ModelVectors(*self._embeddings) if self._embeddings else None
-        self._predictor = self._create_predictor(config, shape)
+        self._predictor = gate or self._create_predictor(config, shape)
         self._learning = self._start_learning(cpus)
         anticipation = self._look_ahead(layers, runtime)
         recorder = Recorder(shape, MOST_TOKENS if self._trace is None else None)
-        embed = self._embeddings and self._embeddings[0]
         self.witness = Witness(recorder, self._request_ended, embed, anticipation)
         for number, (_, method) in enumerate(layers.values()):
             method.witness, method.number = self.witness, number
@@ -112,12 +112,19 @@ class Watch:
         self.witness.requests_ended(scheduler_output.finished_req_ids)
         if not scheduler_output.total_num_scheduled_tokens:
             return
-        if not knows_rows(model_runner):
-            raise UnsupportedError(
-                f"moe-offload cannot tell the requests of {type(model_runner).__module__} apart; start with "
-                "VLLM_USE_V2_MODEL_RUNNER=0, or with predictor 'none' and without a trace"
-            )
         self.witness.begin_step(RunnerStep(model_runner, scheduler_output))
+
+    def stats(self) -> dict[str, int]:
+        """What is remembered, and how much of it the predictor has learned from."""
+        if self._keeper is None:
+            return {}
+        learned = self._predictor.trained_tokens if isinstance(self._predictor, HistoryPredictor) else 0
+        history = self._keeper.history
+        return {
+            "history_requests": len(history.requests),
+            "history_tokens": history.num_tokens,
+            "learned_tokens": learned,
+        }
 
     def close(self) -> None:
         """Write what is to be kept, and end."""
@@ -127,9 +134,11 @@ class Watch:
         if self._learning is not None:
             self._learning.close()
         if self._keeper is not None:
-            self._keeper.save(at_once=True)
+            with _complaining():
+                self._keeper.save(at_once=True)
         if self._trace is not None:
-            self._trace.write()
+            with _complaining():
+                self._trace.write()
 
     def _request_ended(self, trace: Trace, state: RequestState | None) -> None:
         if self._trace is not None:
@@ -149,6 +158,27 @@ class Watch:
             self._trace.write()
 
 
+def watch_if_possible(
+    vllm_config: Any,
+    config: OffloadConfig,
+    model: torch.nn.Module,
+    layers: Layers,
+    runtime: OffloadRuntime,
+    cpus: set[int],
+) -> Watch | None:
+    """The watch these settings need; None where it cannot be and nobody insists on it.
+
+    Raises what ``Watch`` raises.
+    """
+    try:
+        return Watch(vllm_config, config, model, layers, runtime, cpus)
+    except UnsupportedError as error:
+        if config.insists_on_prediction or config.trace is not None:
+            raise
+        _warn(f"serving without prediction: {error}")
+        return None
+
+
 def model_shape(layers: Layers) -> ModelShape:
     """Layers, experts and choices of the model.
 
@@ -164,46 +194,28 @@ def model_shape(layers: Layers) -> ModelShape:
     return ModelShape(len(layers), *shapes.pop())
 
 
-def model_fingerprint(store: Store) -> str:
-    """Of the weights and configuration of the model alone: histories outlive another vLLM, kernel or machine."""
-    facts = {name: store.identity.facts[name] for name in ("checkpoint", "model")}
-    facts["pipeline_stage"] = get_pp_group().rank_in_group if get_pp_group().world_size > 1 else 0
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+def _refuse_unknown_rows(vllm_config: Any) -> None:
+    if vllm_config.use_v2_model_runner:
+        raise UnsupportedError(
+            "moe-offload cannot tell the requests of vLLM's V2 model runner apart, which prediction and traces need: "
+            "start with VLLM_USE_V2_MODEL_RUNNER=0, or with predictor 'none' and without a trace"
+        )
 
 
-def writes_files() -> bool:
-    """Whether this worker keeps files: ranks that split the same layers all see the same routing."""
-    return get_tensor_model_parallel_rank() == 0
+def _gate_predictor(model: torch.nn.Module, layers: Layers, shape: ModelShape) -> GatePredictor:
+    predictor = GatePredictor(shape, layer_routers(model, [layer for layer, _ in layers.values()]))
+    for _, method in layers.values():
+        method.show = predictor.see
+    return predictor
 
 
-def _trace_recording(vllm_config: Any, config: OffloadConfig, shape: ModelShape, store: Store) -> TraceRecording | None:
-    if config.trace is None or not writes_files():
-        return None
-    stage, replica = get_pp_group().rank_in_group, vllm_config.parallel_config.data_parallel_rank
-    suffix = "".join(f".{name}{rank}" for name, rank in (("pp", stage), ("dp", replica)) if rank)
-    path = config.trace.with_name(f"{config.trace.stem}{suffix}.npz")
-    name = Path(vllm_config.model_config.model).name
-    logger.info("moe-offload: recording a trace of every request in %s", path)
-    return TraceRecording(path, shape, name, model_fingerprint(store))
-
-
-def _history_keeper(vllm_config: Any, config: OffloadConfig, shape: ModelShape, store: Store) -> HistoryKeeper | None:
-    if config.predictor == "none":
-        return None
-    archive = None if config.history == "off" else HistoryArchive(_history_folder(config))
-    first = vllm_config.parallel_config.data_parallel_rank == 0
-    keeper = HistoryKeeper(archive, model_fingerprint(store), shape, _warn, first and writes_files())
-    logger.info(
-        "moe-offload: predicting by '%s', from %d tokens of %d earlier requests",
-        config.predictor,
-        keeper.history.num_tokens,
-        len(keeper.history.requests),
-    )
-    return keeper
-
-
-def _history_folder(config: OffloadConfig) -> Path:
-    return Path(config.history) if config.history else (config.store or default_root()).parent / "history"
+@contextmanager
+def _complaining() -> Iterator[None]:
+    """What cannot be written must not keep an engine from ending."""
+    try:
+        yield
+    except (OSError, OffloadError) as error:
+        _complain(error)
 
 
 def _held(layer: torch.nn.Module) -> NDArray[np.int64] | None:

@@ -1,42 +1,77 @@
-"""Predicts by asking the routers themselves: the hidden state now, through the router of a layer ahead."""
+"""Predicts by asking the routers themselves: what a layer's router reads, given to the routers of the layers ahead.
 
-from collections.abc import Sequence
+The literature's next-gate lookahead (Mixtral-Offloading, HOBBIT, Fate). It knows nothing before the step's first layer
+has been routed, and nothing of earlier tokens.
+"""
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .base import Experts, ModelShape, Predictor, Probabilities, Step, Weights
+from .calibration import MarginCalibration
 from .context import TokenContext
+from .routers import Array, Router
+
+_FARTHEST = 4
+"""Layers ahead that have a calibration of their own; what lies farther shares the last one's."""
 
 
 class GatePredictor(Predictor):
-    """``routers``: float32 ``[L, E, h]``, one router matrix per MoE layer. Only an engine can feed it hidden states."""
+    """``routers``: one per MoE layer. Only an engine can feed it: whoever runs the model calls ``see``."""
 
-    def __init__(self, shape: ModelShape, routers: NDArray[np.float32]):
+    def __init__(self, shape: ModelShape, routers: Sequence[Router]):
         super().__init__(shape)
         self.routers = routers
+        self.calibrations = [[MarginCalibration() for _ in range(_FARTHEST)] for _ in routers]
+        self._read: Callable[[], Array] | None = None
+
+    def see(self, read: Callable[[], Array]) -> None:
+        """The next layer observed is about to route what ``read`` returns: float32 ``[B or more, h]``.
+
+        ``read`` is called only where a step is predicted, and not after that layer has been observed.
+        """
+        self._read = read
 
     def begin(self, rows: Sequence[TokenContext]) -> "GateStep":
-        return GateStep(self.routers, len(rows), self.shape)
+        return GateStep(self, len(rows))
+
+    def calibration(self, layer: int, distance: int) -> MarginCalibration:
+        """Of predictions for ``layer`` made ``distance`` layers before it."""
+        return self.calibrations[layer][min(distance, _FARTHEST) - 1]
+
+    def hidden(self) -> Array:
+        """What was announced by ``see``."""
+        if self._read is None:
+            raise ValueError("the gate predictor was not shown what the routers read")
+        read, self._read = self._read, None
+        return read()
 
 
 class GateStep(Step):
-    """Tell it the router's input at each layer with ``see``, before predicting."""
+    """Remembers what it has said of each layer until that layer shows what was true."""
 
-    def __init__(self, routers: NDArray[np.float32], rows: int, shape: ModelShape):
-        self._routers, self._shape = routers, shape
-        self._hidden = np.zeros((rows, routers.shape[2]), np.float32)
-
-    def see(self, hidden: NDArray[np.float32]) -> None:
-        """The rows' hidden states ``[B, h]`` as the current layer's router reads them."""
-        self._hidden = hidden
+    def __init__(self, predictor: GatePredictor, rows: int):
+        self._predictor, self._rows = predictor, rows
+        self._layer = -1
+        self._hidden: Array | None = None
+        self._said: dict[int, list[tuple[int, Array]]] = {}
 
     def observe(self, layer: int, experts: Experts, weights: Weights) -> None:
-        pass
+        if said := self._said.pop(layer, None):
+            used = np.zeros(said[0][1].shape, bool)
+            np.put_along_axis(used, experts, True, axis=1)
+            for distance, margins in said:
+                self._predictor.calibration(layer, distance).learn(margins, used)
+        self._layer = layer
+        self._hidden = self._predictor.hidden()[: self._rows]
 
     def predict(self, layer: int) -> Probabilities:
-        """Softmax of the router's logits times top_k, capped at 1; uniform before the first hidden state."""
-        logits = self._hidden @ self._routers[layer].T
-        shares = np.exp(logits - logits.max(axis=1, keepdims=True))
-        shares /= shares.sum(axis=1, keepdims=True)
-        return np.minimum(shares * self._shape.top_k, 1)
+        """Every expert alike before the first layer has been observed."""
+        shape = self._predictor.shape
+        if self._hidden is None:
+            return np.full((self._rows, shape.experts), shape.top_k / shape.experts, np.float32)
+        distance = layer - self._layer
+        margins = self._predictor.routers[layer].margins(self._hidden, shape.top_k)
+        self._said.setdefault(layer, []).append((distance, margins))
+        return self._predictor.calibration(layer, distance).probabilities(margins)

@@ -1,0 +1,77 @@
+"""What stands for a request's meaning: the model's own token embeddings, or a function of the user's.
+
+Whatever the function does, it must never fail a request or a step that serves it.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from vllm.logger import init_logger
+
+from ..config import MODEL_EMBEDDING
+from ..errors import ConfigError
+from .rows import TokenRows
+
+logger = init_logger("vllm.moe_offload")
+
+Vectors = NDArray[np.float32]
+
+
+def meaning_of(setting: str, token_rows: TokenRows | None) -> Callable[[NDArray[np.integer]], Vectors] | None:
+    """Vectors ``[n, D]`` whose mean is the meaning of a prompt; None where the model's embeddings cannot be read.
+
+    Raises:
+        ConfigError: the user's function cannot be imported, called, or used.
+    """
+    return token_rows if setting == MODEL_EMBEDDING else UserEmbedding(setting)
+
+
+class UserEmbedding:
+    """``package.module:function``, called with the list of a prompt's token ids."""
+
+    def __init__(self, setting: str):
+        """Import the function and try it on a prompt of one token.
+
+        Raises:
+            ConfigError: naming the setting and what is wrong.
+        """
+        self._setting = setting
+        module, _, name = setting.partition(":")
+        try:
+            self._function: Any = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+        except Exception as error:
+            raise ConfigError(
+                f"embedding = {setting!r} cannot be imported ({type(error).__name__}: {error}); it must be on the "
+                "PYTHONPATH of the server"
+            ) from error
+        if not callable(self._function):
+            raise ConfigError(f"embedding = {setting!r} is a {type(self._function).__name__}, not a function")
+        try:
+            self._width = len(_vector(self._function([0])))
+        except Exception as error:
+            raise ConfigError(
+                f"embedding = {setting!r} fails on the prompt [0] ({type(error).__name__}: {error}); it must take a "
+                "list of token ids and return a 1-D array of numbers"
+            ) from error
+
+    def __call__(self, prompt: NDArray[np.integer]) -> Vectors:
+        """float32 ``[1, D]``. A prompt that the function fails on gets a zero vector, and a line in the log."""
+        try:
+            vector = _vector(self._function(prompt.tolist()))
+            if len(vector) != self._width:
+                raise ValueError(f"{len(vector)} numbers after {self._width} before")
+        except Exception as error:
+            logger.error("moe-offload: embedding = %r: %s: %s", self._setting, type(error).__name__, error)
+            vector = np.zeros(self._width, np.float32)
+        return vector[None]
+
+
+def _vector(answer: Any) -> Vectors:
+    vector = np.asarray(answer, dtype=np.float32)
+    if vector.ndim != 1 or not len(vector) or not np.isfinite(vector).all():
+        raise ValueError(f"an array of shape {vector.shape} instead of some finite numbers in a row")
+    return vector
