@@ -66,6 +66,7 @@ def test_no_more_slots_are_occupied_than_the_limit_and_pinned_ones_stay(
                 except ValueError:
                     resident = experts[cache.slot_of[experts] != ABSENT]
                     assert len(experts) > max(cache.limit, occupied) - len(pinned - set(resident.tolist()))
+                    cache.check_integrity()
                     continue
                 assert (got.slots != ABSENT).all()
                 held.append(got.slots)
@@ -76,6 +77,7 @@ def test_no_more_slots_are_occupied_than_the_limit_and_pinned_ones_stay(
                 got = cache.admit(experts)
                 held.append(got.missing_slots)
             assert len(got.missing) == len(got.missing_slots)
+            assert (cache.slot_of[experts] == got.slots).all()
             assert (cache.slot_of[got.missing] == got.missing_slots).all()
             assert not pinned & set(got.evicted.tolist())
             assert cache.occupied <= max(occupied, cache.limit)
@@ -159,3 +161,13 @@ def test_what_was_moved_home_is_found_there() -> None:
     cache.check_integrity()
     with pytest.raises(AssertionError):
         cache.move(5, 5)
+
+
+def test_what_is_found_in_slots_is_resident_and_what_never_arrived_is_not_whoever_waits_for_it() -> None:
+    cache = new_cache(N)
+    cache.adopt(np.array([3, 4]), np.array([9, 4]))
+    assert len(cache.acquire(np.array([3, 4])).missing) == 0
+    got = cache.acquire(np.array([3, 7]))
+    cache.cancel(got.missing)
+    cache.check_integrity()
+    assert cache.slot_of[[3, 4, 7]].tolist() == [9, 4, ABSENT]

@@ -209,10 +209,6 @@ class ExpertCache:
         self.adopt(np.array([expert]), np.array([slot]))
         self.transient[slot] = transient
 
-    def adopt(self, experts: IntArray, slots: IntArray) -> None:
-        """``experts`` (absent, distinct) are in these slots (free, distinct) already."""
-        self._place(np.asarray(experts, dtype=np.int64), np.asarray(slots, dtype=np.int32))
-
     def check_integrity(self) -> None:
         """Assert the invariants. Tests call it after every operation."""
         resident = np.flatnonzero(self.slot_of != ABSENT)
@@ -232,7 +228,7 @@ class ExpertCache:
         taken = self._free_slots(experts)
         wanted = len(experts) - len(taken)
         if wanted:
-            retired = np.flatnonzero(self.retired)
+            retired = np.flatnonzero((self.retired > 0) & (self.pins == 0))
             retired = retired[np.argsort(self.retired[retired])][:wanted]
             taken = np.concatenate([taken, retired, self._least_worth(wanted - len(retired), bias)])
         return taken.astype(np.int32)
