@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,12 +43,14 @@ class Variant(NamedTuple):
     name: str
     offload: dict[str, Any] | None
     arguments: dict[str, Any]
+    history: Path | None = None
+    """Folder of histories (see warm.py). Every engine starts with a copy of its own, or with none."""
 
-    def engine_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of vllm.LLM."""
+    def engine_arguments(self, history: Path) -> dict[str, Any]:
+        """Keyword arguments of vllm.LLM, for an engine that keeps its history in `history`."""
         if self.offload is None:
             return self.arguments
-        return self.arguments | {"additional_config": {"moe_offload": self.offload}}
+        return self.arguments | {"additional_config": {"moe_offload": {"history": str(history)} | self.offload}}
 
 
 class Engine:
@@ -58,6 +61,9 @@ class Engine:
         self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - lives as long as the engine
         self._limit = MemoryLimit(variant.name, memory_limit) if memory_limit is not None else None
         self._limit_bytes = memory_limit
+        self._folder = tempfile.TemporaryDirectory(prefix="history-")
+        if variant.history is not None:
+            shutil.copytree(variant.history, self._folder.name, dirs_exist_ok=True)
         self._process, self._answers = self._spawn(preload)
 
     @classmethod
@@ -77,7 +83,8 @@ class Engine:
 
     def _spawn(self, preload: str | None) -> tuple[subprocess.Popen[str], int]:
         answers, theirs = os.pipe()
-        command = [sys.executable, str(WORKER), str(theirs), json.dumps(self.variant.engine_arguments())]
+        arguments = json.dumps(self.variant.engine_arguments(Path(self._folder.name)))
+        command = [sys.executable, str(WORKER), str(theirs), arguments]
         if self._limit is not None:
             command.append(str(self._limit.enter_file()))
         environment = DEFAULT_ENVIRONMENT | os.environ | ({"LD_PRELOAD": preload} if preload else {})
@@ -97,24 +104,29 @@ class Engine:
     def _log_text(self) -> str:
         return os.pread(self._log.fileno(), os.fstat(self._log.fileno()).st_size, 0).decode(errors="replace")
 
-    def run(self, prompts: list[list[str]], tokens: int, prompt_tokens: int | None) -> dict[str, Any]:
+    def run(
+        self, prompts: list[list[str]], tokens: int, prompt_tokens: int | None = None, seed: int | None = None
+    ) -> dict[str, Any]:
         """Generate for one batch (see worker.Runner.run); adds `peak_bytes` of the process tree meanwhile."""
-        request = {"prompts": prompts, "tokens": tokens, "prompt_tokens": prompt_tokens}
         with PeakSampler(self._process.pid) as sampler:
-            try:
-                assert self._process.stdin is not None
-                print(json.dumps(request), file=self._process.stdin, flush=True)
-            except BrokenPipeError:
-                raise self._failure() from None
-            result = self._answer(RUN_SECONDS)
+            result = self.ask("run", prompts=prompts, tokens=tokens, prompt_tokens=prompt_tokens, seed=seed)
         return result | {"peak_bytes": sampler.peak_bytes}
+
+    def ask(self, method: str, **arguments: Any) -> Any:
+        """Have the engine's process call a method of worker.Runner. Raises EngineError if it does not survive."""
+        try:
+            assert self._process.stdin is not None
+            print(json.dumps({"do": method} | arguments), file=self._process.stdin, flush=True)
+        except BrokenPipeError:
+            raise self._failure() from None
+        return self._answer(RUN_SECONDS)
 
     def cpu_seconds(self) -> float:
         """Processor time of the whole tree so far."""
         tree = [psutil.Process(self._process.pid), *descendants(self._process.pid)]
         return sum(sum(process.cpu_times()[:2]) for process in tree)
 
-    def _answer(self, seconds: float) -> dict[str, Any]:
+    def _answer(self, seconds: float) -> Any:
         line = b""
         while not line.endswith(b"\n"):
             ready, _, _ = select.select([self._answers], [], [], seconds)
@@ -153,6 +165,7 @@ class Engine:
         psutil.wait_procs(alive, timeout=15)
         self._process.wait(15)
         os.close(self._answers)
+        self._folder.cleanup()
         if self._limit is not None:
             self._limit.remove()
 

@@ -33,20 +33,25 @@ class Runner:
             key: sum(rank[key] for rank in ranks) for key, value in ranks[0].items() if isinstance(value, int | float)
         }
 
-    def run(self, prompts: list[list[str]], tokens: int, prompt_tokens: int | None) -> dict[str, Any]:
-        """Generate greedily for one batch. Times in seconds, from the moment the first request is added.
+    def run(
+        self, prompts: list[list[str]], tokens: int, prompt_tokens: int | None, seed: int | None = None
+    ) -> dict[str, Any]:
+        """Generate for one batch. Times in seconds, from the moment the first request is added.
 
-        Each prompt is a list of texts: its first, or as many as it takes to make `prompt_tokens` tokens.
+        Each prompt is a list of texts: its first, or as many as it takes to make `prompt_tokens` tokens. Greedy, or
+        sampled with `seed`. `counters` are of the whole run, `decode_counters` from about the moment on when all
+        requests have their first token: the engine does not wait while it is asked.
         """
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
-        parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        parameters = SamplingParams(temperature=0 if seed is None else 1, seed=seed, max_tokens=tokens, ignore_eos=True)
         inputs = [self._tokenize(texts, prompt_tokens) for texts in prompts]
         first: dict[str, float] = {}
         last: dict[str, float] = {}
         outputs: dict[str, list[int]] = {}
         before = self.counters()
+        decoding: dict[str, float] | None = None
         started = time.perf_counter()
         for ids in inputs:
             self.requests += 1
@@ -58,6 +63,8 @@ class Runner:
                 first.setdefault(answer.request_id, now)
                 last[answer.request_id] = now
                 outputs[answer.request_id] = list(answer.outputs[0].token_ids)
+            if decoding is None and len(first) == len(inputs):
+                decoding = self.counters()
         after = self.counters()
         return {
             "prompt_tokens": sum(map(len, inputs)),
@@ -65,8 +72,17 @@ class Runner:
             "tpot": [(last[request] - first[request]) / max(tokens - 1, 1) for request in first],
             "tokens": [outputs[request] for request in sorted(outputs, key=int)],
             "counters": {key: after[key] - before[key] for key in after},
+            "decode_counters": {key: after[key] - (decoding or before)[key] for key in after},
             "totals": after,
         }
+
+    def time_layers(self) -> None:
+        """Start timing the layers of the offloaded model; see `TimedWorker.time_layers`."""
+        self.llm.collective_rpc("time_layers")
+
+    def layer_times(self) -> dict[str, Any]:
+        """What was timed since the last call, by the first worker."""
+        return self.llm.collective_rpc("layer_times")[0]
 
     def _tokenize(self, texts: list[str], prompt_tokens: int | None) -> list[int]:
         tokenizer = self.llm.get_tokenizer()
@@ -80,19 +96,21 @@ class Runner:
 
 
 def main() -> None:
-    """`worker.py ANSWER_FD ARGUMENTS_JSON [CGROUP_PROCS]`"""
+    """`worker.py ANSWER_FD ARGUMENTS_JSON [CGROUP_PROCS]`; every line of stdin is `{"do": method of Runner, ...}`."""
     if len(sys.argv) > 3:
         Path(sys.argv[3]).write_text(str(os.getpid()))
     with os.fdopen(int(sys.argv[1]), "w") as answers:
 
-        def answer(value: dict[str, Any]) -> None:
+        def answer(value: Any) -> None:
             print(json.dumps(value), file=answers, flush=True)
 
         runner = Runner(json.loads(sys.argv[2]))
         seconds = {"load_seconds": runner.load_seconds, "model_seconds": runner.model_seconds}
         answer(seconds | {"totals": runner.counters()})
         for line in sys.stdin:
-            answer(runner.run(**json.loads(line)))
+            command = json.loads(line)
+            answer(getattr(runner, command.pop("do"))(**command))
+        runner.llm.llm_engine.engine_core.shutdown()
 
 
 if __name__ == "__main__":

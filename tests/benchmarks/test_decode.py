@@ -38,3 +38,26 @@ def test_a_failed_engine_is_a_result(tmp_path: Path) -> None:
     assert code == 1
     assert list(comparison["failures"]) == ["1KiB"]
     assert comparison["batches"]["1"]["rounds"] == [{}]
+
+
+def test_arms_start_with_copies_of_a_warm_history_and_leave_it_as_it_was(tmp_path: Path, tiny_moe: Path) -> None:
+    warm = tmp_path / "warm"
+    command = [sys.executable, str(DECODE.with_name("warm.py")), str(warm), "--stored-tokens", "1500", "--tokens", "32"]
+    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = sorted(path.name for path in warm.rglob("*") if path.is_file())
+    assert files == ["heads.npz", "held_out.jsonl", "history.npz", "trace.npz"]
+    before = {path: path.read_bytes() for path in warm.rglob("*") if path.is_file()}
+
+    arms = ["--arm", 'off={"predictor": "none"}', "--arm", 'on={"predictor": "history"}', "--reference", "off"]
+    options = ["--budgets", "25%", "--batch", "1", "--rounds", "1", "--no-plain", "--tokens", "24", *arms]
+    code, result = _decode(tmp_path, *options, "--warm", str(warm))
+    (comparison,) = result["comparisons"]
+    assert code == 0, comparison["failures"]
+    summary = comparison["batches"]["1"]["summary"]
+    assert list(summary) == ["25% off", "25% on"]
+    assert summary["25% on"]["same_tokens"] is True
+    assert summary["25% off"]["tpot_ratio"] == {"median": 1, "low": 1, "high": 1}
+    assert sum(summary["25% off"]["prefetch"].values()) == 0
+    assert comparison["batches"]["1"]["rounds"][0]["25% on"]["totals"]["prefetches"] > 0
+    assert before == {path: path.read_bytes() for path in warm.rglob("*") if path.is_file()}
