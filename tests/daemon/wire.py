@@ -4,6 +4,8 @@ import os
 import socket
 import struct
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -28,3 +30,11 @@ def threads() -> set[threading.Thread]:
 def send_with_fd(peer: socket.socket, data: bytes, count: int = 1) -> None:
     with NULL.open() as file:
         socket.send_fds(peer, [data], [file.fileno()] * count)
+
+
+def wait_until(true: Callable[[], bool], what: str, seconds: float = 10) -> None:
+    """For what another thread or process is about to bring about."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain until {what}"
+        time.sleep(0.005)

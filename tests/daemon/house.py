@@ -1,0 +1,148 @@
+"""A daemon's door in this process, before models of the simplest sort: every expert lies in the slot of its number."""
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from vllm_moe_offload.daemon.connection import Connection
+from vllm_moe_offload.daemon.protocol import (
+    Adopt,
+    Adopted,
+    Attach,
+    Attached,
+    Demand,
+    Hint,
+    ModelStatus,
+    PoolInfo,
+    Supplied,
+    WorkerStatus,
+    pack_ids,
+    unpack_ids,
+)
+from vllm_moe_offload.daemon.server import DaemonServer
+from vllm_moe_offload.daemon.socket_file import SocketFile
+from vllm_moe_offload.errors import StoreError
+
+EXPERTS = 64
+STORE = "f" * 32
+ATTACH = Attach(STORE, 4711, 1 << 20, False, "engine", 0)
+
+
+class MemoryModels:
+    """One store of ``EXPERTS`` experts in one pool; remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.attached: dict[int, MemoryAttachment] = {}
+        self.attachments = 0
+        self.arena = os.memfd_create("arena", os.MFD_CLOEXEC)
+        self.table = os.memfd_create("table", os.MFD_CLOEXEC)
+        self.lock = threading.Lock()
+
+    def attach(self, request: Attach) -> "MemoryAttachment":
+        if request.store != STORE:
+            raise StoreError(f"no store {request.store!r} here; there is {STORE}")
+        with self.lock:
+            worker = min(set(range(64)) - self.attached.keys())
+            self.attached[worker] = MemoryAttachment(self, worker, request)
+            self.attachments += 1
+            return self.attached[worker]
+
+    def status(self) -> list[ModelStatus]:
+        with self.lock:
+            workers = [
+                WorkerStatus(number, each.request.pid, each.request.group, each.request.rank, False, {"hits": 3})
+                for number, each in self.attached.items()
+            ]
+        counters = {"loads": 5}
+        return [ModelStatus(STORE, "tiny", EXPERTS, EXPERTS, 8, 6400, 6400, 800, counters, workers)]
+
+    def close(self) -> None:
+        os.close(self.arena)
+        os.close(self.table)
+
+
+class MemoryAttachment:
+    def __init__(self, models: MemoryModels, worker: int, request: Attach) -> None:
+        self.reply = Attached(worker, False, [PoolInfo(EXPERTS, EXPERTS, 4096, 4096)])
+        self.fds = [models.arena, models.table]
+        self.request = request
+        self.hints: list[list[int]] = []
+        self.adopted: list[os.stat_result] = []
+        self._models = models
+        self._ticket = 0
+
+    def demand(self, request: Demand) -> Supplied:
+        if request.ticket <= self._ticket:
+            raise ValueError(f"ticket {request.ticket} does not rise above {self._ticket}")
+        experts = self._experts(request.pool, request.experts)
+        self._ticket = request.ticket
+        return Supplied(request.ticket, pack_ids(np.array(experts)), 0, 0)
+
+    def hint(self, request: Hint) -> None:
+        self.hints.append(self._experts(request.pool, request.experts))
+
+    def adopt(self, request: Adopt, fd: int) -> Adopted:
+        try:
+            self.adopted.append(os.fstat(fd))
+        finally:
+            os.close(fd)
+        return Adopted(len(self._experts(request.pool, request.experts)))
+
+    def detach(self) -> None:
+        with self._models.lock:
+            self._models.attached.pop(self.reply.worker, None)
+
+    def _experts(self, pool: int, data: bytes) -> list[int]:
+        experts = unpack_ids(data).tolist()
+        if pool != 0 or len(set(experts)) != len(experts) or not all(0 <= expert < EXPERTS for expert in experts):
+            raise ValueError(f"pool {pool} has no such experts")
+        return experts
+
+
+class House:
+    """A served daemon: ``models`` behind ``path``. Leaving the context ends it and waits for its end."""
+
+    def __init__(self, path: Path, group: int | None = None, leave_after: float | None = None) -> None:
+        self.path = path
+        self.models = MemoryModels()
+        self.lines: list[str] = []
+        self.place = SocketFile.claim(path, group, self.lines.append)
+        self.server = DaemonServer(self.place, self.models, 1 << 30, group, leave_after, self.lines.append)
+        self.reason = ""
+        self.thread = threading.Thread(target=self._serve, name="house")
+        self.thread.start()
+
+    def connect(self, role: str = "worker", timeout: float = 10) -> Connection:
+        return Connection.connect(self.path, role, timeout)
+
+    @contextmanager
+    def worker(self) -> Iterator[Connection]:
+        """An attached worker."""
+        connection = self.connect()
+        try:
+            connection.request(ATTACH)
+            for fd in connection.take_fds():
+                os.close(fd)
+            yield connection
+        finally:
+            connection.close()
+
+    def __enter__(self) -> "House":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.server.stop("the test is over")
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+        self.models.close()
+        self.place.release()
+
+    def _serve(self) -> None:
+        self.reason = self.server.serve()

@@ -1,0 +1,309 @@
+"""The daemon's door: who is let in, what is refused by name, and that the others never notice."""
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from house import ATTACH, House
+from wire import NULL, frame, open_fds, send_with_fd, threads, wait_until
+
+from vllm_moe_offload.daemon import framing, server
+from vllm_moe_offload.daemon.connection import DaemonGoneError, RefusedError
+from vllm_moe_offload.daemon.framing import FramedSocket
+from vllm_moe_offload.daemon.protocol import (
+    Adopt,
+    Attach,
+    Demand,
+    GetStatus,
+    Hello,
+    Hint,
+    Refused,
+    Reply,
+    Stop,
+    pack_ids,
+)
+
+HELLO = frame(Hello(1, "worker"))
+DEMAND = Demand(1, 0, pack_ids(np.array([3, 1])))
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[House]:
+    """A running daemon that must have nothing left when it has ended."""
+    fds, running = open_fds(), threads()
+    with House(tmp_path / "socket") as served:
+        yield served
+    wait_until(lambda: threads() == running, "its threads are gone")
+    assert open_fds() == fds
+    assert not (tmp_path / "socket").exists()
+
+
+class RawPeer:
+    """Writes what it likes to a daemon."""
+
+    def __init__(self, path: Path, data: bytes = b"") -> None:
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.connect(str(path))
+        self.frames: FramedSocket[Reply] = FramedSocket(self.socket, msgspec.msgpack.Decoder(Reply), 4)
+        self.frames.wait_at_most(10)
+        self.socket.sendall(data)
+
+    def read_to_the_end(self) -> list[Reply]:
+        """Every message until the daemon closes the connection."""
+        replies = []
+        while (reply := self.frames.receive()) is not None:
+            replies.append(reply)
+            for fd in self.frames.take_fds():
+                os.close(fd)
+        self.frames.close()
+        return replies
+
+
+def refusal_of(path: Path, data: bytes) -> str:
+    """The reason in the last message before the daemon closed the connection."""
+    last = RawPeer(path, data).read_to_the_end()[-1]
+    assert isinstance(last, Refused)
+    return last.reason
+
+
+def test_a_worker_is_served(house: House) -> None:
+    with house.worker() as worker:
+        assert worker.daemon_pid == os.getpid()
+        assert worker.request(DEMAND).slots == DEMAND.experts
+        worker.send(Hint(0, pack_ids(np.arange(5))))
+        with NULL.open() as arena:
+            assert worker.request(Adopt(0, DEMAND.experts, DEMAND.experts), [arena.fileno()]).records == 2
+        attachment = house.models.attached[0]
+        assert attachment.hints == [[0, 1, 2, 3, 4]]
+        assert os.path.samestat(attachment.adopted[0], NULL.stat())
+    wait_until(lambda: not house.models.attached, "the worker is detached")
+
+
+def test_attaching_brings_the_memory(house: House) -> None:
+    connection = house.connect()
+    attached = connection.request(ATTACH)
+    arena, table = connection.take_fds()
+    assert attached.worker == 0
+    assert os.path.samestat(os.fstat(arena), os.fstat(house.models.arena))
+    assert os.path.samestat(os.fstat(table), os.fstat(house.models.table))
+    for fd in (arena, table):
+        os.close(fd)
+    connection.close()
+
+
+def test_the_pid_of_a_worker_is_what_the_kernel_says(house: House) -> None:
+    with house.worker():
+        assert ATTACH.pid != os.getpid()
+        assert house.models.attached[0].request.pid == os.getpid()
+
+
+def test_a_store_that_is_not_there_is_refused_and_another_may_be_asked_for(house: House) -> None:
+    connection = house.connect()
+    with pytest.raises(RefusedError, match=r"no store '\.\./etc' here; there is ffff"):
+        connection.request(Attach("../etc", 1, 0, False, "g", 0))
+    assert connection.request(ATTACH).worker == 0
+    for fd in connection.take_fds():
+        os.close(fd)
+    connection.close()
+
+
+def test_many_workers_at_once(house: House) -> None:
+    with ExitStack() as stack:
+        workers = [stack.enter_context(house.worker()) for _ in range(40)]
+        for ticket in (1, 2):
+            for worker in workers:
+                assert worker.request(Demand(ticket, 0, DEMAND.experts)).ticket == ticket
+        control = stack.enter_context(ExitStack())
+        connection = house.connect("control")
+        control.callback(connection.close)
+        (model,) = connection.request(GetStatus()).models
+        assert [worker.worker for worker in model.workers] == list(range(40))
+    wait_until(lambda: not house.models.attached, "all are detached")
+
+
+OUT_OF_ORDER = {
+    "before Hello": (frame(DEMAND), "sent Demand before Hello"),
+    "another version": (frame(Hello(2, "worker")), "speaks version 2 of the protocol and this daemon version 1; run"),
+    "unknown role": (frame(Hello(1, "king")), "wants the role 'king'; there are worker, control"),
+    "Hello twice": (HELLO + HELLO, "sent Hello on a connection for Attach, Demand, Hint, Adopt"),
+    "Demand before Attach": (HELLO + frame(DEMAND), "sent Demand before Attach"),
+    "Hint before Attach": (HELLO + frame(Hint(0, b"")), "sent Hint before Attach"),
+    "Adopt before Attach": (HELLO + frame(Adopt(0, b"", b"")), "sent Adopt before Attach"),
+    "Attach twice": (HELLO + frame(ATTACH) + frame(ATTACH), "sent Attach a second time"),
+    "Adopt without descriptor": (HELLO + frame(ATTACH) + frame(Adopt(0, b"", b"")), "without the descriptor"),
+    "a worker that asks for the end": (HELLO + frame(Stop()), "sent Stop on a connection for Attach"),
+    "a control that demands": (frame(Hello(1, "control")) + frame(DEMAND), "sent Demand on a connection for GetStatus"),
+    "no message": (HELLO + frame(b"nonsense"), "sent no message that is known here"),
+    "too long": (HELLO + b"\xff\xff\xff\x7f", "announced a message of 2147483647 bytes; at most 1048576"),
+    "expert out of range": (HELLO + frame(ATTACH) + frame(Demand(1, 0, pack_ids(np.array([64])))), "no such experts"),
+    "no such pool": (HELLO + frame(ATTACH) + frame(Hint(7, b"")), "pool 7"),
+    "half an id": (HELLO + frame(ATTACH) + frame(Demand(1, 0, b"123")), "multiple of element size"),
+    "ticket that falls": (HELLO + frame(ATTACH) + frame(DEMAND) + frame(DEMAND), "ticket 1 does not rise above 1"),
+}
+
+
+@pytest.mark.parametrize("case", OUT_OF_ORDER)
+def test_what_makes_no_sense_is_refused_by_name_and_others_go_on(house: House, case: str) -> None:
+    data, reason = OUT_OF_ORDER[case]
+    with house.worker() as bystander:
+        assert reason in refusal_of(house.path, data)
+        assert bystander.request(DEMAND).ticket == 1
+    wait_until(lambda: not house.models.attached, "all are detached")
+    assert any(reason in line and f"refused pid {os.getpid()} of user" in line for line in house.lines)
+
+
+def test_a_version_of_the_future_hears_which_versions_do_not_fit(house: House) -> None:
+    hello = frame({"type": "Hello", "version": 7, "role": "worker", "capabilities": ["telepathy"]})
+    assert "speaks version 7" in refusal_of(house.path, hello)
+
+
+def test_a_silent_peer_and_one_that_stops_within_a_message_are_sent_away(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(framing, "FRAME_SECONDS", 0.2)
+    monkeypatch.setattr("vllm_moe_offload.daemon.session.FRAME_SECONDS", 0.2)
+    with house.worker() as bystander:
+        assert "sent nothing for 0.2 s" in refusal_of(house.path, b"")
+        assert "did not finish it within 0.2 s" in refusal_of(house.path, HELLO + frame(ATTACH)[:-1])
+        assert bystander.request(DEMAND).ticket == 1
+
+
+def test_a_peer_that_never_reads_its_answers_is_sent_away(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(framing, "FRAME_SECONDS", 0.2)
+    peer = RawPeer(house.path, frame(Hello(1, "control")))
+    questions = frame(GetStatus()) * 1000
+    peer.socket.settimeout(10)
+    with pytest.raises(ConnectionError), house.worker() as bystander:
+        for ticket in range(1, 1000):
+            bystander.request(Demand(ticket, 0, b""))
+            peer.socket.sendall(questions)
+    peer.frames.close()
+
+
+def test_descriptors_nobody_asked_for_are_closed_at_once(house: House) -> None:
+    with house.worker() as bystander:
+        bystander.request(DEMAND)
+        before = open_fds()
+        for data in (HELLO, HELLO + frame(ATTACH), HELLO + frame(ATTACH) + frame(Hint(0, b"")), b"\1"):
+            for count in (1, 2, 100):
+                peer = RawPeer(house.path)
+                send_with_fd(peer.socket, data, count)
+                peer.socket.shutdown(socket.SHUT_WR)
+                peer.read_to_the_end()
+        wait_until(lambda: open_fds() == before, "they are closed")
+
+
+def test_more_peers_than_the_house_can_hold(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MAX_PEERS", 3)
+    with house.worker() as first, house.worker(), house.worker():
+        with pytest.raises(RefusedError, match="came while 3 others are connected"):
+            house.connect()
+        assert first.request(DEMAND).ticket == 1
+    wait_until(lambda: not house.models.attached, "there is room again")
+    with house.worker() as late:
+        assert late.request(DEMAND).ticket == 1
+
+
+def test_a_worker_that_is_killed_is_detached(house: House) -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[2]); from house import ATTACH; from pathlib import Path\n"
+        "from vllm_moe_offload.daemon.connection import Connection\n"
+        "c = Connection.connect(Path(sys.argv[1]), 'worker', 10); c.request(ATTACH); print('in', flush=True); input()"
+    )
+    command = [sys.executable, "-c", code, str(house.path), str(Path(__file__).parent)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"in\n"
+        assert house.models.attached[0].request.pid == process.pid
+        process.send_signal(signal.SIGKILL)
+        wait_until(lambda: not house.models.attached, "the dead worker is detached")
+
+
+def test_a_fault_in_the_models_ends_that_connection_only(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    faults: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", lambda fault: faults.append(fault.exc_type))
+    with house.worker() as victim, house.worker() as bystander:
+        house.models.attached[0].hints = None  # type: ignore[assignment]
+        victim.send(Hint(0, b""))
+        with pytest.raises(DaemonGoneError):
+            victim.request(DEMAND)
+        assert bystander.request(DEMAND).ticket == 1
+    assert faults == [AttributeError]
+
+
+def test_refusals_do_not_fill_the_log(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(20):
+        refusal_of(house.path, frame(b"nonsense"))
+    wait_until(lambda: house.server.refused == 20, "all are counted")
+    assert len(house.lines) == 1
+    monkeypatch.setattr(server, "COMPLAINT_SECONDS", 0.0)
+    refusal_of(house.path, frame(b"nonsense"))
+    wait_until(lambda: len(house.lines) == 2, "it is said")
+    assert house.lines[1].endswith("(19 more since the last such line)")
+
+
+def test_stop_ends_it_for_everybody(house: House) -> None:
+    control = house.connect("control")
+    with house.worker() as worker:
+        control.request(Stop())
+        house.thread.join(10)
+        assert not house.thread.is_alive()
+        assert house.reason == f"pid {os.getpid()} of user {os.geteuid()} asked for it"
+        with pytest.raises(DaemonGoneError):
+            worker.request(DEMAND)
+        assert not house.models.attached
+        with pytest.raises(DaemonGoneError, match="no daemon answers"):
+            house.connect()
+    control.close()
+
+
+def test_it_leaves_when_the_last_engine_has(tmp_path: Path) -> None:
+    with House(tmp_path / "socket", leave_after=0.3) as house:
+        onlooker = house.connect("control")
+        with house.worker(), house.worker():
+            house.thread.join(0.6)
+            assert house.thread.is_alive()
+        house.thread.join(5)
+        assert house.reason == "no engine was attached for 0.3 s"
+        onlooker.close()
+
+
+def test_it_leaves_when_no_engine_ever_came(tmp_path: Path) -> None:
+    with House(tmp_path / "socket", leave_after=0.1) as house:
+        house.thread.join(5)
+        assert house.reason == "no engine was attached for 0.1 s"
+
+
+def test_running_out_of_descriptors_is_survived(house: House) -> None:
+    import resource
+
+    with house.worker() as bystander, ExitStack() as stack:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        waiting = socket.socket(socket.AF_UNIX)
+        stack.callback(waiting.close)
+        highest = max(int(fd) for fd in open_fds())
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, hard))
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        holes = []
+        try:
+            while True:
+                holes.append(os.dup(0))
+        except OSError as error:
+            assert error.errno == errno.EMFILE
+        for hole in holes:
+            stack.callback(os.close, hole)
+        waiting.connect(str(house.path))
+        wait_until(lambda: any("cannot accept" in line for line in house.lines), "it is said")
+        assert bystander.request(DEMAND).ticket == 1
+    with house.worker() as late:
+        assert late.request(DEMAND).ticket == 1

@@ -1,0 +1,201 @@
+"""Where the daemon is found: one at a place, dead ones replaced, nobody else's files touched, nobody else let in."""
+
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from house import House
+from wire import open_fds
+
+from vllm_moe_offload.daemon.connection import Connection, DaemonGoneError
+from vllm_moe_offload.daemon.socket_file import SocketFile, default_socket_path, find_group, lock_path
+from vllm_moe_offload.errors import ConfigError
+
+NOBODY = 65534
+DAEMON = (
+    "import sys; sys.path.insert(0, sys.argv[2]); from house import House; from pathlib import Path\n"
+    "house = House(Path(sys.argv[1])); print('serves', flush=True); input()\n"
+    "house.__exit__(None, None, None)"
+)
+CLIENT_OF_ANOTHER_USER = (
+    "import os, sys; from pathlib import Path\n"
+    "from vllm_moe_offload.daemon.connection import Connection\n"
+    "from vllm_moe_offload.errors import OffloadError\n"
+    "uid, groups = int(sys.argv[2]), [int(group) for group in sys.argv[3:]]\n"
+    "os.setgroups(groups); os.setgid(uid); os.setuid(uid)\n"
+    "try: Connection.connect(Path(sys.argv[1]), 'worker', 10); print('welcome')\n"
+    "except OffloadError as error: print(error)"
+)
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+
+
+def claim(path: Path, patience: float = 0.0) -> SocketFile:
+    return SocketFile.claim(path, None, print, patience)
+
+
+def other_daemon(path: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", DAEMON, str(path), str(Path(__file__).parent)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "serves\n"
+    return process
+
+
+def answer_to_another_user(path: Path, uid: int, *groups: int) -> str:
+    command = [sys.executable, "-c", CLIENT_OF_ANOTHER_USER, str(path), str(uid), *map(str, groups)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
+
+
+def test_it_is_for_this_user_only(tmp_path: Path) -> None:
+    before = open_fds()
+    place = claim(tmp_path / "new" / "socket")
+    status = place.path.lstat()
+    assert stat.S_ISSOCK(status.st_mode) and stat.S_IMODE(status.st_mode) == 0o600
+    assert stat.S_IMODE(place.path.parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(lock_path(place.path).stat().st_mode) == 0o600
+    place.release()
+    assert not place.path.exists()
+    assert open_fds() == before
+
+
+def test_a_second_daemon_names_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with other_daemon(path) as process:
+        with pytest.raises(ConfigError, match=rf"a daemon \(pid {process.pid}\) already serves there; .*daemon stop"):
+            claim(path, patience=60)
+        Connection.connect(path, "control", 10).close()
+        process.communicate("end")
+    claim(path).release()
+
+
+def test_one_that_holds_the_place_without_serving_is_named_too(tmp_path: Path) -> None:
+    leaving = claim(tmp_path / "socket")
+    leaving.remove()
+    with pytest.raises(ConfigError, match=rf"pid {os.getpid()}\) neither serves nor leaves"):
+        claim(tmp_path / "socket", patience=0.1)
+    leaving.release()
+
+
+def test_one_that_is_leaving_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with other_daemon(path) as process:
+        path.unlink()
+        process.send_signal(signal.SIGTERM)
+        claim(path, patience=60).release()
+
+
+def test_the_socket_of_a_killed_daemon_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with other_daemon(path) as process:
+        process.kill()
+    assert path.exists()
+    with pytest.raises(DaemonGoneError, match="Connection refused"):
+        Connection.connect(path, "control", 10)
+    with House(path) as house:
+        house.connect().close()
+        assert house.lines[0] == f"removed {path}, which a daemon that died had left"
+
+
+def test_what_is_no_socket_of_ours_stays(tmp_path: Path) -> None:
+    before = open_fds()
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(precious)
+    for path in (precious, folder, link):
+        with pytest.raises(ConfigError, match=f"{path}: is there already and no socket of this user"):
+            claim(path)
+        assert os.path.lexists(path)
+    assert precious.read_text() == "mine"
+    assert open_fds() == before
+
+
+def test_a_socket_another_program_listens_at_stays(tmp_path: Path) -> None:
+    path = tmp_path / "bus"
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(path))
+        other.listen()
+        with pytest.raises(ConfigError, match="another program, no daemon of ours, listens there"):
+            claim(path)
+    assert path.exists()
+
+
+def test_what_took_the_socket_s_place_is_not_removed(tmp_path: Path) -> None:
+    place = claim(tmp_path / "socket")
+    place.path.unlink()
+    place.path.write_text("mine")
+    place.release()
+    assert place.path.read_text() == "mine"
+
+
+def test_a_lock_that_is_no_file_of_ours_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    lock_path(path).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=r"cannot open .*socket\.lock"):
+        claim(path)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize(("path", "reason"), [("x" * 120, "longer than the 107 bytes"), ("a/b/c", "cannot make its")])
+def test_a_path_that_cannot_be_is_refused(tmp_path: Path, path: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        claim(tmp_path / path)
+
+
+def test_the_default_is_in_the_runtime_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
+    assert default_socket_path() == Path("/run/user/7/vllm-moe-offload.sock")
+
+
+@as_root
+def test_without_runtime_folder_it_is_in_one_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    # A user nobody has, so that this touches no real daemon's place.
+    monkeypatch.setattr(os, "geteuid", lambda: 3_999_999_999)
+    folder = Path("/tmp/vllm-moe-offload-3999999999")
+    assert default_socket_path() == folder / "daemon.sock"
+    for owner, mode in ((0, 0o700), (3_999_999_999, 0o777), (3_999_999_999, 0o750)):
+        folder.mkdir()
+        try:
+            os.chown(folder, owner, -1)
+            folder.chmod(mode)
+            with pytest.raises(ConfigError, match=f"{folder}: is not a folder of this user alone"):
+                default_socket_path()
+            os.chown(folder, 3_999_999_999, -1)
+            folder.chmod(0o700)
+            assert default_socket_path() == folder / "daemon.sock"
+        finally:
+            folder.rmdir()
+
+
+def test_a_group_must_exist() -> None:
+    with pytest.raises(ConfigError, match="--group nonesuch: there is no such group"):
+        find_group("nonesuch")
+
+
+@as_root
+def test_other_users_come_in_with_the_group_only(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("shared")
+    for each in (folder, folder.parent, folder.parent.parent):
+        each.chmod(0o755)
+    group = 4321
+    with House(folder / "socket", group=group) as house:
+        status = house.path.stat()
+        assert (stat.S_IMODE(status.st_mode), status.st_gid) == (0o660, group)
+        assert answer_to_another_user(house.path, NOBODY, group) == "welcome"
+        assert "Permission denied" in answer_to_another_user(house.path, NOBODY)
+        # The kernel is not all that stands between a stranger and the experts.
+        house.path.chmod(0o666)
+        assert f"of user {NOBODY}; the daemon serves user 0 and" in answer_to_another_user(house.path, NOBODY, 99)
+        assert house.server.refused == 1

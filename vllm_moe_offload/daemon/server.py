@@ -1,0 +1,205 @@
+"""The daemon's door: accepts peers, gives each a thread, and ends when it is told to or when nobody needs it.
+
+It decides who may come in and how many; what they may ask is ``session``'s, what they get is the models'.
+"""
+
+import contextlib
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from .credentials import Peer, peer_of
+from .framing import FramedSocket, PeerError
+from .protocol import Refused, Request, StatusReport
+from .session import MAX_FDS, Models, Session
+from .socket_file import SocketFile
+
+MAX_PEERS = 256
+COMPLAINT_SECONDS = 10.0
+"""Between two lines about peers that were refused."""
+
+_BREATH_SECONDS = 0.1
+_JOIN_SECONDS = 10.0
+
+
+@dataclass
+class _Guest:
+    thread: threading.Thread
+    frames: FramedSocket[Request]
+    keeps_us: bool = True
+    """An engine, or somebody who has not said yet what he is."""
+
+
+class DaemonServer:
+    """Serves ``models`` at a claimed socket; ``serve`` blocks until ``stop``.
+
+    Args:
+        socket_file: where peers come in.
+        models: what they come for; whoever made them closes them.
+        budget_bytes: for ``status``.
+        group: members of this group may come in too.
+        leave_after: seconds without any engine after which ``serve`` returns; None to stay for ever.
+        say: told, a line at a time, what an operator would want to know.
+    """
+
+    def __init__(
+        self,
+        socket_file: SocketFile,
+        models: Models,
+        budget_bytes: int,
+        group: int | None,
+        leave_after: float | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.models = models
+        self.refused = 0
+        """Peers sent away."""
+        self._socket_file = socket_file
+        self._budget_bytes = budget_bytes
+        self._group = group
+        self._leave_after = leave_after
+        self._say = say
+        self._born = self._alone_since = time.monotonic()
+        self._bell, self._ear = socket.socketpair()
+        self._lock = threading.Lock()
+        self._guests: dict[int, _Guest] = {}
+        self._arrivals = 0
+        self._complained = -COMPLAINT_SECONDS
+        self._unsaid = 0
+        self._stop_reason = ""
+
+    def stop(self, reason: str) -> None:
+        """Make ``serve`` return; from any thread or signal handler."""
+        self._stop_reason = self._stop_reason or reason
+        self._ring()
+
+    def status(self) -> StatusReport:
+        return StatusReport(os.getpid(), time.monotonic() - self._born, self._budget_bytes, self.models.status())
+
+    def serve(self) -> str:
+        """Serve until told to stop or nobody is left; then no peer and no thread remains. Returns why it ended."""
+        listener = self._socket_file.listener
+        listener.setblocking(False)
+        events = select.poll()
+        events.register(listener, select.POLLIN)
+        events.register(self._ear, select.POLLIN)
+        self._alone_since = time.monotonic()
+        try:
+            while not self._stop_reason:
+                left = self._seconds_left()
+                ready = {fd for fd, _ in events.poll(None if left is None else max(left, 0) * 1000)}
+                if self._ear.fileno() in ready:
+                    self._ear.recv(4096)
+                if listener.fileno() in ready:
+                    self._accept(listener)
+                elif not ready and left is not None and left <= 0:
+                    self._stop_reason = f"no engine was attached for {self._leave_after:g} s"
+        finally:
+            self._socket_file.remove()
+            self._send_everybody_home()
+        return self._stop_reason
+
+    def _seconds_left(self) -> float | None:
+        """Until the daemon leaves for want of engines; None while there is a reason to stay."""
+        if self._leave_after is None:
+            return None
+        with self._lock:
+            if any(guest.keeps_us for guest in self._guests.values()):
+                return None
+            return self._alone_since + self._leave_after - time.monotonic()
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            connection, _ = listener.accept()
+        except (BlockingIOError, ConnectionError):
+            return
+        except OSError as error:
+            self._complain(f"cannot accept a connection: {error.strerror}")
+            # Out of descriptors or memory: others must end first, and the listener would not stop being ready.
+            time.sleep(_BREATH_SECONDS)
+            return
+        frames = FramedSocket(connection, msgspec.msgpack.Decoder(Request), MAX_FDS)
+        peer = peer_of(connection)
+        if reason := self._objection(peer):
+            self._turn_away(frames, peer, reason)
+        else:
+            self._admit(frames, peer)
+
+    def _objection(self, peer: Peer) -> str | None:
+        if not peer.is_us() and not (self._group is not None and peer.belongs_to(self._group)):
+            return f"is {peer}; the daemon serves user {os.geteuid()} and the members of the group given with --group"
+        if len(self._guests) >= MAX_PEERS:
+            return f"came while {MAX_PEERS} others are connected, which is as many as the daemon serves"
+        return None
+
+    def _turn_away(self, frames: FramedSocket[Request], peer: Peer, reason: str) -> None:
+        try:
+            frames.send(Refused(f"the peer {reason}"))
+        except (PeerError, OSError):
+            pass
+        finally:
+            frames.close()
+        self._complain(f"refused {peer}: the peer {reason}")
+
+    def _admit(self, frames: FramedSocket[Request], peer: Peer) -> None:
+        number = self._arrivals = self._arrivals + 1
+        thread = threading.Thread(
+            target=self._host, args=(number, frames, peer), name=f"peer {number} (pid {peer.pid})", daemon=True
+        )
+        with self._lock:
+            self._guests[number] = _Guest(thread, frames)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            with self._lock:
+                del self._guests[number]
+            self._turn_away(frames, peer, f"cannot be served now: {error}")
+
+    def _host(self, number: int, frames: FramedSocket[Request], peer: Peer) -> None:
+        try:
+            refusal = Session(frames, peer, self).run(lambda role: self._know_role(number, role))
+            if refusal:
+                self._complain(f"refused {peer}: the peer {refusal}")
+        finally:
+            with self._lock:
+                if self._guests.pop(number).keeps_us:
+                    self._alone_since = time.monotonic()
+            self._ring()
+
+    def _know_role(self, number: int, role: str) -> None:
+        with self._lock:
+            self._guests[number].keeps_us = role != "control"
+
+    def _complain(self, text: str) -> None:
+        """Say it, unless something was said a moment ago: a peer must not fill the log."""
+        with self._lock:
+            self.refused += 1
+            self._unsaid += 1
+            if time.monotonic() - self._complained < COMPLAINT_SECONDS:
+                return
+            others = f" ({self._unsaid - 1} more since the last such line)" if self._unsaid > 1 else ""
+            self._complained, self._unsaid = time.monotonic(), 0
+        self._say(text + others)
+
+    def _send_everybody_home(self) -> None:
+        with self._lock:
+            guests = list(self._guests.values())
+        for guest in guests:
+            guest.frames.shut_down()
+        for guest in guests:
+            guest.thread.join(_JOIN_SECONDS)
+            if guest.thread.is_alive():
+                self._say(f"{guest.thread.name} does not end; leaving without it")
+        self._bell.close()
+        self._ear.close()
+
+    def _ring(self) -> None:
+        """Let ``serve`` look again. A bell too full to be rung rings already; one that is closed has nobody to wake."""
+        with contextlib.suppress(OSError):
+            self._bell.send(b"!", socket.MSG_DONTWAIT)

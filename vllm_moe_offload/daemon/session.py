@@ -1,0 +1,195 @@
+"""One peer's connection to the daemon, from Hello to the end: what may be asked when, and by whom.
+
+Whatever a peer does, its session ends alone: refused with a reason where it can still be told, detached, closed.
+"""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import msgspec
+
+from ..errors import OffloadError
+from .credentials import Peer
+from .framing import FRAME_SECONDS, FramedSocket, PeerError
+from .protocol import (
+    VERSION,
+    Adopt,
+    Adopted,
+    Attach,
+    Attached,
+    Demand,
+    GetStatus,
+    Hello,
+    Hint,
+    ModelStatus,
+    Refused,
+    Request,
+    StatusReport,
+    Stop,
+    Stopping,
+    Supplied,
+    Welcome,
+)
+
+ROLES: dict[str, tuple[type, ...]] = {"worker": (Attach, Demand, Hint, Adopt), "control": (GetStatus, Stop)}
+"""What may be asked on a connection, by the role its Hello named."""
+
+MAX_FDS = 1
+"""A peer may send at a time; Adopt brings one."""
+
+
+class Attachment(Protocol):
+    """One attached worker. Only the thread of its connection calls it.
+
+    A ``ValueError`` from any of these means that the peer's message made no sense: it is refused and its connection
+    closed. An ``OffloadError`` (not from ``hint``) is a refusal after which it may go on.
+    """
+
+    reply: Attached
+    fds: list[int]
+    """Sent with ``reply``; they stay the model's."""
+
+    def demand(self, request: Demand) -> Supplied: ...
+    def hint(self, request: Hint) -> None: ...
+    def adopt(self, request: Adopt, fd: int) -> Adopted:
+        """Takes over ``fd``."""
+
+    def detach(self) -> None:
+        """Whatever way the connection ended. Idempotent."""
+
+
+class Models(Protocol):
+    """What the daemon hosts; used by many threads at once."""
+
+    def attach(self, request: Attach) -> Attachment:
+        """Raises ``OffloadError`` with the reason and the fix if the worker cannot be served."""
+
+    def status(self) -> list[ModelStatus]: ...
+    def close(self) -> None: ...
+
+
+class House(Protocol):
+    """What a session may do with the daemon as a whole."""
+
+    models: Models
+
+    def status(self) -> StatusReport: ...
+    def stop(self, reason: str) -> None: ...
+
+
+class Session:
+    """The server's end of one connection; ``run`` on a thread of its own."""
+
+    def __init__(self, frames: FramedSocket[Request], peer: Peer, house: House) -> None:
+        self._frames = frames
+        self._peer = peer
+        self._house = house
+        self._allowed: tuple[type, ...] = ()
+        self._attachment: Attachment | None = None
+
+    def run(self, know_role: Callable[[str], None]) -> str | None:
+        """Answer the peer until the connection ends, and close it.
+
+        Args:
+            know_role: told which role the peer named, before it is welcomed.
+
+        Returns:
+            Why the peer was refused; None if it left on its own.
+        """
+        try:
+            self._welcome(know_role)
+            while (request := self._frames.receive()) is not None:
+                self._answer(request)
+            return None
+        except (PeerError, ValueError) as error:
+            self._refuse(str(error))
+            return str(error)
+        except OSError:
+            return None
+        finally:
+            if self._attachment is not None:
+                self._attachment.detach()
+            self._frames.close()
+
+    def _welcome(self, know_role: Callable[[str], None]) -> None:
+        self._frames.wait_at_most(FRAME_SECONDS)
+        hello = self._frames.receive()
+        if hello is None:
+            raise ConnectionResetError
+        if not isinstance(hello, Hello):
+            raise PeerError(f"sent {type(hello).__name__} before Hello")
+        if hello.version != VERSION:
+            raise PeerError(
+                f"speaks version {hello.version} of the protocol and this daemon version {VERSION}; "
+                "run the daemon and the engines with the same release of vllm-moe-offload"
+            )
+        if hello.role not in ROLES:
+            raise PeerError(f"wants the role {hello.role!r}; there are {', '.join(ROLES)}")
+        self._allowed = ROLES[hello.role]
+        know_role(hello.role)
+        self._frames.wait_at_most(0)
+        self._frames.send(Welcome(VERSION, os.getpid()))
+
+    def _answer(self, request: Request) -> None:
+        if not isinstance(request, self._allowed):
+            allowed = ", ".join(kind.__name__ for kind in self._allowed)
+            raise PeerError(f"sent {type(request).__name__} on a connection for {allowed}")
+        if isinstance(request, Demand):
+            self._reply(self._attached(request).demand, request)
+        elif isinstance(request, Hint):
+            self._attached(request).hint(request)
+        elif isinstance(request, Attach):
+            self._attach(request)
+        elif isinstance(request, Adopt):
+            self._adopt(request)
+        elif isinstance(request, GetStatus):
+            self._frames.send(self._house.status())
+        elif isinstance(request, Stop):
+            self._stop()
+
+    def _attach(self, request: Attach) -> None:
+        if self._attachment is not None:
+            raise PeerError("sent Attach a second time")
+        # The kernel knows better who asks, unless it lives in a container.
+        request = msgspec.structs.replace(request, pid=self._peer.pid or request.pid)
+        try:
+            self._attachment = self._house.models.attach(request)
+        except OffloadError as error:
+            self._frames.send(Refused(str(error)))
+        else:
+            self._frames.send(self._attachment.reply, self._attachment.fds)
+
+    def _adopt(self, request: Adopt) -> None:
+        attachment = self._attached(request)
+        fds = self._frames.take_fds()
+        if not fds:
+            raise PeerError("sent Adopt without the descriptor of an arena")
+        self._reply(partial(attachment.adopt, fd=fds[0]), request)
+
+    def _reply(self, verb: Callable[[Any], Supplied | Adopted], request: Request) -> None:
+        reply: Supplied | Adopted | Refused
+        try:
+            reply = verb(request)
+        except OffloadError as error:
+            reply = Refused(str(error))
+        self._frames.send(reply)
+
+    def _stop(self) -> None:
+        if not self._peer.is_us():
+            self._frames.send(Refused("only the user the daemon runs as may stop it"))
+            return
+        self._frames.send(Stopping())
+        self._house.stop(f"{self._peer} asked for it")
+
+    def _attached(self, request: Request) -> Attachment:
+        if self._attachment is None:
+            raise PeerError(f"sent {type(request).__name__} before Attach")
+        return self._attachment
+
+    def _refuse(self, reason: str) -> None:
+        try:
+            self._frames.send(Refused(f"the peer {reason}"))
+        except (PeerError, OSError):
+            return

@@ -1,0 +1,126 @@
+"""Starts a daemon for an engine that found none. The daemon is nobody's child: it outlives the engine that started it.
+
+Engines may do this at the same moment: the socket's lock decides which of their daemons stays, and all use that one.
+"""
+
+import contextlib
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import ConfigError
+from .connection import Connection, DaemonGoneError
+from .socket_file import make_folder
+
+LAST_LINES = 8
+
+_RETRY_SECONDS = 0.05
+# Ends at once, so that its child belongs to init: engines are ended together with all their descendants.
+_LAUNCHER = "import os, sys\nif os.fork() == 0:\n    os.setsid()\n    os.execv(sys.argv[1], sys.argv[1:])"
+
+
+class StartError(ConfigError):
+    """The daemon that was started did not come to serve; with the last lines it wrote."""
+
+
+def log_path(path: Path) -> Path:
+    """Where a daemon started for the socket ``path`` writes what it has to say."""
+    return path.with_name(f"{path.name}.log")
+
+
+def start_daemon(path: Path, cache: str, leave_after: float, options: Sequence[str] = (), timeout: float = 60) -> int:
+    """Make sure that a daemon serves at ``path``: the one that does already, or else a new one.
+
+    Args:
+        path: of the socket.
+        cache: memory for experts, like ``32GiB``.
+        leave_after: seconds without engines after which it leaves.
+        options: more of what ``vllm-moe-offload daemon`` understands, with absolute paths.
+        timeout: seconds until it must answer.
+
+    Returns:
+        The daemon's pid.
+
+    Raises:
+        StartError: it ended, or does not answer in time.
+        RefusedError: the daemon that answers is of another version.
+        ConfigError: the socket's folder cannot be made or written.
+    """
+    path = path.absolute()
+    with contextlib.suppress(DaemonGoneError):
+        return _ask(path, timeout)
+    make_folder(path)
+    command = [sys.executable, "-P", "-m", "vllm_moe_offload", "daemon", "--socket", str(path), "--cache", cache]
+    command += ["--leave-after", str(leave_after), *options]
+    log = _open_log(path)
+    try:
+        said_before = os.fstat(log).st_size
+        alive = _launch(command, log)
+    finally:
+        os.close(log)
+    try:
+        return _wait_until_it_answers(path, alive, timeout)
+    except DaemonGoneError as error:
+        raise StartError(f"{error}\n{_last_lines(log_path(path), said_before)}") from None
+    finally:
+        os.close(alive)
+
+
+def _ask(path: Path, timeout: float) -> int:
+    connection = Connection.connect(path, "control", timeout)
+    connection.close()
+    return connection.daemon_pid
+
+
+def _open_log(path: Path) -> int:
+    file = log_path(path)
+    try:
+        return os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot write the log of a daemon there: {error.strerror}") from None
+
+
+def _launch(command: list[str], log: int) -> int:
+    """Run a command detached; the descriptor returned comes to its end when the command does."""
+    alive, held = os.pipe()
+    try:
+        subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _LAUNCHER, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=(held,),
+            cwd="/",
+            check=True,
+        )
+    finally:
+        os.close(held)
+    return alive
+
+
+def _wait_until_it_answers(path: Path, alive: int, timeout: float) -> int:
+    deadline = time.monotonic() + timeout
+    life = select.poll()
+    life.register(alive, select.POLLIN)
+    while True:
+        ended = bool(life.poll(_RETRY_SECONDS * 1000))
+        left = deadline - time.monotonic()
+        try:
+            return _ask(path, max(left, _RETRY_SECONDS))
+        except DaemonGoneError as error:
+            # One that ended left the place to another, which has answered by now if it is well.
+            if ended:
+                raise DaemonGoneError(f"the daemon that was started for {path} has ended:") from None
+            if left <= 0:
+                raise DaemonGoneError(
+                    f"the daemon that was started does not answer in {timeout:g} s: {error}"
+                ) from None
+
+
+def _last_lines(log: Path, said_before: int) -> str:
+    said = log.read_bytes()[said_before:].decode(errors="replace").splitlines()
+    return "\n".join(f"  {line}" for line in said[-LAST_LINES:]) or f"  (it wrote nothing to {log})"
