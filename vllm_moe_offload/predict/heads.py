@@ -127,7 +127,7 @@ def _by_expert(halves: Array) -> Array:
 
 
 def _scale(weights: NDArray[np.floating]) -> Array:
-    """``[n, 1, 2K]`` from routing weights ``[n, K]``: one for presence, then the weight, scaled by K, of each expert."""
+    """``[n, 1, 2K]`` from routing weights ``[n, K]``: for each expert one for its presence, then its weight times K."""
     count, top_k = weights.shape
     scale = np.ones((count, 1, 2 * top_k), np.float32)
     np.multiply(weights, top_k, out=scale[:, 0, 1::2], casting="same_kind")

@@ -14,7 +14,7 @@ from ..predict.base import Predictor, Step, union_probability
 from ..predict.context import RequestState, TokenContext, TokenMap
 from .estimates import Estimates
 from .planner import Outlook, Phase, Planner
-from .worth import Worth
+from .trials import Trials
 
 MOST_ROWS = 32
 """Steps with more rows need nearly every expert of a layer: nothing to predict."""
@@ -57,14 +57,20 @@ class Anticipation:
         self.planner = Planner(estimates)
         self._residency = residency
         self._clock = clock
-        self._worth = {phase: Worth() for phase in Phase}
+        self._trials = {phase: Trials() for phase in Phase}
+        self._chunk_share = estimates.chunk_seconds / estimates.load_seconds
         self._states: dict[str, RequestState] = {}
+        self._rows: Sequence[RequestRows] = ()
+        self._num_rows = 0
         self._contexts: dict[str, Sequence[TokenContext]] = {}
         self._step: Step | None = None
         self._phase = Phase.DECODE
         self._layer = -1
         self._ask_seconds = 1e-4
+        self._step_began = 0.0
         self._layer_began = 0.0
+        self._thinking = 0.0
+        self._step_stalled = 0.0
         self._stalled = 0.0
         self._demands = 0
         self._prefetches = 0
@@ -76,19 +82,23 @@ class Anticipation:
 
     def begin_step(self, rows: Sequence[RequestRows], embeddings: Mapping[str, NDArray[np.float32]]) -> None:
         """The forward pass over ``rows`` starts. ``embeddings``: of requests, where known."""
-        began = self._clock()
-        self._step, self._layer = None, -1
+        self._step_began = began = self._clock()
+        self._step, self._layer, self._rows = None, -1, rows
+        self._thinking = self._step_stalled = self._stalled = 0.0
         self._phase = Phase.PREFILL if any(part.is_prefill for part in rows) else Phase.DECODE
         for part in rows:
             if part.request not in self._states:
                 self._states[part.request] = self.predictor.open(embeddings.get(part.request))
-        few = sum(len(part.tokens) for part in rows) <= MOST_ROWS
-        self._contexts = {part.request: self._context(part) for part in rows} if few or self._learns else {}
+        self._num_rows = sum(len(part.tokens) for part in rows)
         self.planner.begin_step(self._phase)
-        if few and not self.planner.is_off(self._phase) and self._worth[self._phase].begin_step():
+        predicts = self._is_small and self._trials[self._phase].begin_step(self._num_rows)
+        predicts = predicts and not self.planner.is_off(self._phase)
+        if predicts or self.predictor.learns_from_each_token:
+            self._contexts = {part.request: self._context(part) for part in rows}
+        if predicts:
             self._step = self.predictor.begin([row for part in rows for row in self._contexts[part.request]])
             self._look_from(-1)
-            self._worth[self._phase].spend(self._clock() - began)
+            self._thinking = self._clock() - began
 
     def observe(self, layer: int, experts: NDArray[np.integer], weights: NDArray[np.floating]) -> None:
         """``layer`` has routed the rows of the step, ``[rows, K]``; its experts are going to be asked for."""
@@ -104,7 +114,7 @@ class Anticipation:
         self._residency.passed(layer)
         self._step.observe(layer, experts, weights)
         self._layer_began = self._clock()
-        self._worth[self._phase].spend(self._layer_began - now)
+        self._thinking += self._layer_began - now
 
     def look_ahead(self) -> None:
         """The experts of the layer observed last are there: think of the next ones while it computes."""
@@ -112,17 +122,21 @@ class Anticipation:
             return
         began = self._clock()
         self._look_from(self._layer)
-        now = self._clock()
-        self._layer_began += now - began
-        self._worth[self._phase].spend(now - began)
+        took = self._clock() - began
+        self._layer_began += took
+        self._thinking += took
 
     def end_step(self, maps: Sequence[RequestMaps]) -> None:
         """The pass is over; ``maps`` are what its rows have been through."""
+        if self._is_small:
+            seconds = self._clock() - self._step_began
+            thinking = None if self._step is None else self._thinking
+            self._trials[self._phase].end_step(self._num_rows, seconds, self._step_stalled, thinking)
         for part in maps:
             state = self._states.get(part.rows.request)
             if state is not None and len(part.tokens):
                 self._remember(state, part)
-        self._step, self._contexts = None, {}
+        self._step, self._rows, self._num_rows, self._contexts = None, (), 0, {}
 
     def close(self, request: str) -> RequestState | None:
         """A request has ended. Returns what was known of it."""
@@ -132,42 +146,51 @@ class Anticipation:
         """The step has waited for ``loads`` that nobody had started."""
         estimates = self.planner.estimates
         estimates.note_load(seconds / loads)
-        estimates.chunk_seconds = estimates.load_seconds
-        self._stalled += seconds
+        estimates.chunk_seconds = estimates.load_seconds * self._chunk_share
         self._demands += loads
+        self._note_stall(seconds)
 
     def note_useful(self, count: int) -> None:
         """``count`` prefetches were there when they were needed."""
         for _ in range(count):
             self.planner.note_useful(self._phase)
-        self._worth[self._phase].save(count * self.planner.estimates.load_seconds)
 
     def note_late(self, count: int, waited_seconds: float) -> None:
         """``count`` prefetches were waited for, together for ``waited_seconds``."""
-        each = waited_seconds / count
         for _ in range(count):
-            self.planner.note_late(self._phase, each)
-        self._worth[self._phase].save(count * max(0.0, self.planner.estimates.load_seconds - each))
-        self._stalled += waited_seconds
+            self.planner.note_late(self._phase, waited_seconds / count)
+        self._note_stall(waited_seconds)
 
     def note_wasted(self, count: int) -> None:
         """``count`` prefetches were evicted unused."""
         for _ in range(count):
             self.planner.note_wasted(self._phase)
 
+    def _note_stall(self, seconds: float) -> None:
+        self._stalled += seconds
+        self._step_stalled += seconds
+
+    @property
+    def _is_small(self) -> bool:
+        return 0 < self._num_rows <= MOST_ROWS
+
     def _look_from(self, layer: int) -> None:
         assert self._step is not None
         estimates = self.planner.estimates
         farthest = min(layer + self._distance(), self.predictor.shape.layers - 1)
+        began = self._clock()
         for target in range(layer + 1, farthest + 1):
-            began = self._clock()
-            probabilities = union_probability(self._step.predict(target))
-            self._residency.expect(target, probabilities)
-            outlook = Outlook(target - layer, probabilities, self._residency.absent(target))
-            wanted = self.planner.plan(self._phase, outlook, self._residency.queued() * estimates.load_seconds)
-            if len(wanted):
-                self._prefetches += self._residency.prefetch(target, wanted)
-            self._ask_seconds += 0.05 * (self._clock() - began - self._ask_seconds)
+            absent = self._residency.absent(target)
+            if absent.any():
+                probabilities = union_probability(self._step.predict(target))
+                self._residency.expect(target, probabilities)
+                outlook = Outlook(target - layer, probabilities, absent)
+                wanted = self.planner.plan(self._phase, outlook, self._residency.queued() * estimates.load_seconds)
+                if len(wanted):
+                    self._prefetches += self._residency.prefetch(target, wanted)
+            now = self._clock()
+            self._ask_seconds += 0.05 * (now - began - self._ask_seconds)
+            began = now
 
     def _distance(self) -> int:
         """As far as a load takes, if the thinking is cheap beside the layers."""
@@ -176,10 +199,6 @@ class Anticipation:
         affordable = int(_THINKING_SHARE * estimates.layer_seconds / self._ask_seconds)
         return max(1, min(layers, affordable, _MOST_AHEAD))
 
-    @property
-    def _learns(self) -> bool:
-        return self.predictor.learns_from_each_token
-
     def _context(self, part: RequestRows) -> Sequence[TokenContext]:
         state = self._states[part.request]
         if len(part.tokens) == 1:
@@ -187,15 +206,16 @@ class Anticipation:
         return state.contexts_side_by_side(part.tokens)
 
     def _remember(self, state: RequestState, part: RequestMaps) -> None:
-        experts, weights = part.experts.astype(np.int64), part.weights.astype(np.float32)
-        maps = [TokenMap(*one) for one in zip(experts, weights, strict=True)]
         tokens = part.tokens.tolist()
+        maps = [TokenMap(*one) for one in zip(part.experts, part.weights, strict=True)]
+        if len(maps) > 1:
+            maps = [TokenMap(experts.copy(), weights.copy()) for experts, weights in maps]
         early = max(0, len(maps) - _REMEMBERED_PREFILL)
         for token, token_map in zip(tokens[:early], maps[:early], strict=True):
             self.predictor.memory.remember(token, token_map)
         for token, token_map in zip(tokens[early:], maps[early:], strict=True):
             state.advance(token, token_map)
-        if self._learns:
+        if self.predictor.learns_from_each_token:
             skipped = len(part.rows.tokens) - part.rows.drafts - len(maps)
             for context, token_map in zip(self._contexts[part.rows.request][skipped:], maps, strict=False):
                 self.predictor.learn(context, token_map)

@@ -59,14 +59,21 @@ class Planner:
             queue_seconds: link time of everything already queued or in flight ahead of these loads.
         """
         restraint = self._restraint[phase]
-        wanted = np.flatnonzero(outlook.absent & (outlook.probabilities > 0))
-        if restraint.off or not len(wanted):
-            return wanted[:0]
+        if restraint.off:
+            return _NONE
         if phase is Phase.PREFILL and outlook.probabilities.mean() >= _WHOLE_LAYER_SHARE:
             return np.flatnonzero(outlook.absent)
-        order = wanted[np.argsort(-outlook.probabilities[wanted], kind="stable")]
-        pays = self._benefit(outlook, order, queue_seconds) > restraint.caution * self._cost(outlook, order)
-        return order[: int(np.argmin(pays))] if not pays.all() else order
+        least = self._least_probability(outlook.layers_ahead, queue_seconds, restraint.caution)
+        likely = np.flatnonzero((outlook.probabilities > least) & outlook.absent)
+        if not len(likely):
+            return _NONE
+        ranked = likely[np.argsort(-outlook.probabilities[likely], kind="stable")]
+        load = self.estimates.load_seconds
+        for place, probability in enumerate(outlook.probabilities[ranked].tolist()):
+            ahead = queue_seconds + load * place
+            if probability <= self._least_probability(outlook.layers_ahead, ahead, restraint.caution):
+                return ranked[:place]
+        return ranked
 
     def note_useful(self, phase: Phase) -> None:
         """A prefetch was there when it was needed."""
@@ -83,17 +90,21 @@ class Planner:
         self.wasted += 1
         self._restraint[phase].note(0.0, self.estimates.load_seconds * self.estimates.busy)
 
-    def _benefit(self, outlook: Outlook, order: NDArray[np.int64], queue_seconds: float) -> NDArray[np.floating]:
-        """Stall each load is expected to save, if those before it in ``order`` are loaded too."""
-        load = self.estimates.load_seconds
-        arrival = queue_seconds + load * np.arange(1, len(order) + 1)
-        lateness = np.maximum(0, arrival - outlook.layers_ahead * self.estimates.layer_seconds)
-        return outlook.probabilities[order] * np.maximum(0, load - lateness)
+    def _least_probability(self, layers_ahead: int, queue_seconds: float, caution: float) -> float:
+        """An expert given more than this is worth loading behind ``queue_seconds`` of other loads.
 
-    def _cost(self, outlook: Outlook, order: NDArray[np.int64]) -> NDArray[np.floating]:
-        """Time each load is expected to take from others: link time wasted where busy, a chunk in a demand's way."""
+        Then the stall it is expected to save exceeds, ``caution`` times, the time it is expected to take from others:
+        link time wasted where the link is busy, and a chunk in a demand's way.
+        """
         e = self.estimates
-        transfer_layers = e.load_seconds / max(e.layer_seconds, 1e-9)
-        met_by_demand = min(1.0, e.demands_per_layer * transfer_layers)
-        wasted = (1 - outlook.probabilities[order]) * e.load_seconds * e.busy
-        return wasted + met_by_demand * e.chunk_seconds / 2
+        lateness = max(0.0, queue_seconds + e.load_seconds - layers_ahead * e.layer_seconds)
+        saved = max(0.0, e.load_seconds - lateness)
+        wasted = caution * e.load_seconds * e.busy
+        met_by_demand = min(1.0, e.demands_per_layer * e.load_seconds / max(e.layer_seconds, 1e-9))
+        in_the_way = caution * met_by_demand * e.chunk_seconds / 2
+        if saved + wasted <= 0:
+            return 1.0
+        return (wasted + in_the_way) / (saved + wasted)
+
+
+_NONE = np.empty(0, np.int64)
