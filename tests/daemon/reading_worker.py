@@ -1,0 +1,93 @@
+"""A worker process that serves random steps from a daemon's slots and checks every record it would compute on.
+
+    python -m tests.daemon.reading_worker SOCKET STORE SEED [--lease]
+
+Each line on stdin names a number of steps; when they are done a line of JSON says so. It ends with its input. A record
+that is not what it should be ends it with exit code 3.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_moe_offload.daemon.client import DaemonClient
+from vllm_moe_offload.daemon.protocol import Attach
+from vllm_moe_offload.runtime import OffloadRuntime, PooledLayer
+from vllm_moe_offload.slots import Ledger
+from vllm_moe_offload.store import Store
+
+TOP_K = 3
+WRONG = 3
+
+
+class Reader:
+    """A forward pass without a model."""
+
+    def __init__(self, socket: Path, store: Path, seed: int, lease: bool = False):
+        self.store = Store.open(store)
+        self.random = np.random.default_rng(seed)
+        self.said: list[str] = []
+        wanted = sum(entry.layout.payload_bytes * entry.experts for entry in self.store.layers)
+        request = Attach(store.name, os.getpid(), wanted if lease else wanted // 4, lease, f"engine {seed}", 0)
+        self.ledger = Ledger()
+        self.client = DaemonClient(socket, request, self.store, "lfu", None, self.ledger, self.said.append)
+        self.runtime = OffloadRuntime(self.store, self.client.pools, self.ledger)
+        for pool in self.runtime.pools:
+            pool.foresee()
+        self._preference = {layer.name: self.random.random(layer.experts) for layer in self.runtime.layers.values()}
+
+    def step(self) -> None:
+        """One forward pass of a few rows, sometimes a long one; most of it among the experts this worker prefers."""
+        self.client.begin_step()
+        self.runtime.begin_step()
+        rows = int(self.random.choice([1, 1, 2, 4, 64]))
+        for layer in self.runtime.layers.values():
+            noise = self.random.random((rows, layer.experts)) * self._preference[layer.name]
+            self.serve(layer, np.argsort(-noise, axis=1)[:, :TOP_K].astype(np.int32))
+
+    def serve(self, layer: PooledLayer, chosen: NDArray[np.int32]) -> None:
+        guess = self.random.permutation(layer.experts)[:2] + layer.first
+        for wave in self.runtime.serve(layer, chosen):
+            layer.pool.expect(layer.span, self._preference[layer.name].astype(np.float32))
+            layer.pool.prefetch(layer.span, guess)
+            mine = chosen if wave.rows is None else chosen[wave.rows]
+            for expert, slot in {*zip(mine.ravel().tolist(), wave.slots.ravel().tolist(), strict=True)}:
+                self.check(layer, expert, slot)
+        failures, _ = self.runtime.take_failures()
+        if failures:
+            raise failures[0]
+
+    def check(self, layer: PooledLayer, expert: int, slot: int) -> None:
+        parts = [component[slot] for component in layer.pool.memory.components]
+        if self.store.record_digest(parts) != self.store.checksum(layer.index, expert):
+            print(f"WRONG: expert {expert} of {layer.name} in slot {slot}", file=sys.stderr, flush=True)
+            os._exit(WRONG)
+
+    def report(self) -> dict[str, object]:
+        return self.ledger.counters.as_dict() | {
+            "daemon_pid": self.client.daemon_pid,
+            "said": self.said,
+            "lease": self.client.lease,
+        }
+
+    def close(self) -> None:
+        self.client.close()
+        self.runtime.close()
+
+
+def main() -> None:
+    reader = Reader(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), "--lease" in sys.argv)
+    print(json.dumps(reader.report()), flush=True)
+    for line in sys.stdin:
+        for _ in range(int(line)):
+            reader.step()
+        print(json.dumps(reader.report()), flush=True)
+    reader.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Where a worker's slots come from: the daemon of this host, or this process itself."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.logger import init_logger
+
+from ..config import OffloadConfig
+from ..daemon.client import DaemonClient
+from ..daemon.connection import DaemonGoneError, RefusedError
+from ..daemon.protocol import Attach
+from ..daemon.socket_file import default_socket_path
+from ..daemon.start import start_daemon
+from ..errors import ConfigError
+from ..slots import Ledger
+from ..store.reader import Store
+
+logger = init_logger("vllm.moe_offload")
+
+LEAVE_AFTER_SECONDS = 60.0
+"""A daemon started for an engine stays so long after its last one has gone."""
+
+
+def attach_to_daemon(
+    vllm_config: Any,
+    config: OffloadConfig,
+    store: Store,
+    wanted_bytes: int,
+    wants_all: bool,
+    io_cpus: set[int],
+    ledger: Ledger,
+) -> DaemonClient | None:
+    """The daemon that ``config.daemon`` asks for, or None where this worker keeps its own slots.
+
+    Args:
+        wanted_bytes: fast memory this worker would use for experts.
+        wants_all: whether that is every expert, so that the layers may rely on all being there.
+
+    Raises:
+        ConfigError: the daemon that was named does not answer, will not serve this model, or could not be started.
+    """
+    if config.daemon == "off":
+        return None
+    named = config.daemon.startswith("unix:")
+    path = Path(config.daemon.removeprefix("unix:")) if named else default_socket_path()
+    if config.daemon == "auto" and not path.exists():
+        return None
+    if config.daemon == "start":
+        start_daemon(path, f"{wanted_bytes}B", LEAVE_AFTER_SECONDS, ["--store", str(store.path.parent.absolute())])
+    parallel = vllm_config.parallel_config
+    request = Attach(
+        store=store.path.name,
+        pid=os.getpid(),
+        wanted_bytes=wanted_bytes,
+        lease=wants_all,
+        group=f"{vllm_config.instance_id}.{parallel.data_parallel_rank}",
+        rank=get_tensor_model_parallel_rank(),
+    )
+    try:
+        client = DaemonClient(path, request, store, config.policy, io_cpus, ledger, _say)
+    except (DaemonGoneError, RefusedError) as error:
+        if config.daemon != "auto":
+            raise ConfigError(f"daemon = {config.daemon!r}: {error}; or choose 'auto' or 'off'") from None
+        logger.warning("moe-offload: %s; this engine keeps its own experts", error)
+        return None
+    logger.info("moe-offload: experts are kept by the daemon (pid %d) at %s", client.daemon_pid, path)
+    return client
+
+
+def _say(sentence: str) -> None:
+    logger.warning("moe-offload: %s", sentence)
