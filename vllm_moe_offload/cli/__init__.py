@@ -6,6 +6,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import OffloadError
+from .daemon import daemon
 from .doctor import doctor
 from .history import history
 from .prepare import prepare
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 app.add_typer(store)
 app.add_typer(history)
+app.add_typer(daemon)
 app.command()(prepare)
 app.command()(doctor)
 app.command()(replay)

@@ -1,0 +1,167 @@
+"""`vllm-moe-offload daemon …`: run the one expert cache of a host, look at it, end it."""
+
+import contextlib
+import os
+import select
+import signal
+import time
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.live import Live
+
+from vllm_moe_offload.cache import POLICY_NAMES
+from vllm_moe_offload.config import CacheBudget
+from vllm_moe_offload.daemon.connection import Connection
+from vllm_moe_offload.daemon.metrics import serve_metrics
+from vllm_moe_offload.daemon.notify import notify
+from vllm_moe_offload.daemon.protocol import GetStatus, Stop
+from vllm_moe_offload.daemon.server import DaemonServer
+from vllm_moe_offload.daemon.socket_file import SocketFile, default_socket_path, find_group
+from vllm_moe_offload.errors import ConfigError
+from vllm_moe_offload.store import default_root
+from vllm_moe_offload.store.files import size_text
+
+from .daemon_view import status_view
+
+ANSWER_SECONDS = 10.0
+END_SECONDS = 30.0
+
+daemon = typer.Typer(name="daemon", help="One expert cache for all engines of this host: run it, see it, end it.")
+
+SocketOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--socket",
+        help="Where engines find the daemon (default: $XDG_RUNTIME_DIR/vllm-moe-offload.sock, "
+        "else /tmp/vllm-moe-offload-UID/daemon.sock).",
+        show_default=False,
+    ),
+]
+
+
+@daemon.callback(invoke_without_command=True)
+def run(
+    context: typer.Context,
+    cache: Annotated[str, typer.Option(help="Memory for experts of all models together, like 32GiB.")] = "",
+    socket: SocketOption = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the stores.", envvar="VLLM_MOE_OFFLOAD_STORE_ROOT", show_default=False),
+    ] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Count for Prometheus on this port of 127.0.0.1.")
+    ] = None,
+    policy: Annotated[str, typer.Option(help=f"Which expert leaves for another: {', '.join(POLICY_NAMES)}.")] = "lfu",
+    share: Annotated[
+        list[str] | None,
+        typer.Option(help="STORE=SIZE: memory kept for one model, by the name of its store; again for others."),
+    ] = None,
+    group: Annotated[str, typer.Option(help="Members of this group may use the daemon too.")] = "",
+    leave_after: Annotated[
+        float | None, typer.Option(min=0, help="End when no engine was attached for so many seconds.")
+    ] = None,
+) -> None:
+    """Serve experts to the engines of this host until SIGTERM, or until they have left."""
+    if context.invoked_subcommand is not None:
+        return
+    budget = _size("--cache", cache)
+    shares = _shares(share or [])
+    if policy not in POLICY_NAMES:
+        raise ConfigError(f"--policy {policy}: there are {', '.join(POLICY_NAMES)}")
+    if group and socket is None:
+        raise ConfigError(f"--group {group}: name a --socket in a folder its members can enter, too")
+    gid = find_group(group) if group else None
+    root = default_root() if store is None else store
+    with contextlib.ExitStack() as house:
+        place = SocketFile.claim(socket or default_socket_path(), gid, _say)
+        house.callback(place.release)
+        # Late, because a second daemon should learn at once that it is one.
+        from vllm_moe_offload.daemon.hosted_models import HostedModels
+
+        models = HostedModels(root, budget, shares, policy, None, _say)
+        house.callback(models.close)
+        server = DaemonServer(place, models, budget, gid, leave_after, _say)
+        if metrics_port is not None:
+            house.callback(serve_metrics(metrics_port, server.status).shutdown)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda which, _: server.stop(signal.Signals(which).name))
+        _say(f"pid {os.getpid()} serves {size_text(budget)} of experts from {root} at {place.path}")
+        notify("READY=1")
+        reason = server.serve()
+        _say(f"ending: {reason}")
+        notify("STOPPING=1")
+
+
+@daemon.command()
+def status(
+    socket: SocketOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show who is attached, and per model what is resident and how well that serves."""
+    with contextlib.closing(_connect(socket)) as connection:
+        report = connection.request(GetStatus())
+    if as_json:
+        typer.echo(msgspec.json.encode(report).decode())
+    else:
+        Console().print(status_view(report))
+
+
+@daemon.command()
+def top(
+    socket: SocketOption = None,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+) -> None:
+    """Show the same, again and again, until Ctrl-C."""
+    with contextlib.closing(_connect(socket)) as connection, contextlib.suppress(KeyboardInterrupt), Live() as live:
+        while True:
+            live.update(status_view(connection.request(GetStatus())), refresh=True)
+            time.sleep(interval)
+
+
+@daemon.command()
+def stop(socket: SocketOption = None) -> None:
+    """End the daemon; engines that are attached go on with what they have."""
+    with contextlib.closing(_connect(socket)) as connection:
+        pid = connection.peer_pid
+        if pid == 0:
+            raise ConfigError("the daemon lives in another container, where its end cannot be seen; stop it there")
+        process = os.pidfd_open(pid)
+        connection.request(Stop())
+    ended = select.select([process], [], [], END_SECONDS)[0]
+    os.close(process)
+    if not ended:
+        raise ConfigError(f"the daemon (pid {pid}) was told to end {END_SECONDS:g} s ago and has not; see its log")
+    typer.echo(f"the daemon (pid {pid}) has ended")
+
+
+def _connect(path: Path | None) -> Connection:
+    return Connection.connect(path or default_socket_path(), "control", ANSWER_SECONDS)
+
+
+def _size(option: str, text: str) -> int:
+    """Bytes in ``text``, which must not be a share or left open: the daemon knows no model to take it from."""
+    try:
+        size = CacheBudget.parse(text).size
+    except ValueError:
+        size = None
+    if size is None:
+        raise ConfigError(f"{option} {text or '(not given)'}: give a size, like 32GiB")
+    return size
+
+
+def _shares(texts: list[str]) -> dict[str, int]:
+    shares = {}
+    for text in texts:
+        store, separator, size = text.partition("=")
+        if not (store and separator):
+            raise ConfigError(f"--share {text}: give STORE=SIZE; `vllm-moe-offload store ls` names the stores")
+        shares[store] = _size(f"--share {store}=", size)
+    return shares
+
+
+def _say(text: str) -> None:
+    typer.echo(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", err=True)
