@@ -27,6 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[_OWNER] = str(os.getpid())
     root = Path(os.environ["MOE_OFFLOAD_TEST_ROOT"])
     os.environ["VLLM_MOE_OFFLOAD_STORE_ROOT"] = str(root / "stores")
+    # Engines under test must not find a daemon that happens to run here.
+    os.environ["XDG_RUNTIME_DIR"] = str(root)
     # A compiled graph of an earlier session must not hide what today's code does.
     os.environ["VLLM_CACHE_ROOT"] = str(root / "vllm-cache")
     if "PYTEST_XDIST_WORKER" in os.environ or not hasattr(config.option, "dist") or config.option.dist == "no":
