@@ -1,0 +1,61 @@
+"""Records taken over from the arena of an older daemon, which a worker that outlived it still had mapped.
+
+It must never believe what that memory holds: a record counts if its checksum is the store's.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..cache.cache import ABSENT
+from ..store.reader import Store
+from .arena import Arena
+from .hosted_load import HostedLoad
+from .hosted_pool import HostedPool
+
+_AT_A_TIME = 8
+
+
+def adopt(pool: HostedPool, store: Store, fd: int, experts: NDArray[np.int32], slots: NDArray[np.int32]) -> int:
+    """Copy what is absent here and right there, as long as slots are free. Takes over ``fd``. Returns how many.
+
+    Args:
+        experts: flat ids, distinct.
+        slots: where each is in the older arena.
+
+    Raises:
+        ValueError: the arena, the ids or the slots are not of this pool.
+    """
+    older = Arena.attach(fd, pool.layout, pool.experts)
+    try:
+        pool.check_ids(experts)
+        if len(slots) != len(experts) or (len(slots) and (slots.min() < 0 or slots.max() >= pool.experts)):
+            raise ValueError(f"{len(slots)} slots for {len(experts)} experts do not fit a pool of {pool.experts}")
+        place = dict(zip(experts.tolist(), slots.tolist(), strict=True))
+        adopted = 0
+        for first in range(0, len(experts), _AT_A_TIME):
+            loads = _begin(pool, experts[first : first + _AT_A_TIME])
+            wrong = [load for load in pool.prepare(loads) if not _copy(store, older, place[load.flat], load)]
+            pool.read(wrong, [], clear=True)
+            adopted += sum(load.copied for load in loads)
+        return adopted
+    finally:
+        older.mapping.close()
+
+
+def _begin(pool: HostedPool, experts: NDArray[np.int32]) -> list[HostedLoad]:
+    with pool.lock:
+        pool.observe()
+        absent = experts[pool.cache.slot_of[experts] == ABSENT]
+        room = max(0, pool.limit - pool.cache.occupied)
+        return pool.under_way.begin(pool.cache.admit(absent[:room]), pinned=True)
+
+
+def _copy(store: Store, older: Arena, slot: int, load: HostedLoad) -> bool:
+    """Whether the record could be taken over; it has arrived then."""
+    for source, target in zip(older.slot(slot), load.parts, strict=True):
+        target[:] = source
+    if store.record_digest(load.parts) != store.checksum(load.layer, load.expert):
+        return False
+    load.copied = True
+    load.finish()
+    return True

@@ -1,0 +1,97 @@
+"""One attached worker as a pool sees it: the tickets whose experts it still reads, and what it says it used.
+
+Its caller holds the pool's lock. What the worker wrote must never be believed further than its own experts go.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..cache import EvictionPolicy, ExpertCache
+from ..cache.base import FloatArray, IntArray
+from ..prefetch.foresight import ForesightPolicy
+from .table import ResidencyTable
+from .uses import STEP, UseReader
+
+
+class Guest:
+    """The worker of one entry. Made when it attaches, with the entry cleared."""
+
+    def __init__(self, table: ResidencyTable, worker: int):
+        table.admit(worker)
+        self.worker = worker
+        self.last_ticket = 0
+        self.lease: NDArray[np.int32] | None = None
+        """Slots pinned for as long as it is attached."""
+        self._table = table
+        self._uses = UseReader(table, worker)
+        self._tickets: deque[tuple[int, NDArray[np.int32]]] = deque()
+
+    def keep(self, ticket: int, slots: NDArray[np.int32]) -> None:
+        """``slots`` stay pinned until the worker is done with ``ticket``."""
+        self._tickets.append((ticket, slots))
+
+    @property
+    def holds(self) -> bool:
+        """Whether a ticket of it is not done."""
+        return bool(self._tickets)
+
+    def release_done(self, cache: ExpertCache) -> bool:
+        """Unpin what its finished tickets held. Returns whether there was any."""
+        if not self._tickets:
+            return False
+        done = int(self._table.done[self.worker])
+        released = False
+        while self._tickets and self._tickets[0][0] <= done:
+            cache.release(self._tickets.popleft()[1])
+            released = True
+        return released
+
+    def release_all(self, cache: ExpertCache) -> None:
+        """It is gone: so are its pins and its entry."""
+        while self._tickets:
+            cache.release(self._tickets.popleft()[1])
+        if self.lease is not None:
+            cache.release(self.lease)
+            self.lease = None
+        self._table.clear(self.worker)
+
+    def tell_uses(self, policy: EvictionPolicy) -> IntArray:
+        """Tell the policy what the worker used since the last call; returns those experts, each once."""
+        noted = self._uses.drain()
+        if len(noted) == 0:
+            return noted
+        begins = noted == STEP
+        if not begins.any():
+            used = np.unique(noted)
+            policy.use(used)
+            return used
+        for number, step in enumerate(np.split(noted, np.flatnonzero(begins))):
+            if number:
+                policy.begin_step()
+            used = np.unique(step[step != STEP])
+            if len(used):
+                policy.use(used)
+        return np.unique(noted[~begins])
+
+
+class SharedForesight(ForesightPolicy):
+    """Heeds what the running steps of all workers are expected to use: the most that any of them expects."""
+
+    def __init__(self, policy: EvictionPolicy, table: ResidencyTable):
+        super().__init__(policy, table.experts)
+        self._table = table
+        self.workers: Sequence[int] = ()
+
+    def begin_step(self) -> None:
+        self._policy.begin_step()
+
+    def keep_scores(self, experts: IntArray) -> FloatArray:
+        self.expected[:] = 0
+        for worker in self.workers:
+            # fmax and minimum make numbers of whatever a worker has written
+            np.fmax(self.expected, self._table.expected[worker], out=self.expected)
+        np.minimum(self.expected, 1, out=self.expected)
+        return super().keep_scores(experts)

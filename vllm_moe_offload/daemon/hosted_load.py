@@ -1,0 +1,88 @@
+"""What a hosted pool keeps account of: records on their way, and what became of them. It must never decide anything."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import LoadError
+from ..prefetch.loader import Load
+
+
+@dataclass
+class PoolCounters:
+    """What has happened in a pool since it was made."""
+
+    demands: int = 0
+    loads: int = 0
+    """Records read, for whatever reason."""
+    loaded_bytes: int = 0
+    failed_loads: int = 0
+    joined: int = 0
+    """Demanded records that were on their way already, for someone else or on a hint."""
+    missed_bytes: int = 0
+    """Of records that workers waited for."""
+    streamed: int = 0
+    """Records started ahead of a long prefill."""
+    prefetches: int = 0
+    """Records started on a guess. Those of the next three are over."""
+    useful: int = 0
+    late: int = 0
+    wasted: int = 0
+    adopted: int = 0
+    """Records taken over from the memory of an older daemon."""
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+class Supply(NamedTuple):
+    """What became of a demand."""
+
+    slots: NDArray[np.int32]
+    """Of each expert in the order asked; ABSENT where loading failed."""
+    loaded: int
+    joined: int
+    failed: list[tuple[int, LoadError]]
+    """Flat ids, and why."""
+
+
+class HostedLoad(Load):
+    """A record on its way into a slot that several may be waiting for. The pool hears of its end before they do.
+
+    Args:
+        flat: the expert's id in the pool.
+        guess_of: the worker on whose guess it was started, if it was.
+        pinned: whether its slot has a pin for the load itself, since nobody has asked for it yet.
+        arrived: told of the end.
+    """
+
+    __slots__ = ("_arrived", "copied", "flat", "guess_of", "pinned", "slot")
+
+    def __init__(
+        self,
+        layer: int,
+        expert: int,
+        parts: Sequence[NDArray[np.uint8]],
+        flat: int,
+        slot: int,
+        guess_of: int | None,
+        pinned: bool,
+        arrived: Callable[["HostedLoad"], None],
+    ):
+        super().__init__(layer, expert, parts)
+        self.flat = flat
+        self.slot = slot
+        self.guess_of = guess_of
+        self.pinned = pinned
+        self.copied = False
+        """Whether it came from memory instead of the store."""
+        self._arrived = arrived
+
+    def finish(self) -> None:
+        try:
+            self._arrived(self)
+        finally:
+            super().finish()

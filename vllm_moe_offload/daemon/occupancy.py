@@ -1,0 +1,156 @@
+"""What a pool's cache has decided, carried out in the memory that workers read: shown, hidden, emptied.
+
+Its caller holds the pool's lock. It must never let a slot be written that somebody may still be reading, and never
+believe the table, which workers can write.
+"""
+
+from collections.abc import Container
+
+import numpy as np
+
+from ..cache import ExpertCache
+from ..cache.base import IntArray
+from ..cache.cache import ABSENT, FREE
+from .arena import Arena
+from .epochs import Reclaimer
+from .table import ResidencyTable
+
+_RESERVE_SHARE = 50
+_RESERVE_LEAST = 8
+_RESERVE_MOST_SHARE = 8
+
+
+class Occupancy:
+    """Keeps arena and table of a pool as its cache wants them.
+
+    An expert is *shown* from when its record is complete until it is hidden. A slot is *clear* when nobody can be
+    reading what it held before it was hidden.
+    """
+
+    def __init__(self, cache: ExpertCache, arena: Arena, table: ResidencyTable):
+        self._cache = cache
+        self._arena = arena
+        self._table = table
+        self._reclaimer = Reclaimer(table)
+        self.shown_in = np.full(table.experts, ABSENT, dtype=np.int32)
+        """What the table's ``slot_of`` should be."""
+        self._being_read = np.zeros(arena.slots, dtype=np.int32)
+        """How often each slot has been hidden without having become clear."""
+        self._backed = np.zeros(arena.slots, dtype=bool)
+        """Slots whose memory has been allocated beforehand."""
+        self._soiled: set[int] = set()
+        """Slots with pages and perhaps without an expert."""
+
+    def show(self, experts: IntArray) -> None:
+        """Their records are complete in the slots the cache gave them."""
+        slots = self._cache.slot_of[experts]
+        self._reclaimer.publish(experts, slots)
+        self.shown_in[experts] = slots
+
+    def show_again(self, experts: IntArray, loading: Container[int]) -> None:
+        """Show those of ``experts`` that are resident, complete and hidden."""
+        hidden = experts[(self.shown_in[experts] == ABSENT) & (self._cache.slot_of[experts] != ABSENT)]
+        complete = [expert for expert in hidden.tolist() if expert not in loading]
+        if complete:
+            self.show(np.array(complete))
+
+    def hide(self, experts: IntArray) -> None:
+        """Nobody shall begin to read ``experts``, as far as they are shown."""
+        slots = self.shown_in[experts]
+        shown = slots != ABSENT
+        if shown.any():
+            self._reclaimer.retire(experts[shown], slots[shown])
+            self.shown_in[experts] = ABSENT
+            self._being_read[slots[shown]] += 1
+
+    def are_clear(self, slots: IntArray) -> bool:
+        """Whether all of ``slots``, which show no expert, may be written."""
+        if not self._being_read[slots].any():
+            return True
+        self._reclaim()
+        return not self._being_read[slots].any()
+
+    def clear_retired(self) -> int:
+        """How many retired slots of the cache may be written."""
+        self._reclaim()
+        return int(np.count_nonzero(self._being_read[self._cache.retired > 0] == 0))
+
+    def holders(self) -> list[int]:
+        """Workers that keep slots from becoming clear."""
+        return self._reclaimer.holders()
+
+    def back(self, slot: int) -> None:
+        """Take memory for a slot that is about to be written, if it has none. Not under the lock.
+
+        Raises:
+            ConfigError: the system has not enough.
+        """
+        if not self._backed[slot]:
+            self._arena.allocate(slot)
+            self._backed[slot] = True
+
+    def soil(self, slots: IntArray) -> None:
+        """These slots have been, or may have been, written, and their experts forgotten."""
+        self._soiled.update(slots.tolist())
+
+    @property
+    def reserve(self) -> int:
+        """Slots that should be clear before they are needed; none where every expert has a place."""
+        limit = self._cache.limit
+        if limit >= self._cache.num_slots:
+            return 0
+        return min(max(_RESERVE_LEAST, limit // _RESERVE_SHARE), limit // _RESERVE_MOST_SHARE)
+
+    @property
+    def held(self) -> int:
+        """Slots that take memory."""
+        return self._cache.occupied + sum(self._cache.expert_of[slot] == FREE for slot in self._soiled)
+
+    @property
+    def settled(self) -> bool:
+        """Nothing has to be emptied."""
+        return not self._soiled and self._cache.occupied <= self._cache.limit
+
+    def make_room(self) -> None:
+        """Retire what the reserve lacks or the limit forbids, and empty what may be emptied."""
+        cache = self._cache
+        surplus = max(0, cache.occupied - cache.limit)
+        retired = int(np.count_nonzero(cache.retired))
+        lacking = surplus + max(0, self.reserve - max(0, cache.limit - cache.occupied)) - retired
+        if lacking > (0 if surplus else self.reserve // 2):
+            self.hide(cache.retire(lacking))
+        if surplus:
+            self._empty(surplus)
+        self._punch()
+
+    def _empty(self, count: int) -> None:
+        self._reclaim()
+        retired = np.flatnonzero((self._cache.retired > 0) & (self._being_read == 0))
+        leaving = retired[np.argsort(self._cache.retired[retired])][:count]
+        self._cache.forget(self._cache.expert_of[leaving])
+        self.soil(leaving)
+
+    def _punch(self) -> None:
+        """Give the pages of empty slots back."""
+        if not self._soiled:
+            return
+        self._reclaim()
+        for slot in list(self._soiled):
+            if self._cache.expert_of[slot] != FREE:
+                self._soiled.remove(slot)
+            elif self._being_read[slot] == 0:
+                self._arena.punch(slot)
+                self._backed[slot] = False
+                self._soiled.remove(slot)
+
+    def _reclaim(self) -> None:
+        np.subtract.at(self._being_read, self._reclaimer.reclaim(), 1)
+
+    def check_integrity(self, loading: Container[int]) -> None:
+        """Assert that what workers see is what the cache means. For tests."""
+        self._cache.check_integrity()
+        shown = np.flatnonzero(self.shown_in != ABSENT)
+        assert (self._table.slot_of == self.shown_in).all()
+        assert (self._cache.slot_of[shown] == self.shown_in[shown]).all()
+        assert not (self._cache.retired[self.shown_in[shown]]).any(), "a retired slot is shown"
+        assert not any(expert in loading for expert in shown.tolist()), "an incomplete record is shown"

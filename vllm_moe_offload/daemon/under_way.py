@@ -1,0 +1,165 @@
+"""The records of a pool that are on their way into slots: begun, arrived, failed, taken back.
+
+It must never show a record that is not complete, nor leave an expert in a slot that was not filled.
+"""
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..cache import Acquisition, ExpertCache
+from ..cache.base import IntArray
+from ..cache.cache import ABSENT
+from ..errors import ConfigError, LoadError
+from ..store.layout import ALIGNMENT
+from ..store.reader import Store
+from .arena import Arena
+from .hosted_load import HostedLoad, PoolCounters
+from .occupancy import Occupancy
+from .table import ResidencyTable
+
+
+class UnderWay:
+    """Loads from when their slots are taken until they end, and the guesses among them.
+
+    Methods are called under the pool's lock unless they say otherwise.
+
+    Args:
+        layers: indices in the store of the layers that share the pool, in its order.
+        changed: over the pool's lock; told when a load has ended.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        layers: Sequence[int],
+        cache: ExpertCache,
+        occupancy: Occupancy,
+        arena: Arena,
+        table: ResidencyTable,
+        changed: threading.Condition,
+    ):
+        counts = [store.layers[layer].experts for layer in layers]
+        self.layer_of = np.repeat(layers, counts).tolist()
+        self.loads: dict[int, HostedLoad] = {}
+        """By expert (flat id)."""
+        self.counters = PoolCounters()
+        self._number_of = np.concatenate([np.arange(count) for count in counts]).tolist()
+        self._store = store
+        self._cache, self._occupancy, self._arena, self._table = cache, occupancy, arena, table
+        self._changed = changed
+        self._record_bytes = arena.layout.payload_bytes
+        # records whose parts are no whole blocks are read aside first
+        self._copies = any(part.nbytes % ALIGNMENT for part in arena.layout.components)
+        self._unused = np.zeros(arena.slots, dtype=bool)
+        """Guesses that nobody has used yet."""
+
+    def begin(self, acquired: Acquisition, guess_of: int | None = None, pinned: bool = False) -> list[HostedLoad]:
+        """The loads that an acquisition asks for; see ``HostedLoad`` for the arguments."""
+        if len(acquired.missing) == 0:
+            return []
+        begun = []
+        for expert, slot in zip(acquired.missing.tolist(), acquired.missing_slots.tolist(), strict=True):
+            parts = [component[slot] for component in self._arena.components]
+            load = HostedLoad(
+                self.layer_of[expert], self._number_of[expert], parts, expert, slot, guess_of, pinned, self._arrived
+            )
+            self.loads[expert] = load
+            begun.append(load)
+        self._table.loading[acquired.missing] = 1
+        if guess_of is not None:
+            self._unused[acquired.missing] = True
+            self.counters.prefetches += len(begun)
+        return begun
+
+    def allocate(self, loads: Sequence[HostedLoad], copying: bool = False) -> list[HostedLoad]:
+        """Take memory for slots that have none, where its lack would end the process: in copying to them.
+
+        Returns those that did not fail for it. Not under the lock.
+
+        Args:
+            copying: they are not read from the store by the system, but copied from elsewhere.
+        """
+        if not (self._copies or copying):
+            return list(loads)
+        ready = []
+        for load in loads:
+            try:
+                self._occupancy.back(load.slot)
+            except ConfigError as error:
+                self.fail([load], str(error))
+            else:
+                ready.append(load)
+        return ready
+
+    def fail(self, loads: Sequence[HostedLoad], why: str) -> None:
+        """They will not be read. Not under the lock."""
+        for load in loads:
+            name = self._store.layers[load.layer].name
+            load.error = LoadError(f"expert {load.expert} of {name} was not loaded: {why}")
+            load.finish()
+
+    def forget(self, load: HostedLoad) -> None:
+        """Nobody will read it, nor waits for it: it never finishes."""
+        self._end(load)
+        self._cache.cancel(np.array([load.flat]))
+        self._occupancy.soil(np.array([load.slot]))
+        self._unused[load.flat] = False
+
+    def take_back(self, load: HostedLoad) -> None:
+        """As ``forget``, for a guess that turned out wrong before it was read."""
+        self.forget(load)
+        self.counters.prefetches -= 1
+
+    def wait_for(self, experts: IntArray) -> list[HostedLoad]:
+        """The loads of ``experts`` that are under way; guesses among them come late."""
+        awaited = [self.loads[expert] for expert in experts.tolist() if expert in self.loads]
+        for load in awaited:
+            self.counters.late += bool(self._unused[load.flat])
+            self._unused[load.flat] = False
+        return awaited
+
+    def wrong_guesses(self, worker: int, experts: IntArray) -> list[HostedLoad]:
+        """What ``worker`` alone expected of the layer of ``experts``, which are all it needs of it."""
+        layer, needed = self.layer_of[int(experts[0])], set(experts.tolist())
+        return [
+            load
+            for load in self.loads.values()
+            if load.guess_of == worker
+            and load.layer == layer
+            and load.flat not in needed
+            and self._cache.pins[load.slot] == 1
+        ]
+
+    def note_used(self, experts: IntArray) -> None:
+        """Somebody used ``experts``, as far as they were there."""
+        found = experts[self._unused[experts] & (self._occupancy.shown_in[experts] != ABSENT)]
+        self._unused[found] = False
+        self.counters.useful += len(found)
+
+    def note_evicted(self, experts: IntArray) -> None:
+        self.counters.wasted += int(np.count_nonzero(self._unused[experts]))
+        self._unused[experts] = False
+
+    def _end(self, load: HostedLoad) -> None:
+        del self.loads[load.flat]
+        self._table.loading[load.flat] = 0
+
+    def _arrived(self, load: HostedLoad) -> None:
+        """A load has ended, well or not: called by the thread that read it."""
+        with self._changed:
+            if load.error is not None:
+                self.counters.failed_loads += 1
+                self.forget(load)
+            else:
+                self._end(load)
+                self._occupancy.show(np.array([load.flat]))
+                if load.pinned:
+                    self._cache.release(np.array([load.slot]))
+                if load.copied:
+                    self.counters.adopted += 1
+                else:
+                    self.counters.loads += 1
+                    self.counters.loaded_bytes += self._record_bytes
+            self._changed.notify_all()
