@@ -126,6 +126,76 @@ class Adopted(Message, frozen=True):
     records: int
 
 
+class PackedTrace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Whole requests with their expert maps, as ``history.trace.Trace`` has them.
+
+    Each field is the bytes of a little-endian array. Shape and types follow from the history it is meant for.
+    """
+
+    lengths: bytes
+    """int32 ``[R]``: tokens of each request, together T."""
+    experts: bytes
+    """``[T, L, K]``, uint8 where a layer has no more than 256 experts, else uint16."""
+    weights: bytes
+    """float16 ``[T, L, K]``."""
+    tokens: bytes | None = None
+    """int32 ``[T]``."""
+    phase: bytes | None = None
+    """uint8 ``[T]``."""
+    embeddings: bytes | None = None
+    """float16 ``[R, D]``."""
+
+
+class OpenHistory(Message, frozen=True):
+    """What follows on this connection is about the history of one model."""
+
+    fingerprint: str
+    """Of the model: 32 hexadecimal digits."""
+    shape: tuple[int, int, int]
+    """Layers, experts per layer, experts per token."""
+    store: str
+    """Whose status shows this history: the folder name of the store the worker has attached to."""
+
+
+class HistorySize(msgspec.Struct, frozen=True):
+    """Of what all engines of the model have left."""
+
+    requests: int
+    tokens: int
+
+
+class HistoryOpened(Message, frozen=True):
+    size: HistorySize
+    folder: str | None
+    """Where the daemon keeps it, and heads learned from it belong; None if it ends with the daemon."""
+
+
+class Remember(Message, frozen=True):
+    """A request has ended; its trace."""
+
+    trace: PackedTrace
+    again: bool = False
+    """It may be there already: the worker does not know whether an earlier daemon has saved it."""
+
+
+class Remembered(Message, frozen=True):
+    size: HistorySize
+
+
+class Search(Message, frozen=True):
+    """What resembles a request that has arrived."""
+
+    embedding: bytes
+    """float32 ``[D]``; empty to get the latest requests."""
+    max_tokens: int
+
+
+class Found(Message, frozen=True):
+    trace: PackedTrace
+    """Requests near in meaning, best first, then the latest ones; the last of either kind may be cut short."""
+    size: HistorySize
+
+
 class GetStatus(Message, frozen=True):
     pass
 
@@ -171,8 +241,8 @@ class StatusReport(Message, frozen=True):
     models: list[ModelStatus]
 
 
-Request = Hello | Attach | Demand | Hint | Adopt | GetStatus | Stop
-Reply = Welcome | Attached | Supplied | Adopted | StatusReport | Stopping | Refused
+Request = Hello | Attach | Demand | Hint | Adopt | OpenHistory | Remember | Search | GetStatus | Stop
+Reply = Welcome | Attached | Supplied | Adopted | HistoryOpened | Remembered | Found | StatusReport | Stopping | Refused
 
 
 def pack_ids(ids: NDArray[np.integer]) -> bytes:

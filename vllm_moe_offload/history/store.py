@@ -4,7 +4,7 @@ It forgets the request that is most like a newer one, or oldest, so that one cha
 not forgotten. It knows nothing of files (``archive``) and of how maps are matched (``predict``).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,8 +63,12 @@ class HistoryStore:
         return self._nbytes
 
     @property
+    def num_requests(self) -> int:
+        return len(self.requests)
+
+    @property
     def num_tokens(self) -> int:
-        return sum(past.trace.num_tokens for past in self.requests)
+        return sum(past.trace.num_tokens for past in list(self.requests))
 
     def add(self, trace: Trace) -> None:
         """Remember a finished request (a trace of one request), forgetting others to make room.
@@ -99,17 +103,24 @@ class HistoryStore:
         similarity = self._embeddings() @ np.asarray(embedding, np.float32)
         return [self.requests[i] for i in np.argsort(-similarity, kind="stable")[:count]]
 
+    def seek(
+        self, embedding: NDArray[np.floating] | None, count: int, found: Callable[[list[PastRequest]], None]
+    ) -> None:
+        """Give ``found`` what ``nearest`` finds at once, and from another thread what can only be found later."""
+        found(self.nearest(embedding, count))
+
     def to_trace(self) -> Trace:
         """Everything as one trace, oldest request first."""
         layers, experts, top_k = self.shape
-        if not self.requests:
+        requests = list(self.requests)
+        if not requests:
             return Trace(
                 np.empty((0, layers, top_k), np.uint16),
                 np.empty((0, layers, top_k), np.float16),
                 np.zeros(1, np.int64),
                 experts,
             )
-        traces = [past.trace for past in self.requests]
+        traces = [past.trace for past in requests]
         return Trace(
             experts=np.concatenate([trace.experts for trace in traces]),
             weights=np.concatenate([trace.weights for trace in traces]),

@@ -37,7 +37,7 @@ def read_trace(path: str | Path) -> Trace:
         raise TraceError(f"{path}: no such trace file") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise TraceError(f"{path}: not a readable npz trace file ({error})") from error
-    return _to_trace(path, fields)
+    return checked_trace(path, fields)
 
 
 def write_trace(path: str | Path, trace: Trace, compress: bool = True) -> None:
@@ -59,7 +59,15 @@ def write_trace(path: str | Path, trace: Trace, compress: bool = True) -> None:
     write_atomically(Path(path), lambda file: save(file, **fields))  # type: ignore[arg-type]
 
 
-def _to_trace(path: Path, fields: dict[str, NDArray]) -> Trace:
+def checked_trace(path: Path | str, fields: dict[str, NDArray]) -> Trace:
+    """The trace these fields of a file are.
+
+    Args:
+        path: of the file, for the errors; or a name for what is no file but must hold the same.
+
+    Raises:
+        TraceError: a field is absent, unknown or contradictory.
+    """
     for name in _REQUIRED:
         if name not in fields:
             raise TraceError(f"{path}: field {name!r} is missing; a trace has {', '.join(_REQUIRED)}")
@@ -88,14 +96,14 @@ def _to_trace(path: Path, fields: dict[str, NDArray]) -> Trace:
     )
 
 
-def _integer(path: Path, fields: dict[str, NDArray], name: str) -> int:
+def _integer(path: Path | str, fields: dict[str, NDArray], name: str) -> int:
     value = fields[name]
     if value.shape != () or value.dtype.kind not in "iu":
         raise TraceError(f"{path}: field {name!r} must be one integer, not {value.dtype} of shape {value.shape}")
     return int(value)
 
 
-def _check_maps(path: Path, experts: NDArray, weights: NDArray, num_experts: int) -> NDArray[np.unsignedinteger]:
+def _check_maps(path: Path | str, experts: NDArray, weights: NDArray, num_experts: int) -> NDArray[np.unsignedinteger]:
     if experts.ndim != 3 or experts.dtype not in (np.uint8, np.uint16) or 0 in experts.shape[1:]:
         raise TraceError(
             f"{path}: field 'experts' must be uint8 or uint16 [tokens, layers, top_k], not {experts.dtype} of shape "
@@ -119,7 +127,7 @@ def _check_maps(path: Path, experts: NDArray, weights: NDArray, num_experts: int
     return experts
 
 
-def _check_offsets(path: Path, offsets: NDArray, rows: int) -> NDArray[np.int64]:
+def _check_offsets(path: Path | str, offsets: NDArray, rows: int) -> NDArray[np.int64]:
     if offsets.ndim != 1 or offsets.dtype.kind not in "iu" or len(offsets) == 0:
         raise TraceError(f"{path}: field 'offsets' must be integers [requests + 1], not {offsets.dtype}")
     offsets = offsets.astype(np.int64, copy=False)
@@ -129,7 +137,7 @@ def _check_offsets(path: Path, offsets: NDArray, rows: int) -> NDArray[np.int64]
 
 
 def _column(
-    path: Path, fields: dict[str, NDArray], name: str, length: int, kinds: str, dtype: type | None
+    path: Path | str, fields: dict[str, NDArray], name: str, length: int, kinds: str, dtype: type | None
 ) -> NDArray | None:
     if name not in fields:
         return None
@@ -142,13 +150,13 @@ def _column(
     return value if dtype is None else value.astype(dtype, copy=False)
 
 
-def _check_phase(path: Path, phase: NDArray[np.uint8] | None) -> NDArray[np.uint8] | None:
+def _check_phase(path: Path | str, phase: NDArray[np.uint8] | None) -> NDArray[np.uint8] | None:
     if phase is not None and (phase > PREFILL).any():
         raise TraceError(f"{path}: field 'phase' must hold 0 (decode) or 1 (prefill), not {phase.max()}")
     return phase
 
 
-def _check_embeddings(path: Path, embeddings: NDArray | None, requests: int) -> NDArray[np.float16] | None:
+def _check_embeddings(path: Path | str, embeddings: NDArray | None, requests: int) -> NDArray[np.float16] | None:
     if embeddings is None:
         return None
     if embeddings.ndim != 2 or len(embeddings) != requests or embeddings.dtype.kind != "f":

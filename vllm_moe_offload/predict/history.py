@@ -4,6 +4,7 @@ It owns the history. Every request that closes is remembered; ``HeadsTrainer`` l
 grown enough, at once (replay) or a little at a time in the background (engine), and takes over when it has finished.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -50,6 +51,8 @@ class HistoryPredictor(Predictor):
         self._neighbours = NeighboursPredictor(shape, history, max_candidates)
         self._vectors = vectors
         self._learn_at_once = learn_at_once
+        self._lock = threading.Lock()
+        """Requests may be closed in another thread than they are opened in."""
         self._trainer: HeadsTrainer | None = None
         self._trainer_tokens = 0
         self._remember_tokens(history.to_trace())
@@ -79,7 +82,7 @@ class HistoryPredictor(Predictor):
     def open(self, embedding: NDArray[np.floating] | None = None) -> RequestState:
         state = super().open(embedding)
         if self.heads is None:
-            state.notes = self._neighbours.open(embedding).notes
+            self._neighbours.find_candidates(state)
         return state
 
     def begin(self, rows: Sequence[TokenContext]) -> Step:
@@ -88,7 +91,8 @@ class HistoryPredictor(Predictor):
         return self._neighbours.begin(rows)
 
     def close(self, state: RequestState, trace: Trace) -> None:
-        self.history.add(trace)
+        with self._lock:
+            self.history.add(trace)
         if self._learn_at_once and self.training_due:
             self.learn_all()
 

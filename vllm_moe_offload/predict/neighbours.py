@@ -51,8 +51,16 @@ class NeighboursPredictor(Predictor):
 
     def open(self, embedding: NDArray[np.floating] | None = None) -> RequestState:
         state = super().open(embedding)
-        state.notes = gather(self.shape, self._history.nearest(embedding, _MAX_REQUESTS), self._max_candidates)
+        self.find_candidates(state)
         return state
+
+    def find_candidates(self, state: RequestState) -> None:
+        """Lay out for ``state`` what resembles its request, and again whenever the history answers later."""
+
+        def found(requests: list[PastRequest]) -> None:
+            state.notes = gather(self.shape, requests, self._max_candidates)
+
+        self._history.seek(state.embedding, _MAX_REQUESTS, found)
 
     def begin(self, rows: Sequence[TokenContext]) -> "NeighboursStep":
         return NeighboursStep(self.shape, rows)
