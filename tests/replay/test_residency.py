@@ -59,3 +59,26 @@ def test_too_few_slots_for_a_step_are_refused():
     residency = Residency(2, 8, 3, create_policy("lfu", np.repeat([0, 1], 8)))
     with pytest.raises(ConfigError, match="slots: 3 are too few"):
         residency.use(0, np.arange(4))
+
+
+def test_a_guess_taken_back_leaves_no_trace():
+    residency = Residency(2, 8, 20, create_policy("lru", np.repeat([0, 1], 8)))
+    residency.prefetch(1, np.array([8, 9]))
+    residency.withdraw(1, [8])
+    missing, pinned = residency.use(1, np.array([8, 9]))
+    assert missing.tolist() == [8]
+    residency.release(pinned)
+    assert not residency.cache.pins.any()
+    tally = residency.finish()
+    assert (tally.prefetch_loads, tally.useful, tally.wasted, tally.demand_loads) == (1, 1, 0, 1)
+
+
+def test_a_long_prefill_leaves_alone_what_decoding_keeps():
+    residency = Residency(4, 8, 24, create_policy("lfu", np.repeat(range(4), 8)))
+    for layer in range(4):
+        residency.release(residency.use(layer, np.array([0, 1]) + 8 * layer)[1])
+    for layer in range(4):
+        residency.release(residency.stream(layer, np.arange(8) + 8 * layer)[1])
+    missing, _ = residency.use(3, np.array([24, 25]))
+    assert len(missing) == 0
+    assert residency.tally.accesses == 8 + 32 + 2 and residency.tally.demand_loads == 8 + 4 * 6

@@ -1,10 +1,12 @@
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 
 from vllm_moe_offload.cache import create_policy
 from vllm_moe_offload.errors import ConfigError
+from vllm_moe_offload.history.trace import PREFILL
 from vllm_moe_offload.replay.bounds import perfect_forecast
 from vllm_moe_offload.replay.forecast import Forecast
 from vllm_moe_offload.replay.hardware import PROFILE_NAMES, hardware_profile, model_profile
@@ -22,7 +24,7 @@ def run(trace, forecast=None, hardware=GPU, slots=192, batch=1):
 
 
 def test_a_demand_waits_for_the_rest_of_a_chunk_and_no_longer():
-    link = Link(load_seconds=1.0, chunk_seconds=0.25)
+    link = Link([1.0], chunk_seconds=0.25)
     link.prefetch([7, 8])
     link.pass_time(0.35)
     assert link.demand(2, []) == pytest.approx(2 + 0.15)
@@ -30,7 +32,7 @@ def test_a_demand_waits_for_the_rest_of_a_chunk_and_no_longer():
 
 
 def test_a_demand_joins_what_is_under_way():
-    link = Link(1.0, 0.25)
+    link = Link([1.0], 0.25)
     link.prefetch([7, 8])
     link.pass_time(0.6)
     assert link.still_loading([7, 8, 9]) == [7, 8]
@@ -41,11 +43,44 @@ def test_a_demand_joins_what_is_under_way():
 
 
 def test_only_what_has_not_begun_is_cancelled():
-    link = Link(1.0, 0.25)
+    link = Link([1.0], 0.25)
     link.prefetch([1, 2])
     link.pass_time(0.1)
     link.cancel([1, 2])
     assert link.still_loading([1, 2]) == [1]
+
+
+def test_loads_side_by_side_share_the_link():
+    link = Link([1.0, 1.5, 2.0], 0.25)
+    link.prefetch([7, 8, 9])
+    link.pass_time(1.5)
+    assert link.still_loading([7, 8, 9]) == [9], "two places for guesses: 7 and 8 went together"
+    assert link.demand(1, []) == pytest.approx(1.5)
+    assert link.queue_seconds == 0, "9 went beside the demand, in the place kept for it"
+
+
+def test_a_demand_never_waits_for_a_place_that_guesses_have():
+    link = Link([1.0, 1.0, 1.0], 0.25)
+    link.prefetch([1, 2, 3, 4])
+    link.pass_time(0.5)
+    assert link.demand(1, []) == pytest.approx(1.0)
+    assert link.still_loading([1, 2, 3, 4]) == [3, 4] and link.busy_seconds == pytest.approx(1.5)
+    assert link.demand(0, [4]) == pytest.approx(1.0)
+
+
+def test_many_demands_take_all_places():
+    link = Link([1.0, 1.2, 1.4], 1.0)
+    assert link.demand(3, []) == pytest.approx(1.4)
+    assert link.demand(4, []) == pytest.approx(1.4 + 1.0)
+
+
+def test_what_was_cancelled_never_arrives():
+    link = Link([1.0, 1.0], 1.0)
+    link.prefetch([1, 2, 3])
+    link.pass_time(0.5)
+    assert link.cancel([1, 3]) == [3]
+    link.pass_time(10)
+    assert link.busy_seconds == pytest.approx(2)
 
 
 def test_without_prefetching_every_load_is_waited_for(short):
@@ -70,7 +105,8 @@ def test_perfect_predictions_never_cost_time(short, hardware):
 
 def test_where_the_link_is_fast_prediction_removes_most_stalls(short):
     fast = replace(GPU, bytes_per_second=400e9, load_latency_seconds=1e-6)
-    without, informed = run(short, hardware=fast), run(short, perfect_forecast(short, (1, 2)), fast)
+    longer = short.select([*range(short.num_requests)] * 8)
+    without, informed = run(longer, hardware=fast), run(longer, perfect_forecast(longer, (1, 2)), fast)
     assert informed.stall_seconds < 0.35 * without.stall_seconds
 
 
@@ -81,6 +117,31 @@ def test_wrong_predictions_are_turned_down(short):
     without, misled = run(short), run(short, nonsense)
     assert misled.tally.prefetch_loads < 0.2 * short.num_tokens * 24 * 9
     assert misled.total_seconds < 1.35 * without.total_seconds
+
+
+def test_what_a_step_costs_besides_its_layers_is_part_of_its_time(short):
+    slower = run(short, hardware=replace(GPU, step_overhead_seconds=0.25))
+    assert slower.tpot_seconds == pytest.approx(run(short).tpot_seconds + 0.25)
+    thinking = run(short, perfect_forecast(short, (1, 2)), replace(GPU, thinking_seconds=1.0))
+    assert 24 < thinking.total_seconds < 5 * 24, "a trial, and then no more"
+
+
+def test_time_per_token_is_that_of_decoding(short):
+    phase = np.zeros(short.num_tokens, np.uint8)
+    for start, stop in zip(short.offsets, short.offsets[1:], strict=False):
+        phase[start : (start + stop) // 2] = PREFILL
+    report = run(replace(short, phase=phase), hardware=replace(GPU, step_overhead_seconds=1.0))
+    decoded = int((phase == 0).sum())
+    assert report.decoding.steps == report.decoding.tokens == decoded
+    assert report.steps == decoded + short.num_requests and report.tokens == short.num_tokens
+    assert report.tpot_seconds == pytest.approx(1.0, rel=0.05)
+
+
+def test_a_measured_machine_brings_the_model_it_was_measured_with(short):
+    mine = replace(GPU, model=replace(MODEL, dense_bytes_per_layer=0))
+    assert run(short, hardware=mine).tpot_seconds < run(short).tpot_seconds
+    other = replace(GPU, model=replace(MODEL, dense_bytes_per_layer=0, record_bytes=1000))
+    assert run(short, hardware=other).tpot_seconds == run(short).tpot_seconds
 
 
 def test_a_batch_reads_shared_experts_once(short):
@@ -94,6 +155,9 @@ def test_hardware_that_is_not_known_is_refused(tmp_path):
     (tmp_path / "mine.json").write_text('{"name": "mine"}')
     with pytest.raises(ConfigError, match="is not a profile"):
         hardware_profile(str(tmp_path / "mine.json"))
+    measured = replace(GPU, name="mine", loads_at_once=5, model=MODEL)
+    (tmp_path / "mine.json").write_text(json.dumps(asdict(measured)))
+    assert hardware_profile(str(tmp_path / "mine.json")) == measured
     with pytest.raises(ConfigError, match="record-bytes"):
         model_profile("someone/else", None)
     assert model_profile("someone/else", 1000).record_bytes == 1000

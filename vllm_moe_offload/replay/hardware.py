@@ -1,6 +1,7 @@
 """Hardware profiles for the timeline: plain numbers, from vendors' sheets where not measured.
 
 ``bytes_per_second`` is what large transfers of records reach in practice, about 80 % of the link's nominal speed.
+``benchmarks/profile_machine.py`` measures the machine it runs on and writes a profile of it.
 """
 
 import json
@@ -8,25 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
-
-
-@dataclass(frozen=True)
-class HardwareProfile:
-    """A machine, as far as loading experts is concerned."""
-
-    name: str
-    bytes_per_second: float
-    """From where experts are kept into the device."""
-    load_latency_seconds: float
-    """Fixed cost of one load."""
-    memory_bytes_per_second: float
-    """Of the device: decoding reads the weights it uses once per layer."""
-    flops_per_second: float
-    """Of the device, as reached: prefill computes more than it reads."""
-    layer_overhead_seconds: float
-    """Launches and everything else a layer costs whatever its size."""
-    chunk_bytes: int = 4 << 20
-    """A transfer can be interrupted between chunks."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +21,40 @@ class ModelProfile:
     """Everything else a layer reads: attention, router, shared experts."""
     expert_parameters: int
     """Weights of one expert, for the arithmetic of prefill."""
+
+
+@dataclass(frozen=True)
+class HardwareProfile:
+    """A machine, as far as loading experts is concerned."""
+
+    name: str
+    bytes_per_second: float
+    """From where experts are kept into the device: all loads that are under way together."""
+    load_latency_seconds: float
+    """What a load takes besides moving its bytes. Loads under way together do not wait for each other's."""
+    memory_bytes_per_second: float
+    """Of the device: decoding reads the weights it uses once per layer."""
+    flops_per_second: float
+    """Of the device, as reached: prefill computes more than it reads."""
+    layer_overhead_seconds: float
+    """Launches and everything else a layer costs whatever its size."""
+    chunk_bytes: int = 4 << 20
+    """A transfer can be interrupted between chunks, where it is the only one at a time."""
+    loads_at_once: int = 1
+    """Loads under way together. Where there are several, the last place is kept for demands."""
+    step_overhead_seconds: float = 0.0
+    """What a step costs besides its layers: scheduling, sampling."""
+    demand_overhead_seconds: float = 0.0
+    """What a demand costs besides its load: finding it a slot."""
+    thinking_seconds: float = 0.0
+    """Asking a predictor about one layer, where the step waits for the answer."""
+    model: ModelProfile | None = None
+    """What a layer's times were measured with; stands in for a model of the same records that is not known."""
+
+    def load_seconds(self, record_bytes: int) -> list[float]:
+        """What each of 1, 2, … ``loads_at_once`` loads of a record takes if so many are under way together."""
+        moving = record_bytes / self.bytes_per_second
+        return [self.load_latency_seconds + count * moving for count in range(1, self.loads_at_once + 1)]
 
 
 _PROFILES = {
@@ -74,8 +90,10 @@ def hardware_profile(name: str) -> HardwareProfile:
     if not path.is_file():
         raise ConfigError(f"hardware: {name!r} is no profile and no file; profiles are {', '.join(PROFILE_NAMES)}")
     try:
-        return HardwareProfile(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+        fields = json.loads(path.read_text())
+        measured_with = fields.pop("model", None)
+        return HardwareProfile(**fields, model=None if measured_with is None else ModelProfile(**measured_with))
+    except (ValueError, TypeError, AttributeError) as error:
         example = json.dumps(asdict(_PROFILES["rtx4090-pcie4"]))
         raise ConfigError(f"hardware: {path} is not a profile ({error}); a profile is JSON like {example}") from error
 

@@ -10,6 +10,7 @@ from ..cache.base import IntArray
 from ..cache.cache import ABSENT
 from ..errors import ConfigError
 from ..prefetch.foresight import ForesightPolicy
+from ..slots.base import stream_share
 
 
 @dataclass
@@ -82,8 +83,11 @@ class Residency:
         return self.cache.slot_of[layer * self.experts : (layer + 1) * self.experts] == ABSENT
 
     def prefetch(self, layer: int, ids: IntArray) -> IntArray:
-        """Give slots to guesses for ``layer``, best first; returns those that got one and are to be loaded."""
-        room = self.cache.num_slots - 2 * self.experts - self._num_pinned
+        """Give slots to guesses for ``layer``, best first; returns those that got one and are to be loaded.
+
+        As in the engine, guesses hold at most half of what a whole layer leaves.
+        """
+        room = (self.cache.num_slots - self.experts) // 2 - self._num_pinned
         if room <= 0 or not len(ids):
             return ids[:0]
         admitted = self.cache.admit(ids[:room])
@@ -93,6 +97,30 @@ class Residency:
         self._pinned[layer].append(admitted.missing_slots)
         self._num_pinned += len(admitted.missing_slots)
         return admitted.missing
+
+    def stream(self, layer: int, ids: IntArray) -> tuple[IntArray, NDArray[np.int32]]:
+        """As ``use``, in a long prefill: what is missing passes through a share of the slots."""
+        streamed = self.cache.stream(ids, stream_share(self.cache.num_slots, self.experts))
+        self._note_evicted(streamed.evicted)
+        if (streamed.slots == ABSENT).any():
+            self.cache.release(streamed.slots[streamed.slots != ABSENT])
+            self.cache.forget(streamed.missing)
+            return self.use(layer, ids)
+        self.tally.accesses += len(ids)
+        self.tally.demand_loads += len(streamed.missing)
+        return streamed.missing, streamed.slots
+
+    def withdraw(self, layer: int, ids: list[int]) -> None:
+        """Guesses for ``layer``, which is about to run, were wrong and have not begun to load: they never will."""
+        gone = np.array(ids, np.int64)
+        slots = self.cache.slot_of[gone]
+        kept = [pinned[~np.isin(pinned, slots)] for pinned in self._pinned[layer]]
+        self._pinned[layer] = kept
+        self._num_pinned -= len(slots)
+        self.cache.release(slots)
+        self.cache.forget(gone)
+        self._speculative[gone] = False
+        self.tally.prefetch_loads -= len(gone)
 
     def was_late(self, count: int) -> None:
         """``count`` prefetches counted as useful when used had in fact not arrived."""

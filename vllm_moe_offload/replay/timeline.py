@@ -8,12 +8,18 @@ from numpy.typing import NDArray
 
 from ..cache import EvictionPolicy
 from ..history.trace import PREFILL, Trace
+from ..prefetch.anticipation import MOST_ROWS
 from ..prefetch.estimates import Estimates
 from ..prefetch.planner import Outlook, Phase, Planner
+from ..prefetch.trials import Trials
+from ..prefetch.waves import streams
 from .forecast import Forecast
 from .hardware import HardwareProfile, ModelProfile
 from .link import Link
 from .residency import Residency, Tally
+
+THINKING_SHARE = 0.1
+"""Looking farther than one layer ahead may take this share of a layer's time, as in the engine."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +32,36 @@ class TimelineReport:
     total_seconds: float
     stall_seconds: float
     link_seconds: float
+    decoding: "Share"
+    """Of the steps in which a token was decoded; of all steps, where none was."""
 
     @property
     def stall_seconds_per_token(self) -> float:
-        return self.stall_seconds / max(1, self.tokens)
+        return self.decoding.stalled / max(1, self.decoding.tokens)
 
     @property
     def tpot_seconds(self) -> float:
-        """Time per output token of one request: the mean length of a step."""
-        return self.total_seconds / max(1, self.steps)
+        """Time per output token of one request: the mean length of a step in which tokens are decoded."""
+        return self.decoding.seconds / max(1, self.decoding.steps)
+
+
+@dataclass
+class Share:
+    """Some of the steps of a replay."""
+
+    tokens: int = 0
+    """Decoded by them, prefill not counted unless it was all they did."""
+    steps: int = 0
+    seconds: float = 0.0
+    stalled: float = 0.0
+    uses: int = 0
+    waited: int = 0
+    """Uses that a step stalled for."""
+
+    def add(self, tokens: int, seconds: float, stalled: float, uses: int, waited: int) -> None:
+        self.tokens, self.steps = self.tokens + tokens, self.steps + 1
+        self.seconds, self.stalled = self.seconds + seconds, self.stalled + stalled
+        self.uses, self.waited = self.uses + uses, self.waited + waited
 
 
 class Timeline:
@@ -50,16 +77,22 @@ class Timeline:
         model: ModelProfile,
     ):
         layers, experts, _ = trace.shape
+        known = hardware.model is not None and hardware.model.record_bytes == model.record_bytes
         self._trace, self._forecast = trace, forecast
-        self._hardware, self._model = hardware, model
+        self._hardware, self._model = hardware, hardware.model if known and hardware.model else model
         self._residency = Residency(layers, experts, slots, policy)
-        load = hardware.load_latency_seconds + model.record_bytes / hardware.bytes_per_second
-        chunk = min(load, hardware.load_latency_seconds + hardware.chunk_bytes / hardware.bytes_per_second)
-        self._link = Link(load, chunk)
-        self._planner = Planner(Estimates(load, self._layer_seconds(trace.top_k, 1), chunk))
+        loads = hardware.load_seconds(model.record_bytes)
+        chunk = min(loads[0], hardware.load_latency_seconds + hardware.chunk_bytes / hardware.bytes_per_second)
+        self._link = Link(loads, chunk)
+        self._chunk_share = chunk / loads[0] if len(loads) == 1 else 1.0
+        layer_seconds = self._layer_seconds(trace.top_k, 1)
+        self._planner = Planner(Estimates(loads[0], layer_seconds, loads[0] * self._chunk_share))
+        self._trials = {phase: Trials() for phase in Phase}
         self._chosen = trace.experts.astype(np.int64) + (np.arange(layers) * experts)[None, :, None]
         self._under_way: list[list[int]] = [[] for _ in range(layers)]
-        self._total = self._stalled = 0.0
+        self._everything, self._decoding = Share(), Share()
+        self._phase = Phase.DECODE
+        self._seconds = self._stalled = self._thought = 0.0
 
     def run(self, schedule: Iterable[NDArray[np.int64]]) -> TimelineReport:
         """Replay the steps of ``schedule``.
@@ -67,69 +100,127 @@ class Timeline:
         Raises:
             ConfigError: the slots cannot hold the experts of one layer of one step.
         """
-        tokens = steps = 0
         for rows in schedule:
+            prefill = 0 if self._trace.phase is None else int((self._trace.phase[rows] == PREFILL).sum())
+            self._phase = Phase.PREFILL if prefill else Phase.DECODE
+            self._seconds = self._stalled = self._thought = 0.0
+            tally = self._residency.tally
+            uses, waited = tally.accesses, tally.demand_loads + tally.late
             self._step(rows)
-            tokens, steps = tokens + len(rows), steps + 1
-        tally = self._residency.finish()
-        return TimelineReport(tally, tokens, steps, self._total, self._stalled, self._link.busy_seconds)
+            taken = self._seconds, self._stalled, tally.accesses - uses, tally.demand_loads + tally.late - waited
+            self._everything.add(len(rows), *taken)
+            if prefill < len(rows):
+                self._decoding.add(len(rows) - prefill, *taken)
+        tally, done = self._residency.finish(), self._everything
+        decoding = self._decoding if self._decoding.steps else done
+        return TimelineReport(
+            tally, done.tokens, done.steps, done.seconds, done.stalled, self._link.busy_seconds, decoding
+        )
 
     def _step(self, rows: NDArray[np.int64]) -> None:
-        phase = self._phase(rows)
+        self._pass(self._hardware.step_overhead_seconds)
         self._residency.begin_step()
-        self._planner.begin_step(phase)
-        merged = None if self._forecast is None else self._forecast.of_step(rows)
-        self._plan(merged, -1, phase)
+        self._planner.begin_step(self._phase)
+        began, predicts = self._seconds, self._predicts(len(rows))
+        merged = self._forecast.of_step(rows) if self._forecast is not None and predicts else None
+        self._plan(merged, -1)
+        _, experts, top_k = self._trace.shape
+        streaming = streams(len(rows) * top_k, experts, self._residency.cache.num_slots)
         for layer in range(self._trace.num_layers):
             ids = self._chosen[rows[0], layer] if len(rows) == 1 else np.unique(self._chosen[rows, layer])
-            computing = self._layer_seconds(len(ids), len(rows))
-            self._link.pass_time(computing / 2)
-            busy_before = self._link.busy_seconds
-            wasted_before = self._residency.tally.wasted
-            stall, pinned, demands = self._serve(layer, ids, phase)
-            self._plan(merged, layer, phase)
-            self._link.pass_time(computing / 2)
-            self._residency.release(pinned)
-            for _ in range(self._residency.tally.wasted - wasted_before):
-                self._planner.note_wasted(phase)
-            self._planner.estimates.note_layer(computing, self._link.busy_seconds - busy_before, demands)
-            self._total += computing + stall
-            self._stalled += stall
+            self._layer(layer, ids, len(rows), merged, streaming)
+        if len(rows) <= MOST_ROWS:
+            thought = None if merged is None else self._thought
+            self._trials[self._phase].end_step(len(rows), self._seconds - began, self._stalled, thought)
 
-    def _serve(self, layer: int, ids: NDArray[np.int64], phase: Phase) -> tuple[float, NDArray[np.int32], int]:
-        """Bring the layer's experts in: seconds stalled, pinned slots, demand loads."""
+    def _predicts(self, rows: int) -> bool:
+        tried = rows <= MOST_ROWS and self._trials[self._phase].begin_step(rows)
+        return tried and not self._planner.is_off(self._phase)
+
+    def _layer(
+        self, layer: int, ids: NDArray[np.int64], rows: int, merged: NDArray[np.float32] | None, streaming: bool
+    ) -> None:
+        computing = self._layer_seconds(len(ids), rows)
+        busy_before, wasted_before = self._link.busy_seconds, self._residency.tally.wasted
+        self._pass(computing / 2)
+        pinned, demands = self._stream(layer, ids, computing) if streaming else self._serve(layer, ids)
+        self._plan(merged, layer)
+        self._pass(computing / 2)
+        self._residency.release(pinned)
+        for _ in range(self._residency.tally.wasted - wasted_before):
+            self._planner.note_wasted(self._phase)
+        self._planner.estimates.note_layer(computing, self._link.busy_seconds - busy_before, demands)
+
+    def _pass(self, seconds: float) -> None:
+        self._link.pass_time(seconds)
+        self._seconds += seconds
+
+    def _stall(self, seconds: float) -> None:
+        self._seconds += seconds
+        self._stalled += seconds
+
+    def _serve(self, layer: int, ids: NDArray[np.int64]) -> tuple[NDArray[np.int32], int]:
+        """Bring the layer's experts in: pinned slots, demand loads."""
         ahead = self._under_way[layer]
-        missing, pinned = self._residency.use(layer, ids)
         needed = set(ids.tolist())
+        self._residency.withdraw(layer, self._link.cancel([expert for expert in ahead if expert not in needed]))
+        missing, pinned = self._residency.use(layer, ids)
         used = [expert for expert in ahead if expert in needed]
-        late = self._link.still_loading(used)
-        self._link.cancel([expert for expert in ahead if expert not in needed])
-        stall = self._link.demand(len(missing), late)
-        self._residency.was_late(len(late))
-        for expert in used:
-            if expert in late:
-                self._planner.note_late(phase, stall / max(1, len(late) + len(missing)))
-            else:
-                self._planner.note_useful(phase)
         ahead.clear()
-        return stall, pinned, len(missing)
+        late = self._link.still_loading(used)
+        joining = self._link.demand(0, late)
+        self._residency.was_late(len(late))
+        self._note_guesses(len(used) - len(late), len(late), joining)
+        self._pass(len(missing) * self._hardware.demand_overhead_seconds)
+        waited = self._link.demand(len(missing), [])
+        if len(missing):
+            estimates = self._planner.estimates
+            estimates.note_load(waited / len(missing))
+            estimates.chunk_seconds = estimates.load_seconds * self._chunk_share
+        self._stall(joining + waited)
+        return pinned, len(missing)
 
-    def _plan(self, merged: NDArray[np.float32] | None, layer: int, phase: Phase) -> None:
+    def _stream(self, layer: int, ids: NDArray[np.int64], computing: float) -> tuple[NDArray[np.int32], int]:
+        """As ``_serve`` in a long prefill: most of a layer's loads run while the layer before computes."""
+        missing, pinned = self._residency.stream(layer, ids)
+        self._stall(max(0.0, self._link.demand(len(missing), []) - (computing if layer else 0.0)))
+        return pinned, len(missing)
+
+    def _note_guesses(self, useful: int, late: int, waited: float) -> None:
+        for _ in range(useful):
+            self._planner.note_useful(self._phase)
+        for _ in range(late):
+            self._planner.note_late(self._phase, waited / late)
+
+    def _plan(self, merged: NDArray[np.float32] | None, layer: int) -> None:
         """``layer`` has been routed, -1 meaning that the step has just started."""
-        if self._forecast is None or merged is None or self._planner.is_off(phase):
+        if self._forecast is None or merged is None:
             return
         residency = self._residency
         for slot, distance in enumerate(self._forecast.distances):
             target = layer + distance
-            if target >= self._trace.num_layers:
+            if target >= self._trace.num_layers or distance > self._farthest:
                 continue
+            absent = residency.absent(target)
+            if not absent.any():
+                continue
+            self._pass(self._hardware.thinking_seconds)
+            self._thought += self._hardware.thinking_seconds
             first = target * residency.experts
             residency.foresight.expected[first : first + residency.experts] = merged[slot, target]
-            outlook = Outlook(distance, merged[slot, target], residency.absent(target))
-            wanted = self._planner.plan(phase, outlook, self._link.queue_seconds)
+            outlook = Outlook(distance, merged[slot, target], absent)
+            wanted = self._planner.plan(self._phase, outlook, self._link.queue_seconds)
             loading = residency.prefetch(target, first + wanted).tolist()
             self._under_way[target] += loading
             self._link.prefetch(loading)
+
+    @property
+    def _farthest(self) -> int:
+        """Layers ahead that the engine would ask about: as far as a load takes, if thinking is cheap beside layers."""
+        estimates, thinking = self._planner.estimates, self._hardware.thinking_seconds
+        layers = 1 + int(estimates.load_seconds / max(estimates.layer_seconds, 1e-6))
+        affordable = int(THINKING_SHARE * estimates.layer_seconds / thinking) if thinking else layers
+        return max(1, min(layers, affordable))
 
     def _layer_seconds(self, distinct: int, rows: int) -> float:
         """A layer reads its dense weights and its distinct experts once, or computes for longer than that."""
@@ -137,7 +228,3 @@ class Timeline:
         reading = (model.dense_bytes_per_layer + distinct * model.record_bytes) / hardware.memory_bytes_per_second
         flops = 2 * rows * (self._trace.top_k * model.expert_parameters + model.dense_bytes_per_layer // 2)
         return hardware.layer_overhead_seconds + max(reading, flops / hardware.flops_per_second)
-
-    def _phase(self, rows: NDArray[np.int64]) -> Phase:
-        phase = self._trace.phase
-        return Phase.PREFILL if phase is not None and (phase[rows] == PREFILL).any() else Phase.DECODE
