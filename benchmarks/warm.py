@@ -12,20 +12,17 @@ The folder then has `history/` (copied for every engine that starts with it), `t
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
 import numpy as np
 from engines import Engine, Variant
 from prompts import EXAMPLES, Prompt, read_prompts, split_by_domain, split_within_domains, write_prompts
 from safetensors import safe_open
 
 from vllm_moe_offload.chronicle.heads_file import HEADS_FILE
-from vllm_moe_offload.chronicle.training import TrainingJob
+from vllm_moe_offload.chronicle.training import TrainingJob, train
 from vllm_moe_offload.history.archive import HistoryArchive
 from vllm_moe_offload.history.store import HistoryStore
 from vllm_moe_offload.history.trace import Trace
@@ -75,9 +72,7 @@ def learn(trace: Trace, vectors: ModelVectors, directory: Path) -> None:
         table = Path(scratch) / "vectors.npz"
         np.savez(table, tokens=known, rows=vectors.look_up(known).astype(np.float16))
         heads = path.with_name(HEADS_FILE)
-        job = TrainingJob(str(path), str(heads), trace.fingerprint, str(table), 1.0, os.getpid())
-        command = [sys.executable, "-m", "vllm_moe_offload.chronicle.training", msgspec.json.encode(job).decode()]
-        subprocess.run(command, check=True, env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"})
+        train(TrainingJob(str(path), str(heads), trace.fingerprint, str(table), cpu_share=1.0, parent=os.getppid()))
 
 
 def prepare(out: Path, model: Path, split: tuple[list[Prompt], list[Prompt]], tokens: int, stored_tokens: int) -> Trace:
