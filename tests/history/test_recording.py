@@ -1,7 +1,8 @@
 """Whatever way the engine schedules them, every request's trace is what its tokens were routed to, once each."""
 
 import numpy as np
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_moe_offload.history.recording import Recorder, RequestRows
@@ -59,6 +60,7 @@ def schedules(draw: st.DrawFn) -> tuple[dict[int, tuple[int, int]], list[list[tu
     return lengths, steps
 
 
+@settings(deadline=None)
 @given(schedules(), st.integers(0, 3))
 def test_chunks_pauses_preemptions_and_padding_do_not_show_in_the_trace(schedule, padding: int) -> None:
     lengths, steps = schedule
@@ -94,10 +96,25 @@ def test_a_step_that_was_cut_short_is_dropped() -> None:
     assert recorder.end_step() == [] and recorder.finish("0") is None
 
 
-def test_a_long_request_keeps_its_last_tokens() -> None:
-    recorder = Recorder(SHAPE, most_tokens=4)
-    for position in range(20):
-        run(recorder, [(0, position, 1, 2, 0)])
+@pytest.mark.parametrize("lengths", [[1] * 200, [70, 1, 1], [3, 90, 60, 1, 200, 2]])
+def test_a_long_request_keeps_its_last_tokens(lengths: list[int]) -> None:
+    recorder, position = Recorder(SHAPE, most_tokens=4), 0
+    for length in lengths:
+        run(recorder, [(0, position, length, 2, 0)])
+        position += length
     trace = recorder.finish("0")
     assert trace is not None and trace.tokens is not None
-    assert trace.tokens.tolist() == [token(0, i) for i in range(16, 20)]
+    assert trace.tokens.tolist() == [token(0, i) for i in range(position - 4, position)]
+    expected = [routing(0, i)[0].tolist() for i in range(position - 4, position)]
+    assert trace.experts.tolist() == expected
+
+
+def test_a_trace_taken_while_the_request_runs_stays_as_it_was() -> None:
+    recorder = Recorder(SHAPE)
+    for position in range(100):
+        run(recorder, [(0, position, 1, 2, 0)])
+        if position == 50:
+            early = recorder.trace("0")
+            assert early is not None
+            copy = early.experts.copy()
+    assert early.num_tokens == 51 and (early.experts == copy).all()

@@ -2,15 +2,17 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable
+from queue import Empty, SimpleQueue
 
 
 class Background:
-    """Runs one job again and again.
+    """Runs one job again and again, and errands between.
 
     Args:
         job: called every ``period_seconds``.
-        failed: told of every exception it ends with; the next call comes all the same.
+        failed: told of every exception it or an errand ends with; the next call comes all the same.
         cpus: where the thread may run; None leaves it where the process runs.
     """
 
@@ -22,13 +24,17 @@ class Background:
         cpus: set[int] | None = None,
     ):
         self._job, self._period, self._failed, self._cpus = job, period_seconds, failed, cpus
-        self._closing = threading.Event()
+        self._errands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="moe-offload-background", daemon=True)
         self._thread.start()
 
+    def soon(self, errand: Callable[[], None]) -> None:
+        """Run ``errand`` next, after those given before. Returns at once."""
+        self._errands.put(errand)
+
     def close(self) -> None:
-        """Let a call that is under way end, and the thread with it."""
-        self._closing.set()
+        """Let the thread end what it was given, and then itself."""
+        self._errands.put(None)
         self._thread.join()
 
     def _work(self) -> None:
@@ -36,8 +42,20 @@ class Background:
         os.setpriority(os.PRIO_PROCESS, thread, 19)
         if self._cpus:
             os.sched_setaffinity(thread, self._cpus)
-        while not self._closing.wait(self._period):
+        due = time.monotonic() + self._period
+        while True:
             try:
-                self._job()
-            except Exception as error:
-                self._failed(error)
+                errand = self._errands.get(timeout=max(0.0, due - time.monotonic()))
+            except Empty:
+                due = time.monotonic() + self._period
+                self._run(self._job)
+            else:
+                if errand is None:
+                    return
+                self._run(errand)
+
+    def _run(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except Exception as error:
+            self._failed(error)

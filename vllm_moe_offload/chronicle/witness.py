@@ -5,6 +5,7 @@ It must never change what a step computes, and does nothing at all in steps that
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +18,13 @@ from ..predict.context import RequestState
 from ..prefetch.anticipation import Anticipation
 
 Vector = NDArray[np.float32]
+
+
+_NEVER_ZERO = np.float32(1e-9)
+
+
+def _at_once(job: Callable[[], None]) -> None:
+    job()
 
 
 class StepSource(Protocol):
@@ -37,6 +45,7 @@ class Witness:
         ended: told of every request that has ended: its trace, and what prediction kept of it.
         embed: vectors ``[n, D]`` of tokens ``[n]``; None where the model's embeddings cannot be read.
         anticipation: looks ahead while the steps run.
+        later: runs what it is given outside of the steps, in the order given; at once where there is no such place.
     """
 
     def __init__(
@@ -45,9 +54,11 @@ class Witness:
         ended: Callable[[Trace, RequestState | None], None],
         embed: Callable[[NDArray[np.integer]], Vector] | None,
         anticipation: Anticipation | None = None,
+        later: Callable[[Callable[[], None]], None] = _at_once,
     ):
         self.recorder = recorder
         self._ended = ended
+        self._later = later
         self._embed = embed
         self._anticipation = anticipation
         self._num_rows = 0
@@ -83,7 +94,7 @@ class Witness:
         self.recorder.note(layer, experts, weights)
         if self._anticipation is not None and self._anticipation.looks_ahead:
             weights = weights[: self._num_rows]
-            shares = weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-9)
+            shares = weights / (np.add.reduce(weights, axis=1, keepdims=True) + _NEVER_ZERO)
             self._anticipation.observe(layer, experts[: self._num_rows], shares)
 
     def end_step(self) -> None:
@@ -102,7 +113,7 @@ class Witness:
             embedding = self._embeddings.pop(request, None)
             state = None if self._anticipation is None else self._anticipation.close(request)
             if trace is not None:
-                self._ended(_with_embedding(trace, embedding), state)
+                self._later(partial(self._ended, _with_embedding(trace, embedding), state))
 
 
 def _with_embedding(trace: Trace, embedding: Vector | None) -> Trace:

@@ -4,7 +4,7 @@ Pure bookkeeping: it must never ask who is resident, and never keep an array tha
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,8 +77,9 @@ class Recorder:
 
     def note(self, layer: int, experts: NDArray[np.integer], weights: NDArray[np.floating]) -> None:
         """``layer`` routed the rows: ``[rows or more, K]``, rows beyond those of the step being padding."""
-        self._experts[layer, : self._num_rows] = experts[: self._num_rows]
-        self._weights[layer, : self._num_rows] = weights[: self._num_rows]
+        rows = self._num_rows
+        self._experts[layer, :rows] = experts[:rows]
+        self._weights[layer, :rows] = weights[:rows]
         self._noted += 1
 
     def end_step(self) -> list[RequestMaps]:
@@ -92,13 +93,15 @@ class Recorder:
         maps, start = [], 0
         for part in self._rows:
             stop = start + len(part.tokens)
-            new = self._requests.setdefault(part.request, _Running(part.prompt, part.position))
-            first = start + max(0, new.next_position - part.position)
+            running = self._requests.get(part.request)
+            if running is None:
+                running = self._requests[part.request] = _Running(part.prompt, part.position, self._most_tokens)
+            first = start + max(0, running.next_position - part.position)
             last = max(first, stop - part.drafts)
             kept = RequestMaps(
                 part, part.tokens[first - start : last - start], experts[first:last], weights[first:last]
             )
-            new.add(kept, part.position + first - start, self._most_tokens)
+            running.add(kept, part.position + first - start)
             maps.append(kept)
             start = stop
         self._rows = []
@@ -107,43 +110,77 @@ class Recorder:
     def trace(self, request: str) -> Trace | None:
         """A running request's trace so far, or None where nothing is known of it."""
         running = self._requests.get(request)
-        if running is None or not running.parts:
-            return None
-        tokens = np.concatenate([part.tokens for part in running.parts])
-        return Trace(
-            experts=np.concatenate([part.experts for part in running.parts]),
-            weights=np.concatenate([part.weights for part in running.parts]),
-            offsets=np.array([0, len(tokens)], np.int64),
-            num_experts=self.shape[1],
-            tokens=tokens.astype(np.int32),
-            phase=np.where(np.concatenate(running.positions) < running.prompt, PREFILL, DECODE).astype(np.uint8),
-        )
+        return None if running is None else running.trace(self.shape[1])
 
     def finish(self, request: str) -> Trace | None:
         """The trace of a request that has ended, which is then forgotten; None where nothing is known of it."""
-        trace = self.trace(request)
-        self._requests.pop(request, None)
-        return trace
+        running = self._requests.pop(request, None)
+        return None if running is None else running.trace(self.shape[1])
 
 
 class _Running:
-    """The maps of one request so far, one part per step."""
+    """The maps of one request so far, in arrays with room for more: ``[room, ...]``, of which a part is filled."""
 
-    def __init__(self, prompt: int, position: int):
-        self.prompt = prompt
+    def __init__(self, prompt: int, position: int, most_tokens: int | None):
         self.next_position = position
-        self.parts: list[RequestMaps] = []
-        self.positions: list[NDArray[np.int64]] = []
-        self._num_tokens = 0
+        self._prompt = prompt
+        self._most_tokens = most_tokens
+        self._filled = 0
+        self._tokens = np.empty(0, np.int32)
+        self._positions = np.empty(0, np.int64)
+        self._experts: NDArray[np.unsignedinteger] = np.empty(0, np.uint8)
+        self._weights: NDArray[np.float16] = np.empty(0, np.float16)
 
-    def add(self, maps: RequestMaps, position: int, most_tokens: int | None) -> None:
+    def add(self, maps: RequestMaps, position: int) -> None:
         count = len(maps.tokens)
         if not count:
             return
-        self.parts.append(maps)
-        self.positions.append(np.arange(position, position + count))
+        if self._filled + count > len(self._tokens):
+            self._make_room(maps)
+        new = slice(self._filled, self._filled + count)
+        self._tokens[new], self._experts[new], self._weights[new] = maps.tokens, maps.experts, maps.weights
+        self._positions[new] = np.arange(position, position + count) if count > 1 else position
+        self._filled += count
         self.next_position = position + count
-        self._num_tokens += count
-        while most_tokens is not None and self._num_tokens - len(self.parts[0].tokens) >= most_tokens:
-            self._num_tokens -= len(self.parts.pop(0).tokens)
-            self.positions.pop(0)
+
+    def trace(self, num_experts: int) -> Trace | None:
+        kept = self._kept
+        count = kept.stop - kept.start
+        if not count:
+            return None
+        return Trace(
+            experts=self._experts[kept],
+            weights=self._weights[kept],
+            offsets=np.array([0, count], np.int64),
+            num_experts=num_experts,
+            tokens=self._tokens[kept],
+            phase=np.where(self._positions[kept] < self._prompt, PREFILL, DECODE).astype(np.uint8),
+        )
+
+    @property
+    def _kept(self) -> slice:
+        """The last tokens, as many as are to be kept."""
+        most = self._filled if self._most_tokens is None else self._most_tokens
+        return slice(max(0, self._filled - most), self._filled)
+
+    def _make_room(self, maps: RequestMaps) -> None:
+        """For as many tokens again as are kept, and those of ``maps``; whatever need not be kept goes."""
+        kept = self._kept
+        self._filled = kept.stop - kept.start
+        room = 2 * (self._filled + len(maps.tokens)) + _FIRST_ROOM
+        if not len(self._tokens):
+            self._experts = np.empty((0, *maps.experts.shape[1:]), maps.experts.dtype)
+            self._weights = np.empty((0, *maps.weights.shape[1:]), np.float16)
+        self._tokens = _moved(self._tokens[kept], room)
+        self._positions = _moved(self._positions[kept], room)
+        self._experts = _moved(self._experts[kept], room)
+        self._weights = _moved(self._weights[kept], room)
+
+
+_FIRST_ROOM = 64
+
+
+def _moved(array: NDArray[Any], room: int) -> NDArray[Any]:
+    larger = np.empty((room, *array.shape[1:]), array.dtype)
+    larger[: len(array)] = array
+    return larger

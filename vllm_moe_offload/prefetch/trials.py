@@ -1,9 +1,9 @@
 """Whether predicting is worth the time it takes: the planner weighs bytes, this compares whole steps by the clock.
 
-Some steps are always left alone, and steps that are predicted are judged by how they compare with those. What prediction
-loses is paid from an allowance, a small share of all time; when that is used up it is silent until there is enough for
-another trial. So it can never cost more than the allowance in the long run, whatever the reason that it does not pay:
-nothing is missing, guesses are wrong, or a link that has no time to spare.
+Some steps are always left alone, and those that are predicted are judged by how they compare with these. What
+prediction loses is paid from an allowance, a small share of all time; when that is used up it is silent until there is
+enough for another trial. So it costs no more than the allowance in the long run, whatever the reason that it does not
+pay: nothing is missing, guesses are wrong, or the link has no time to spare.
 """
 
 from dataclasses import dataclass, field

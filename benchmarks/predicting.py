@@ -1,0 +1,229 @@
+"""What remembering and predicting cost beside a forward pass, in microseconds: no model, no disk, no engine.
+
+Steps of made-up requests run through the plugin's own recorder, predictor and planner, as the engine runs them. Every
+slot is a number here: experts are absent at random, and a guess costs nothing to start. Everything but `none` looks
+ahead in every step that it is not told to be silent in; `--silent` shows what a silent step still costs.
+
+    python benchmarks/predicting.py --experts 128 --top-k 8 --batch 1,8 --absent 0,0.5
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from vllm_moe_offload.chronicle.witness import Witness
+from vllm_moe_offload.history.recording import Recorder, RequestRows
+from vllm_moe_offload.history.store import HistoryStore
+from vllm_moe_offload.history.trace import Trace
+from vllm_moe_offload.predict.base import ModelShape, Predictor
+from vllm_moe_offload.predict.fitting import fit_predictor
+from vllm_moe_offload.predict.heads import HeadsPredictor
+from vllm_moe_offload.predict.history import HistoryPredictor
+from vllm_moe_offload.predict.network import NetworkSize, Parameters
+from vllm_moe_offload.predict.token_vectors import ModelVectors
+from vllm_moe_offload.prefetch.anticipation import Anticipation
+from vllm_moe_offload.prefetch.estimates import Estimates
+
+VOCABULARY = 32_000
+WIDTH = 1024
+PROMPT = 4
+PREDICTORS = ("none", "history", "neighbours", "finemoe", "moe-infinity", "coactivation", "frequency")
+
+
+class Slots:
+    """Residency as numbers: every layer has the same share of experts absent, another choice of them every step."""
+
+    def __init__(self, shape: ModelShape, absent: float):
+        draw = np.random.default_rng(1)
+        self._absent = draw.random((64, shape.layers, shape.experts)) < absent
+        self._expected = np.zeros((shape.layers, shape.experts), np.float32)
+        self._now = self._absent[0]
+        self.guesses = 0
+
+    def next_step(self, number: int) -> None:
+        self._now = self._absent[number % len(self._absent)]
+
+    def absent(self, layer: int) -> NDArray[np.bool_]:
+        return self._now[layer]
+
+    def expect(self, layer: int, probabilities: NDArray[np.float32]) -> None:
+        self._expected[layer] = probabilities
+
+    def passed(self, layer: int) -> None:
+        self._expected[layer] = 0
+
+    def prefetch(self, layer: int, experts: NDArray[np.int64]) -> int:
+        self.guesses += len(experts)
+        return len(experts)
+
+    def queued(self) -> int:
+        return 0
+
+
+class Batch(NamedTuple):
+    """What the engine would say of one step: a token of each request."""
+
+    requests: list[RequestRows]
+
+    def rows(self) -> Sequence[RequestRows]:
+        return self.requests
+
+    def prompt(self, request: str) -> NDArray[np.int32]:
+        return np.arange(PROMPT, dtype=np.int32)
+
+
+class Cost(NamedTuple):
+    """Microseconds of one way to serve: a tenth of the steps were faster, so that a busy machine does not show."""
+
+    routed: float
+    """Per layer: the router's choices are noted, and observed where someone looks ahead."""
+    look_ahead: float
+    """Per layer."""
+    begin: float
+    end: float
+    ended: float
+    """Per request that has ended."""
+
+    def step(self, layers: int) -> float:
+        return self.begin + self.end + layers * (self.routed + self.look_ahead)
+
+
+def made_up_history(shape: ModelShape, tokens: int, requests: int, seed: int = 0) -> HistoryStore:
+    """About ``tokens`` tokens of ``requests`` requests."""
+    draw = np.random.default_rng(seed)
+    history = HistoryStore(shape)
+    length = max(1, tokens // requests)
+    for _ in range(requests if tokens else 0):
+        experts = draw.random((length, shape.layers, shape.experts), np.float32).argpartition(-shape.top_k, axis=2)
+        weights = np.full((length, shape.layers, shape.top_k), 1 / shape.top_k, np.float16)
+        embedding = draw.standard_normal((1, WIDTH)).astype(np.float16)
+        read = draw.integers(0, VOCABULARY, length).astype(np.int32)
+        chosen = experts[:, :, -shape.top_k :].astype(np.uint8)
+        history.add(Trace(chosen, weights, np.array([0, length]), shape.experts, tokens=read, embeddings=embedding))
+    return history
+
+
+def make_predictor(name: str, shape: ModelShape, history: HistoryStore) -> Predictor | None:
+    """`history` predicts by heads, whose numbers are random: they cost what trained ones do."""
+    if name == "none":
+        return None
+    if name != "history":
+        return fit_predictor(name, shape, history)
+    predictor = HistoryPredictor(shape, history)
+    table = np.random.default_rng(2).standard_normal((VOCABULARY, WIDTH)).astype(np.float32)
+    parameters = Parameters.random(NetworkSize(shape.layers, shape.experts, WIDTH), np.random.default_rng(3))
+    heads = HeadsPredictor(shape, parameters, ModelVectors(lambda tokens: table[tokens], WIDTH))
+    predictor.use_heads(heads, history.num_tokens)
+    return predictor
+
+
+class Bench:
+    """One worker serving made-up steps, timed from outside by what the engine calls."""
+
+    def __init__(self, shape: ModelShape, predictor: Predictor | None, absent: float, silent: bool):
+        self.shape = shape
+        self.slots = Slots(shape, absent)
+        self.anticipation = None
+        if predictor is not None:
+            estimates = Estimates(load_seconds=1e-3, layer_seconds=1e-3, chunk_seconds=1e-3)
+            # a clock that stands still: thinking costs nothing, so nothing but the command line silences it
+            self.anticipation = Anticipation(predictor, self.slots, estimates, lambda: 0.0)
+            if silent:
+                self.anticipation.silence()
+        closed = (lambda trace, state: predictor.close(state, trace)) if predictor else lambda trace, state: None
+        self.witness = Witness(Recorder(shape, 4096), closed, None, self.anticipation)
+        draw = np.random.default_rng(4)
+        self._tokens = draw.integers(0, VOCABULARY, 4096).astype(np.int32)
+        choices = draw.random((256, shape.experts), np.float32).argpartition(-shape.top_k, axis=1)
+        self._experts = np.ascontiguousarray(choices[:, -shape.top_k :]).astype(np.int32)
+        self._weights = np.full((256, shape.top_k), 1 / shape.top_k, np.float32)
+
+    def serve(self, batch: int, steps: int, warm_up: int = 40) -> Cost:
+        """Run ``steps`` steps of ``batch`` requests that all end at the end."""
+        times: dict[str, list[float]] = {"routed": [], "look_ahead": [], "begin": [], "end": [], "ended": []}
+        for step in range(warm_up + steps):
+            timed = self._step(batch, step)
+            if step >= warm_up and timed is not None:
+                for name, seconds in timed.items():
+                    times[name].append(seconds)
+        times["ended"].append(_seconds(lambda: self.witness.requests_ended([str(r) for r in range(batch)])) / batch)
+        return Cost(**{name: 1e6 * float(np.percentile(values, 10)) for name, values in times.items()})
+
+    def _step(self, batch: int, step: int) -> dict[str, float] | None:
+        self.slots.next_step(step)
+        tokens = self._tokens[(step * batch) % 2048 :][:batch]
+        rows = [RequestRows(str(r), PROMPT + step, tokens[r : r + 1], PROMPT) for r in range(batch)]
+        self.witness.begin_step(Batch(rows))
+        begin = _seconds(self.witness.begin_pass)
+        looks = self.anticipation is not None and self.anticipation.looks_ahead
+        routed = look_ahead = 0.0
+        for layer in range(self.shape.layers):
+            first = (7 * step + 3 * layer) % (256 - batch)
+            experts, weights = self._experts[first : first + batch], self._weights[first : first + batch]
+            began = time.perf_counter()
+            self.witness.routed(layer, experts, weights)
+            between = time.perf_counter()
+            if self.anticipation is not None:
+                self.anticipation.look_ahead()
+            routed, look_ahead = routed + between - began, look_ahead + time.perf_counter() - between
+        end = _seconds(self.witness.end_step)
+        if looks != (self.anticipation is not None and not self.anticipation.is_silent):
+            return None
+        layers = self.shape.layers
+        return {"routed": routed / layers, "look_ahead": look_ahead / layers, "begin": begin, "end": end}
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    """The command line."""
+    numbers = lambda kind: lambda text: [kind(n) for n in text.split(",")]  # noqa: E731
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--experts", type=int, default=32)
+    parser.add_argument("--top-k", type=int, default=4)
+    parser.add_argument("--batch", type=numbers(int), default=[1, 8])
+    parser.add_argument("--predictor", type=lambda text: text.split(","), default=["none", "history"])
+    parser.add_argument("--absent", type=numbers(float), default=[0.0, 0.5], help="shares of experts without a slot")
+    parser.add_argument("--tokens", type=int, default=2000, help="tokens in the history")
+    parser.add_argument("--requests", type=int, default=20, help="requests in the history")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--silent", action="store_true", help="also as it is while prediction does not pay")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    shape = ModelShape(options.layers, options.experts, options.top_k)
+    table = Table(
+        *("predictor", "batch", "absent", "routed", "look ahead", "begin", "end", "step", "request ended"),
+        title=f"microseconds; {shape.layers} layers of {shape.experts} experts, top {shape.top_k}",
+    )
+    results = []
+    for name in options.predictor:
+        for silent in (False, True) if options.silent and name != "none" else (False,):
+            for batch in options.batch:
+                for absent in options.absent if name != "none" and not silent else [0.0]:
+                    history = made_up_history(shape, options.tokens, options.requests)
+                    bench = Bench(shape, make_predictor(name, shape, history), absent, silent)
+                    cost = bench.serve(batch, options.steps)
+                    label = f"{name}, silent" if silent else name
+                    results.append({"predictor": label, "batch": batch, "absent": absent, **cost._asdict()})
+                    figures = (cost.routed, cost.look_ahead, cost.begin, cost.end, cost.step(shape.layers), cost.ended)
+                    table.add_row(label, str(batch), f"{absent:g}", *(f"{figure:.1f}" for figure in figures))
+    Console().print(table)
+    if options.json:
+        options.json.write_text(json.dumps({"shape": shape._asdict(), "tokens": options.tokens, "costs": results}))
+
+
+if __name__ == "__main__":
+    main()
