@@ -1,4 +1,4 @@
-"""An arena serves wherever a host pool does: the loader fills its slots, kernels' tensors lie in it, readers only read."""
+"""An arena serves wherever a host pool does: the loader fills its slots, tensors lie in it, readers only read."""
 
 import os
 import warnings
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.runtime.record_stores import LAYOUTS, MIXED, build_store, layout
@@ -27,6 +27,7 @@ def reader_of(arena: Arena) -> Arena:
     return Arena.attach(arena.mapping.reader_descriptor(), arena.layout, arena.slots)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 3 * PAGE), min_size=1, max_size=5).filter(any), st.integers(1, 9))
 def test_slots_are_dense_page_aligned_and_apart(sizes: list[int], slots: int) -> None:
     arena = Arena.create("test", layout(*sizes), slots)

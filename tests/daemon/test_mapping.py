@@ -56,7 +56,7 @@ def test_what_one_process_writes_the_other_reads(shared: Mapping) -> None:
         words[-1] = 9
     """
     ran = in_other_process(code, shared.fd, shared.size, fds=(shared.fd,))
-    assert ran.stdout.split() == "[1, 2, 3]".split(), ran.stderr
+    assert ran.stdout == "[1, 2, 3]\n", ran.stderr
     assert everything(shared)[-1] == 9
 
 
