@@ -10,6 +10,7 @@ from types import TracebackType
 import numpy as np
 
 from vllm_moe_offload.daemon.connection import Connection
+from vllm_moe_offload.daemon.hosted_histories import HostedHistories
 from vllm_moe_offload.daemon.protocol import (
     Adopt,
     Adopted,
@@ -107,12 +108,17 @@ class MemoryAttachment:
 class House:
     """A served daemon: ``models`` behind ``path``. Leaving the context ends it and waits for its end."""
 
-    def __init__(self, path: Path, group: int | None = None, leave_after: float | None = None) -> None:
+    def __init__(
+        self, path: Path, group: int | None = None, leave_after: float | None = None, history: Path | None = None
+    ) -> None:
         self.path = path
         self.models = MemoryModels()
         self.lines: list[str] = []
         self.place = SocketFile.claim(path, group, self.lines.append)
-        self.server = DaemonServer(self.place, self.models, 1 << 30, group, leave_after, self.lines.append)
+        self.histories = HostedHistories(history, self.lines.append)
+        self.server = DaemonServer(
+            self.place, self.models, self.histories, 1 << 30, group, leave_after, self.lines.append
+        )
         self.reason = ""
         self.thread = threading.Thread(target=self._serve, name="house")
         self.thread.start()
@@ -142,6 +148,7 @@ class House:
         self.thread.join(20)
         assert not self.thread.is_alive()
         self.models.close()
+        self.histories.close()
         self.place.release()
 
     def _serve(self) -> None:

@@ -134,7 +134,7 @@ def test_many_workers_at_once(house: House) -> None:
 OUT_OF_ORDER = {
     "before Hello": (frame(DEMAND), "sent Demand before Hello"),
     "another version": (frame(Hello(2, "worker")), "speaks version 2 of the protocol and this daemon version 1; run"),
-    "unknown role": (frame(Hello(1, "king")), "wants the role 'king'; there are worker, control"),
+    "unknown role": (frame(Hello(1, "king")), "wants the role 'king'; there are worker, history, control"),
     "Hello twice": (HELLO + HELLO, "sent Hello on a connection for Attach, Demand, Hint, Adopt"),
     "Demand before Attach": (HELLO + frame(DEMAND), "sent Demand before Attach"),
     "Hint before Attach": (HELLO + frame(Hint(0, b"")), "sent Hint before Attach"),

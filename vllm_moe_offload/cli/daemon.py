@@ -16,6 +16,7 @@ from rich.live import Live
 from vllm_moe_offload.cache import POLICY_NAMES
 from vllm_moe_offload.config import CacheBudget
 from vllm_moe_offload.daemon.connection import Connection
+from vllm_moe_offload.daemon.hosted_histories import HostedHistories
 from vllm_moe_offload.daemon.metrics import serve_metrics
 from vllm_moe_offload.daemon.notify import notify
 from vllm_moe_offload.daemon.protocol import GetStatus, Stop
@@ -52,6 +53,14 @@ def run(
         Path | None,
         typer.Option(help="Folder of the stores.", envvar="VLLM_MOE_OFFLOAD_STORE_ROOT", show_default=False),
     ] = None,
+    history: Annotated[
+        str,
+        typer.Option(
+            help="Folder where histories are kept, or 'off' to keep none beyond the daemon's life "
+            "(default: 'history' beside the stores).",
+            show_default=False,
+        ),
+    ] = "",
     metrics_port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Count for Prometheus on this port of 127.0.0.1.")
     ] = None,
@@ -84,7 +93,9 @@ def run(
 
         models = HostedModels(root, budget, shares, policy, None, _say)
         house.callback(models.close)
-        server = DaemonServer(place, models, budget, gid, leave_after, _say)
+        histories = HostedHistories(_history_folder(history, root), _say)
+        house.callback(histories.close)
+        server = DaemonServer(place, models, histories, budget, gid, leave_after, _say)
         if metrics_port is not None:
             house.callback(serve_metrics(metrics_port, server.status).shutdown)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -161,6 +172,12 @@ def _shares(texts: list[str]) -> dict[str, int]:
             raise ConfigError(f"--share {text}: give STORE=SIZE; `vllm-moe-offload store ls` names the stores")
         shares[store] = _size(f"--share {store}=", size)
     return shares
+
+
+def _history_folder(text: str, root: Path) -> Path | None:
+    if text == "off":
+        return None
+    return Path(text) if text else root.parent / "history"
 
 
 def _say(text: str) -> None:

@@ -18,6 +18,7 @@ _MODEL_COLUMNS = (
     "useful",
     "late",
     "wasted",
+    "history",
 )
 _WORKER_COLUMNS = ("worker", "pid", "engine", "rank", "store", "hits", "misses", "stalled", "steps", "tokens")
 _STORE_DIGITS = 12
@@ -47,6 +48,7 @@ def _models(models: list[ModelStatus]) -> Table:
             f"{model.experts} ({size_text(model.record_bytes)})",
             str(len(model.workers)),
             *map(str, counters),
+            f"{model.history_requests} ({model.history_tokens} tokens)",
         )
     return table
 

@@ -13,18 +13,25 @@ from ..errors import OffloadError
 from .credentials import peer_of
 from .framing import FramedSocket, PeerError
 from .protocol import (
+    LARGE_FRAME_BYTES,
     VERSION,
     Adopt,
     Adopted,
     Attach,
     Attached,
     Demand,
+    Found,
     GetStatus,
     Hello,
     Hint,
+    HistoryOpened,
+    OpenHistory,
     Refused,
+    Remember,
+    Remembered,
     Reply,
     Request,
+    Search,
     StatusReport,
     Stop,
     Stopping,
@@ -40,6 +47,9 @@ _REPLIES: dict[type, type] = {
     Attach: Attached,
     Demand: Supplied,
     Adopt: Adopted,
+    OpenHistory: HistoryOpened,
+    Remember: Remembered,
+    Search: Found,
     GetStatus: StatusReport,
     Stop: Stopping,
 }
@@ -78,7 +88,7 @@ class Connection:
 
         Args:
             path: of the socket.
-            role: ``worker`` or ``control``: what will be asked.
+            role: ``worker``, ``history`` or ``control``: what will be asked.
             timeout: seconds that connecting, and later every answer, may take.
 
         Raises:
@@ -97,6 +107,8 @@ class Connection:
         connection = cls(peer, f"the daemon at {path}", timeout)
         try:
             connection.daemon_pid = connection.request(Hello(VERSION, role)).pid
+            if role == "history":
+                connection._frames.limit = LARGE_FRAME_BYTES
         except BaseException:
             connection.close()
             raise
@@ -110,6 +122,12 @@ class Connection:
     def request(self, message: Demand) -> Supplied: ...
     @overload
     def request(self, message: Adopt, fds: Sequence[int]) -> Adopted: ...
+    @overload
+    def request(self, message: OpenHistory) -> HistoryOpened: ...
+    @overload
+    def request(self, message: Remember) -> Remembered: ...
+    @overload
+    def request(self, message: Search) -> Found: ...
     @overload
     def request(self, message: GetStatus) -> StatusReport: ...
     @overload

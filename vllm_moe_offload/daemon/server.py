@@ -16,6 +16,7 @@ import msgspec
 
 from .credentials import Peer, peer_of
 from .framing import FramedSocket, PeerError
+from .hosted_histories import HostedHistories
 from .protocol import Refused, Request, StatusReport
 from .session import MAX_FDS, Models, Session
 from .socket_file import SocketFile
@@ -41,7 +42,8 @@ class DaemonServer:
 
     Args:
         socket_file: where peers come in.
-        models: what they come for; whoever made them closes them.
+        models: what they come for; whoever made them closes them, and the histories.
+        histories: what they remember together.
         budget_bytes: for ``status``.
         group: members of this group may come in too.
         leave_after: seconds without any engine after which ``serve`` returns; None to stay for ever.
@@ -52,12 +54,14 @@ class DaemonServer:
         self,
         socket_file: SocketFile,
         models: Models,
+        histories: HostedHistories,
         budget_bytes: int,
         group: int | None,
         leave_after: float | None,
         say: Callable[[str], None],
     ) -> None:
         self.models = models
+        self.histories = histories
         self.refused = 0
         """Peers sent away."""
         self._socket_file = socket_file
@@ -80,7 +84,8 @@ class DaemonServer:
         self._ring()
 
     def status(self) -> StatusReport:
-        return StatusReport(os.getpid(), time.monotonic() - self._born, self._budget_bytes, self.models.status())
+        models = self.histories.with_sizes(self.models.status())
+        return StatusReport(os.getpid(), time.monotonic() - self._born, self._budget_bytes, models)
 
     def serve(self) -> str:
         """Serve until told to stop or nobody is left; then no peer and no thread remains. Returns why it ended."""

@@ -13,19 +13,29 @@ import msgspec
 from ..errors import OffloadError
 from .credentials import Peer
 from .framing import FRAME_SECONDS, FramedSocket, PeerError
+from .hosted_histories import HostedHistories
+from .hosted_history import HostedHistory
+from .packed_trace import pack_trace, unpack_embedding, unpack_trace
 from .protocol import (
+    LARGE_FRAME_BYTES,
     VERSION,
     Adopt,
     Adopted,
     Attach,
     Attached,
     Demand,
+    Found,
     GetStatus,
     Hello,
     Hint,
+    HistoryOpened,
     ModelStatus,
+    OpenHistory,
     Refused,
+    Remember,
+    Remembered,
     Request,
+    Search,
     StatusReport,
     Stop,
     Stopping,
@@ -33,7 +43,11 @@ from .protocol import (
     Welcome,
 )
 
-ROLES: dict[str, tuple[type, ...]] = {"worker": (Attach, Demand, Hint, Adopt), "control": (GetStatus, Stop)}
+ROLES: dict[str, tuple[type, ...]] = {
+    "worker": (Attach, Demand, Hint, Adopt),
+    "history": (OpenHistory, Remember, Search),
+    "control": (GetStatus, Stop),
+}
 """What may be asked on a connection, by the role its Hello named."""
 
 MAX_FDS = 1
@@ -74,6 +88,7 @@ class House(Protocol):
     """What a session may do with the daemon as a whole."""
 
     models: Models
+    histories: HostedHistories
 
     def status(self) -> StatusReport: ...
     def stop(self, reason: str) -> None: ...
@@ -88,6 +103,7 @@ class Session:
         self._house = house
         self._allowed: tuple[type, ...] = ()
         self._attachment: Attachment | None = None
+        self._history: HostedHistory | None = None
 
     def run(self, know_role: Callable[[str], None]) -> str | None:
         """Answer the peer until the connection ends, and close it.
@@ -111,6 +127,8 @@ class Session:
         finally:
             if self._attachment is not None:
                 self._attachment.detach()
+            if self._history is not None:
+                self._house.histories.leave(self._history)
             self._frames.close()
 
     def _welcome(self, know_role: Callable[[str], None]) -> None:
@@ -130,6 +148,8 @@ class Session:
         self._allowed = ROLES[hello.role]
         know_role(hello.role)
         self._frames.wait_at_most(0)
+        if hello.role == "history":
+            self._frames.limit = LARGE_FRAME_BYTES
         self._frames.send(Welcome(VERSION, os.getpid()))
 
     def _answer(self, request: Request) -> None:
@@ -144,6 +164,12 @@ class Session:
             self._attach(request)
         elif isinstance(request, Adopt):
             self._adopt(request)
+        elif isinstance(request, OpenHistory):
+            self._open_history(request)
+        elif isinstance(request, Remember):
+            self._remember(request)
+        elif isinstance(request, Search):
+            self._search(request)
         elif isinstance(request, GetStatus):
             self._frames.send(self._house.status())
         elif isinstance(request, Stop):
@@ -168,6 +194,26 @@ class Session:
             raise PeerError("sent Adopt without the descriptor of an arena")
         self._reply(partial(attachment.adopt, fd=fds[0]), request)
 
+    def _open_history(self, request: OpenHistory) -> None:
+        if self._history is not None:
+            raise PeerError("sent OpenHistory a second time")
+        try:
+            self._history = history = self._house.histories.open(request)
+        except OffloadError as error:
+            self._frames.send(Refused(str(error)))
+        else:
+            self._frames.send(HistoryOpened(history.size, None if history.folder is None else str(history.folder)))
+
+    def _remember(self, request: Remember) -> None:
+        history = self._opened(request)
+        history.remember(unpack_trace(request.trace, history.shape), request.again)
+        self._frames.send(Remembered(history.size))
+
+    def _search(self, request: Search) -> None:
+        history = self._opened(request)
+        found = history.search(unpack_embedding(request.embedding), request.max_tokens)
+        self._frames.send(Found(pack_trace(found), history.size))
+
     def _reply(self, verb: Callable[[Any], Supplied | Adopted], request: Request) -> None:
         reply: Supplied | Adopted | Refused
         try:
@@ -187,6 +233,11 @@ class Session:
         if self._attachment is None:
             raise PeerError(f"sent {type(request).__name__} before Attach")
         return self._attachment
+
+    def _opened(self, request: Request) -> HostedHistory:
+        if self._history is None:
+            raise PeerError(f"sent {type(request).__name__} before OpenHistory")
+        return self._history
 
     def _refuse(self, reason: str) -> None:
         try:

@@ -5,9 +5,12 @@ What cannot be used is never deleted: it is renamed with the reason in its name,
 
 import os
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from ..errors import TraceError
 from .store import DEFAULT_BUDGET_BYTES, HistoryStore
@@ -75,6 +78,18 @@ class HistoryArchive:
             return store, f"{error}; set aside as {_set_aside(path)}"
         store.extend(trace.requests())
         return store, None
+
+    def shape(self, fingerprint: str) -> tuple[int, int, int] | None:
+        """Of the maps that a model's history holds, without reading them; None if there is none that can be used."""
+        try:
+            with zipfile.ZipFile(self.path(fingerprint)) as archive:
+                with archive.open("experts.npy") as file:
+                    np.lib.format.read_magic(file)
+                    (_, layers, top_k), _, _ = np.lib.format.read_array_header_1_0(file)
+                with archive.open("num_experts.npy") as file:
+                    return layers, int(np.lib.format.read_array(file, allow_pickle=False)), top_k
+        except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile):
+            return None
 
     def read(self, fingerprint: str) -> Trace:
         """The stored trace, for export.

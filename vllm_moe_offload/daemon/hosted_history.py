@@ -1,0 +1,150 @@
+"""What all engines of one model remember together. One peer's message must never cost what the others have left.
+
+Traces of requests come in, checked; those that resemble a new request go out. The file is the one an engine without a
+daemon keeps, so that either finds what the other has left.
+"""
+
+import threading
+from collections.abc import Callable, Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..chronicle.keeper import HistoryKeeper
+from ..errors import TraceError
+from ..history.archive import HistoryArchive
+from ..history.joining import join
+from ..history.store import PastRequest
+from ..history.trace import Trace
+from .packed_trace import Shape
+from .protocol import LARGE_FRAME_BYTES, HistorySize
+
+MOST_BYTES = LARGE_FRAME_BYTES // 2
+"""Of traces in one answer."""
+LATEST_SHARE = 0.25
+"""Of the tokens found by meaning, so many make room for those of the latest requests."""
+
+
+class HostedHistory:
+    """The history of one model. Any thread may use it.
+
+    Args:
+        archive: where it is kept; None for nowhere.
+        fingerprint: of the model.
+        shape: of its traces.
+        say: told in a sentence when a file could not be used and was set aside.
+
+    Raises:
+        TraceError: what is kept under this fingerprint is of another shape.
+    """
+
+    def __init__(self, archive: HistoryArchive | None, fingerprint: str, shape: Shape, say: Callable[[str], None]):
+        kept = None if archive is None else archive.shape(fingerprint)
+        if kept is not None and kept != shape:
+            raise TraceError(f"the history of model {fingerprint} holds maps of shape {kept}, not {shape}")
+        self.fingerprint, self.shape = fingerprint, shape
+        self.folder = None if archive is None else archive.path(fingerprint).parent
+        self._keeper = HistoryKeeper(archive, fingerprint, shape, say)
+        self._history = self._keeper.history
+        self._lock = threading.Lock()
+        self._tokens = self._history.num_tokens
+        self._saving = threading.Lock()
+
+    @property
+    def size(self) -> HistorySize:
+        return HistorySize(self._history.num_requests, self._tokens)
+
+    def remember(self, trace: Trace, again: bool = False) -> None:
+        """A request has ended.
+
+        Args:
+            trace: of ``shape``; sound.
+            again: leave it if it is here already.
+
+        Raises:
+            ValueError: it is not one request, or lacks what all requests here have: they would lose it, too.
+        """
+        if trace.num_requests != 1:
+            raise ValueError(f"{trace.num_requests} requests at once; they are remembered one by one")
+        with self._lock:
+            self._refuse_what_would_impoverish(trace)
+            if not (again and self._holds(trace)):
+                self._history.add(trace)
+                self._tokens = self._history.num_tokens
+
+    def search(self, embedding: NDArray[np.float32] | None, max_tokens: int) -> Trace:
+        """What resembles a request, best first, then the latest of the others; the latest alone if its meaning is
+        unknown. At most ``max_tokens`` tokens in all.
+
+        Raises:
+            ValueError: the embedding is of another length than those here.
+        """
+        with self._lock:
+            width = self._width()
+            if embedding is not None and width is not None and len(embedding) != width:
+                raise ValueError(f"the meaning sought has {len(embedding)} numbers, those of this history {width}")
+            near = [] if embedding is None else self._history.nearest(embedding, self._history.num_requests)
+            latest = self._history.requests[::-1]
+        most = max(0, min(max_tokens, MOST_BYTES // self._bytes_per_token(latest)))
+        chosen = _cut(near, most - int(LATEST_SHARE * most) if len(near) else 0)
+        numbers = {past.number for past, _ in chosen}
+        left = most - sum(count for _, count in chosen)
+        chosen += _cut((past for past in latest if past.number not in numbers), left)
+        return join([_first_tokens(past.trace, count) for past, count in chosen], self.shape)
+
+    def save(self, at_once: bool = False) -> None:
+        """Write it if it has grown and the last time is long enough ago, or ``at_once``."""
+        with self._saving:
+            self._keeper.save(at_once)
+
+    def _refuse_what_would_impoverish(self, trace: Trace) -> None:
+        if not self._history.requests:
+            return
+        last = self._history.requests[-1].trace
+        for name in ("tokens", "phase", "embeddings"):
+            if getattr(trace, name) is None and getattr(last, name) is not None:
+                raise ValueError(f"a request without {name} among requests that all have them")
+        width = self._width()
+        if width is not None and trace.embeddings is not None and trace.embeddings.shape[1] != width:
+            raise ValueError(f"an embedding of {trace.embeddings.shape[1]} numbers among such of {width}")
+
+    def _width(self) -> int | None:
+        """Of the embeddings here, if there are any."""
+        embeddings = self._history.requests[-1].trace.embeddings if self._history.requests else None
+        return None if embeddings is None else embeddings.shape[1]
+
+    def _holds(self, trace: Trace) -> bool:
+        return any(
+            past.trace.num_tokens == trace.num_tokens
+            and np.array_equal(past.trace.experts, trace.experts)
+            and np.array_equal(past.trace.weights, trace.weights)
+            for past in self._history.requests
+        )
+
+    def _bytes_per_token(self, requests: list[PastRequest]) -> int:
+        """The most that a token here takes, and its request with it."""
+        return max([past.nbytes // past.trace.num_tokens + 1 for past in requests], default=1)
+
+
+def _cut(requests: Iterable[PastRequest], most: int) -> list[tuple[PastRequest, int]]:
+    """The first of ``requests`` with at most ``most`` tokens together, and how many of each."""
+    chosen = []
+    for past in requests:
+        count = min(past.trace.num_tokens, most)
+        if count == 0:
+            break
+        chosen.append((past, count))
+        most -= count
+    return chosen
+
+
+def _first_tokens(trace: Trace, count: int) -> Trace:
+    return Trace(
+        experts=trace.experts[:count],
+        weights=trace.weights[:count],
+        offsets=np.array([0, count], np.int64),
+        num_experts=trace.num_experts,
+        tokens=None if trace.tokens is None else trace.tokens[:count],
+        phase=None if trace.phase is None else trace.phase[:count],
+        embeddings=trace.embeddings,
+    )
