@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from replay_traces import random_trace
 from typer.testing import CliRunner
 
 from vllm_moe_offload.cli import app
@@ -11,7 +12,7 @@ from vllm_moe_offload.history.trace_file import write_trace
 from vllm_moe_offload.replay.accuracy import Accuracy
 from vllm_moe_offload.replay.hardware import hardware_profile, model_profile
 from vllm_moe_offload.replay.report import Setup, parse_slots, replay, spread_requests
-from vllm_moe_offload.replay.sweep import sweep
+from vllm_moe_offload.replay.sweep import BELADY, PERFECT, Point, best_at_bytes, sweep
 
 SETUP = Setup(
     slots=192,
@@ -93,12 +94,32 @@ def test_accuracy_counts_what_was_found_and_what_was_said():
 
 
 def test_a_sweep_has_all_cells_and_bounds(short):
-    points = sweep(short, None, Setup(slots=192), policies=("lfu",), predictors=("none", "frequency"))
+    parts = list(sweep(short, None, Setup(slots=192), policies=("lfu",), predictors=("none", "frequency")))
+    points = [point for part in parts for point in part]
     cells = {(point.slots, point.policy, point.predictor) for point in points}
     assert len(cells) == 4 * (2 + 3)
+    assert {point.predictor for point in parts[-1]} == {PERFECT}
     for slots in {point.slots for point in points}:
-        best = min(p.loads_per_use for p in points if p.slots == slots and p.policy == "belady")
+        best = min(p.loads_per_use for p in points if p.slots == slots and p.policy == BELADY)
         assert all(p.loads_per_use >= best for p in points if p.slots == slots)
+
+
+def test_a_sweep_leaves_out_sizes_that_cannot_hold_a_step():
+    trace = random_trace(2, 32, 4, lengths=(4, 4, 4))
+    alone, together = (
+        {point.slots for part in sweep(trace, None, setup, ("lru",), ("none",)) for point in part}
+        for setup in (Setup(slots=64), Setup(slots=64, batch=3))
+    )
+    assert alone == {8, 16, 32, 48} and together == {16, 32, 48}
+    with pytest.raises(TraceError, match="no tokens"):
+        list(sweep(trace.select([]), None, Setup(slots=64)))
+
+
+def test_the_best_point_is_the_one_that_can_be_afforded():
+    points = [Point(8, "lru", "x", p, miss, loads) for p, miss, loads in ((0.9, 0.3, 0.35), (0.5, 0.2, 0.5))]
+    assert best_at_bytes(points, 0.4).threshold == 0.9
+    assert best_at_bytes(points, 0.5).threshold == 0.5
+    assert best_at_bytes(points, 0.1).threshold == 0.9
 
 
 def run(*arguments):
@@ -117,11 +138,33 @@ def test_the_command_prints_one_object_or_a_table(short, tmp_path):
 
 def test_the_command_says_what_is_wrong_in_one_line(short, tmp_path):
     write_trace(tmp_path / "t.npz", short)
+    write_trace(tmp_path / "none.npz", short.select([]))
+    write_trace(tmp_path / "loops.npz", replace(short, repetitive=np.ones(3, bool)))
+    write_trace(tmp_path / "meant.npz", replace(short, embeddings=short.embeddings[:, :8]))
     for arguments, words in (
         ((tmp_path / "absent.npz",), "no such trace"),
         ((tmp_path / "t.npz", "--predictor", "oracle"), "'oracle' is unknown"),
         ((tmp_path / "t.npz", "--predictor", "none", "--policy", "fifo"), "'fifo' is unknown"),
-        ((tmp_path / "t.npz", "--predictor", "none", "--slots", "2"), "too few"),
+        ((tmp_path / "t.npz", "--slots", "2"), "give at least 4 slots"),
+        ((tmp_path / "t.npz", "--policy", "fifo"), "'fifo' is unknown"),
+        ((tmp_path / "t.npz", "--slots", "inf%"), "neither a number like 192"),
+        ((tmp_path / "t.npz", "--threshold", "1.5"), "1.5 is not a probability"),
+        ((tmp_path / "t.npz", "--threshold", "nan"), "nan is not a probability"),
+        ((tmp_path / "t.npz", "--hardware", "abacus"), "rtx4090-pcie4"),
+        ((tmp_path / "t.npz", "--plot", "t.bmp"), ".png, .svg"),
+        ((tmp_path / "t.npz", "--plot", tmp_path / "absent" / "t.png"), "is not a folder"),
+        ((tmp_path / "none.npz",), "no tokens"),
+        ((tmp_path / "loops.npz",), "--keep-repetitive"),
+        ((tmp_path / "t.npz", "--history", tmp_path / "meant.npz"), "must have made both"),
     ):
         failed = run(*arguments)
         assert failed.exit_code == 2 and words in failed.output and "Traceback" not in failed.output
+
+
+def test_the_sweep_command_prints_every_predictor_and_the_bounds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_trace(tmp_path / "t.npz", random_trace(2, 8, 2, lengths=(4, 3)))
+    printed = run("t.npz", "--sweep")
+    assert printed.exit_code == 0
+    for words in ("belady", "lru per layer", "perfect", "no prefetch", "moe-infinity", "least-stale", "drawn"):
+        assert words in printed.stdout

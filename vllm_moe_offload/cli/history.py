@@ -1,5 +1,9 @@
-"""`vllm-moe-offload history …`: see, copy in and out, and shorten what engines remember of earlier requests."""
+"""`vllm-moe-offload history …`: see, copy in and out, and shorten what engines remember of earlier requests.
 
+It works on files alone: an engine that runs keeps what it has in memory and writes it again.
+"""
+
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -7,37 +11,47 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vllm_moe_offload.chronicle.heads_file import HEADS_FILE
 from vllm_moe_offload.errors import TraceError
-from vllm_moe_offload.history.archive import HistoryArchive, default_directory
+from vllm_moe_offload.history.archive import HISTORY_FILE, HistoryArchive
 from vllm_moe_offload.history.store import HistoryStore
+from vllm_moe_offload.history.trace import Trace
 from vllm_moe_offload.history.trace_file import read_trace, write_trace
+from vllm_moe_offload.store import default_root
 
 history = typer.Typer(name="history", help="List, export, import and prune histories.", no_args_is_help=True)
 
 DirectoryOption = Annotated[
     Path | None,
-    typer.Option("--dir", help="Folder of the histories.", envvar="VLLM_MOE_OFFLOAD_HISTORY", show_default=False),
+    typer.Option("--dir", help="Folder of the histories (default: 'history' beside the stores).", show_default=False),
 ]
 Fingerprint = Annotated[str, typer.Argument(help="Fingerprint of the model, or the start of it; see `history ls`.")]
+_FINGERPRINT = re.compile(r"\w[\w.-]*")
 
 
 @history.command()
 def ls(directory: DirectoryOption = None) -> None:
-    """Show each model's history: requests, tokens, size."""
-    archive = HistoryArchive(directory or default_directory())
+    """Show each model's history: requests, tokens, size; and what cannot be used."""
+    archive = _archive(directory)
     entries = list(archive.entries())
-    if not entries:
-        typer.echo(f"no histories in {archive.directory}")
-        return
     table = Table("fingerprint", "model", "requests", "tokens", "size")
+    problems = [f"set aside as unusable: {path}" for path in sorted(archive.directory.glob(_set_aside("*")))]
     for entry in entries:
+        columns = ("unusable", "-", "-")
         try:
             trace = archive.read(entry.fingerprint)
             columns = (trace.model or "-", str(trace.num_requests), str(trace.num_tokens))
         except TraceError as error:
-            columns = (f"unusable: {error}", "-", "-")
+            problems.append(f"unusable: {error}")
         table.add_row(entry.fingerprint, *columns, f"{entry.nbytes / 2**20:.1f} MiB")
-    Console().print(table)
+    if entries:
+        Console().print(table)
+    else:
+        typer.echo(
+            f"no histories in {archive.directory}{'' if archive.directory.exists() else ', which does not exist'}"
+        )
+    for problem in problems:
+        typer.echo(problem)
 
 
 @history.command()
@@ -47,9 +61,12 @@ def export(
     directory: DirectoryOption = None,
 ) -> None:
     """Write a history as a trace file, to replay it or to bring it to another machine."""
-    archive = HistoryArchive(directory or default_directory())
+    archive = _archive(directory)
     trace = archive.read(_complete(archive, fingerprint))
-    write_trace(file, trace)
+    try:
+        write_trace(file, trace)
+    except OSError as error:
+        raise TraceError(f"{file}: cannot be written ({error.strerror})") from error
     typer.echo(f"wrote {trace.num_requests} requests, {trace.num_tokens} tokens to {file}")
 
 
@@ -57,22 +74,26 @@ def export(
 def import_(
     file: Annotated[Path, typer.Argument(help="Trace file (.npz) to read.")],
     fingerprint: Annotated[
-        str, typer.Option(help="Model it belongs to, where the file does not say.", show_default=False)
+        str,
+        typer.Option(
+            help="Model it belongs to, where the file does not say: all of its fingerprint.", show_default=False
+        ),
     ] = "",
     directory: DirectoryOption = None,
 ) -> None:
     """Add a trace's requests to a model's history."""
     trace = read_trace(file)
-    name = fingerprint or trace.fingerprint
-    if not name:
-        raise TraceError(f"{file}: names no model; say whose history it is with --fingerprint")
-    archive = HistoryArchive(directory or default_directory())
+    name = _owner(file, trace, fingerprint)
+    archive = _archive(directory)
     store = _load(archive, name) if archive.path(name).exists() else HistoryStore(trace.shape)
-    if store.shape != trace.shape:
-        raise TraceError(f"{file}: has shape {trace.shape}, the history of {name} has {store.shape}")
+    _check_alike(file, trace, name, store)
+    before = len(store.requests)
     store.extend(trace.requests())
-    archive.save(name, store)
-    typer.echo(f"{name}: {len(store.requests)} requests, {store.num_tokens} tokens")
+    _save(archive, name, store)
+    added = int((trace.offsets[1:] > trace.offsets[:-1]).sum())
+    forgotten = before + added - len(store.requests)
+    room = f"; {forgotten} forgotten to stay within {store.budget_bytes >> 20} MiB" if forgotten else ""
+    typer.echo(f"{name}: {len(store.requests)} requests, {store.num_tokens} tokens{room}")
 
 
 @history.command()
@@ -81,17 +102,67 @@ def prune(
     megabytes: Annotated[int, typer.Option(min=0, help="Forget requests until no more than this is kept.")],
     directory: DirectoryOption = None,
 ) -> None:
-    """Shorten a history, forgetting what newer requests repeat first; 0 removes it."""
-    archive = HistoryArchive(directory or default_directory())
+    """Shorten a history, forgetting what newer requests repeat first; 0 removes it and what was learned from it."""
+    archive = _archive(directory)
     name = _complete(archive, fingerprint)
     if megabytes == 0:
-        archive.path(name).unlink()
+        _remove(archive, name)
         typer.echo(f"{name}: removed")
         return
     store = _load(archive, name)
+    before = len(store.requests)
     store.prune(megabytes << 20)
-    archive.save(name, store)
-    typer.echo(f"{name}: {len(store.requests)} requests, {store.num_tokens} tokens kept")
+    _save(archive, name, store)
+    typer.echo(f"{name}: {len(store.requests)} of {before} requests, {store.num_tokens} tokens kept")
+
+
+def _archive(directory: Path | None) -> HistoryArchive:
+    """Where an engine keeps its histories when nothing else is configured, or in the folder named."""
+    directory = directory or default_root().parent / "history"
+    if directory.exists() and not directory.is_dir():
+        raise TraceError(f"dir: {directory} is a file; name the folder of the histories")
+    return HistoryArchive(directory)
+
+
+def _owner(file: Path, trace: Trace, fingerprint: str) -> str:
+    """Whose history the file belongs to."""
+    if not trace.num_tokens:
+        raise TraceError(f"{file}: holds no tokens to remember")
+    if fingerprint and trace.fingerprint and fingerprint != trace.fingerprint:
+        raise TraceError(f"{file}: is of model {trace.fingerprint!r}, not of {fingerprint!r}; leave out --fingerprint")
+    name = fingerprint or trace.fingerprint
+    if not name:
+        raise TraceError(f"{file}: names no model; say whose history it is with --fingerprint, see `history ls`")
+    if not _FINGERPRINT.fullmatch(name):
+        raise TraceError(f"fingerprint: {name!r} is none; it has only letters, digits, '.', '_' and '-'")
+    return name
+
+
+def _check_alike(file: Path, trace: Trace, name: str, store: HistoryStore) -> None:
+    """Requests of one history must be comparable with each other."""
+    if store.shape != trace.shape:
+        raise TraceError(f"{file}: holds {_words(trace.shape)}, the history of {name} {_words(store.shape)}")
+    kept = store.requests[0].trace if store.requests else trace
+    for what, here, there in (
+        ("token numbers", trace.tokens is not None, kept.tokens is not None),
+        ("phases", trace.phase is not None, kept.phase is not None),
+        ("embeddings", trace.embeddings is not None, kept.embeddings is not None),
+    ):
+        if here != there:
+            owner = "the file" if here else f"the history of {name}"
+            raise TraceError(f"{file}: only {owner} has {what}; they cannot be kept together")
+    if _width(trace) != _width(kept):
+        raise TraceError(
+            f"{file}: its embeddings have {_width(trace)} numbers, those of the history of {name} {_width(kept)}"
+        )
+
+
+def _words(shape: tuple[int, int, int]) -> str:
+    return f"{shape[0]} layers of {shape[1]} experts, top-{shape[2]}"
+
+
+def _width(trace: Trace) -> int:
+    return 0 if trace.embeddings is None else trace.embeddings.shape[1]
 
 
 def _load(archive: HistoryArchive, fingerprint: str) -> HistoryStore:
@@ -101,8 +172,29 @@ def _load(archive: HistoryArchive, fingerprint: str) -> HistoryStore:
     return store
 
 
+def _save(archive: HistoryArchive, fingerprint: str, store: HistoryStore) -> None:
+    try:
+        archive.save(fingerprint, store)
+    except OSError as error:
+        raise TraceError(f"{archive.path(fingerprint)}: cannot be written ({error.strerror})") from error
+
+
+def _remove(archive: HistoryArchive, fingerprint: str) -> None:
+    folder = archive.path(fingerprint).parent
+    for path in (folder / HISTORY_FILE, folder / HEADS_FILE, *archive.directory.glob(_set_aside(fingerprint))):
+        path.unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _set_aside(fingerprint: str) -> str:
+    return f"{fingerprint}/*.unusable-*"
+
+
 def _complete(archive: HistoryArchive, start: str) -> str:
     names = [entry.fingerprint for entry in archive.entries() if entry.fingerprint.startswith(start)]
+    if start in names:
+        return start
     if len(names) != 1:
         found = ", ".join(names) or "none"
         raise TraceError(f"fingerprint: {start!r} names {len(names)} histories in {archive.directory} ({found})")

@@ -2,20 +2,23 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from vllm_moe_offload.cache import POLICY_NAMES
+from vllm_moe_offload.cli.replay_output import print_report, print_sweep
+from vllm_moe_offload.errors import ConfigError, TraceError
 from vllm_moe_offload.history.trace import Trace
 from vllm_moe_offload.history.trace_file import read_trace
 from vllm_moe_offload.predict.fitting import PREDICTOR_NAMES
 from vllm_moe_offload.replay.hardware import PROFILE_NAMES, hardware_profile, model_profile
+from vllm_moe_offload.replay.plot import plot_report, plot_sweep, require_plotting
 from vllm_moe_offload.replay.report import Setup, parse_slots
 from vllm_moe_offload.replay.report import replay as run_replay
-from vllm_moe_offload.replay.sweep import Point, sweep
+from vllm_moe_offload.replay.sweep import SWEEP_TOKENS, Point, sweep
+
+_SAMPLE_TOKENS = Setup(slots=1).frontier_tokens
 
 
 def replay(
@@ -29,10 +32,30 @@ def replay(
     hardware: Annotated[
         str | None, typer.Option(help=f"Also simulate time on {', '.join(PROFILE_NAMES)} or a JSON file's machine.")
     ] = None,
-    record_bytes: Annotated[int | None, typer.Option(help="Bytes of one expert, where the model is not known.")] = None,
+    record_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Bytes of one expert, where the model is not known.")
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"Size of the sample of whole requests that the frontier and the timeline ({_SAMPLE_TOKENS} when not "
+            f"given) and the sweep ({SWEEP_TOKENS}) are replayed on.",
+            show_default=False,
+        ),
+    ] = None,
     keep_repetitive: Annotated[bool, typer.Option(help="Replay requests flagged repetitive too.")] = False,
-    sweep_all: Annotated[bool, typer.Option("--sweep", help="All policies, predictors and sizes.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw the result into this file (.png, .svg).")] = None,
+    sweep_all: Annotated[
+        bool, typer.Option("--sweep", help="All policies, predictors and sizes, with the bounds: a table and a plot.")
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw the result into this file (.png, .svg, .pdf). --sweep draws TRACE-sweep.png here unless told "
+            "otherwise.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Replay a trace through the engine's own cache, predictors and planner, with the bounds beside them."""
@@ -44,70 +67,56 @@ def replay(
         predictor=predictor,
         batch=batch,
         threshold=threshold,
+        frontier_tokens=tokens or (SWEEP_TOKENS if sweep_all else _SAMPLE_TOKENS),
         hardware=None if hardware is None else hardware_profile(hardware),
         model=None if hardware is None else model_profile(recorded.model, record_bytes),
     )
+    if plot is not None:
+        require_plotting(plot)
     if sweep_all:
-        _show_sweep(sweep(recorded, earlier, setup), recorded, plot, as_json)
+        _sweep(trace.stem, recorded, earlier, setup, plot, as_json)
     else:
-        _show_report(run_replay(recorded, setup, earlier), plot, as_json)
+        report = run_replay(recorded, setup, earlier)
+        if plot is not None:
+            plot_report(report, plot)
+        if as_json:
+            typer.echo(json.dumps(report))
+        else:
+            print_report(report)
 
 
 def _read(path: Path, keep_repetitive: bool) -> Trace:
     trace = read_trace(path)
-    return trace if keep_repetitive else trace.without_repetitive()
+    kept = trace if keep_repetitive else trace.without_repetitive()
+    if not kept.num_tokens:
+        way_out = "; --keep-repetitive replays them" if trace.num_tokens else ""
+        reason = "all of its requests are flagged repetitive" if trace.num_tokens else "it holds no tokens"
+        raise TraceError(f"{path}: {reason}{way_out}")
+    return kept
 
 
-def _show_report(report: dict[str, Any], plot: Path | None, as_json: bool) -> None:
-    if plot is not None:
-        from vllm_moe_offload.replay.plot import plot_report
-
-        plot_report(report, plot)
-    if as_json:
-        typer.echo(json.dumps(report))
-        return
-    console = Console()
-    console.print(
-        f"{report['trace']}: {report['requests']} requests, {report['tokens']} tokens, {report['slots']} slots"
-    )
-    table = Table("", "demand misses", "loads per use")
-    for name in ("no_prefetch", "perfect_prediction"):
-        table.add_row(
-            name.replace("_", " "), *_percent(report[name]["demand_miss_rate"], report[name]["loads_per_use"])
-        )
-    for name in ("belady_miss_rate", "lru_per_layer_miss_rate"):
-        table.add_row(name.removesuffix("_miss_rate").replace("_", " "), *_percent(report[name], report[name]))
-    for point in report["frontier"]:
-        label = f"{report['predictor']}, p > {point['threshold']:g}"
-        table.add_row(label, *_percent(point["demand_miss_rate"], point["loads_per_use"]))
-    console.print(table)
-    for distance, by_count in report["recall"].items():
-        figures = ", ".join(f"@{count} {value['mean']:.3f}" for count, value in by_count.items())
-        console.print(
-            f"recall at distance {distance}: {figures}; calibration error {report['calibration_error'][distance]:.4f}"
-        )
-    if "tpot_seconds" in report:
-        for prefix, name in (("", report["predictor"]), ("no_prefetch_", "no prefetch")):
-            stall, tpot = report[f"{prefix}stall_seconds_per_token"], report[f"{prefix}tpot_seconds"]
-            console.print(
-                f"{report['hardware']['name']}, {name}: {1e3 * tpot:.2f} ms per token, {1e3 * stall:.2f} ms stalled"
-            )
-
-
-def _show_sweep(points: list[Point], trace: Trace, plot: Path | None, as_json: bool) -> None:
-    if plot is not None:
-        from vllm_moe_offload.replay.plot import plot_sweep
-
-        plot_sweep(points, plot, trace.model)
+def _sweep(name: str, trace: Trace, history: Trace | None, setup: Setup, plot: Path | None, as_json: bool) -> None:
+    points: list[Point] = []
+    for done in sweep(trace, history, setup):
+        points += done
+        typer.echo(f"{len(points)} cells replayed", err=True)
+    drawn = _draw_sweep(name, trace, points, plot, silent=as_json)
     if as_json:
         typer.echo(json.dumps({"points": [point._asdict() for point in points]}))
         return
-    table = Table("slots", "policy", "predictor", "threshold", "demand misses", "loads per use")
-    for point in sorted(points, key=lambda point: (point.slots, point.demand_miss_rate)):
-        rates = _percent(point.demand_miss_rate, point.loads_per_use)
-        table.add_row(str(point.slots), point.policy, point.predictor, f"{point.threshold:g}", *rates)
-    Console().print(table)
+    print_sweep(points, trace)
+    if drawn:
+        typer.echo(drawn)
 
 
-def _percent(*shares: float) -> list[str]:
-    return [f"{100 * share:.2f} %" for share in shares]
+def _draw_sweep(name: str, trace: Trace, points: list[Point], plot: Path | None, silent: bool) -> str:
+    """Draw, and say what was drawn: where nobody named a file, one beside the user, if drawing is possible."""
+    if plot is None and silent:
+        return ""
+    path = plot or Path(f"{name}-sweep.png")
+    try:
+        require_plotting(path)
+    except ConfigError as error:
+        return f"nothing drawn: {error}"
+    plot_sweep(points, path, trace.model or name)
+    return f"drawn into {path}"

@@ -52,6 +52,17 @@ class Accuracy:
         share, said, used = self.calibration(distance)
         return float((share * np.abs(said - used)).sum())
 
+    def calibration_to_json(self) -> dict[str, list[dict[str, float]]]:
+        """``{distance: [{share, said, used}]}``: the bins of ``calibration`` that hold anything."""
+        return {
+            str(distance): [
+                {"share": float(share), "said": float(said), "used": float(used)}
+                for share, said, used in zip(*self.calibration(distance), strict=True)
+                if share
+            ]
+            for distance in self.distances
+        }
+
     def to_json(self) -> dict[str, dict[str, dict[str, object]]]:
         """``{distance: {n: {mean, layers}}}`` with string keys."""
         report: dict[str, dict[str, dict[str, object]]] = {}

@@ -5,58 +5,107 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .sweep import Point
+from .sweep import BELADY, LRU_PER_LAYER, PERFECT, Point
+
+SUFFIXES = (".png", ".svg", ".pdf")
+_BYTES_SHOWN = 2.5
+"""Panels end at so many times the bytes that LRU per layer loads."""
 
 
-def plot_sweep(points: Sequence[Point], path: Path, title: str) -> None:
-    """Stalls against bytes, one panel per cache size, one line per predictor (policy lfu), bounds as marks."""
+def require_plotting(path: Path) -> None:
+    """Find out before the work whether a plot can be written to ``path``.
+
+    Raises:
+        ConfigError: matplotlib is missing, the suffix is none it is asked for, or there is no such folder.
+    """
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(f"plot: {path} must end in one of {', '.join(SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise ConfigError(f"plot: {path.parent} is not a folder")
+    _pyplot()
+
+
+def plot_sweep(points: Sequence[Point], path: Path, title: str, policy: str = "lfu") -> None:
+    """Stalls against bytes, one panel per cache size, one line per predictor under ``policy``, bounds as marks."""
     figures = _pyplot()
     sizes = sorted({point.slots for point in points})
-    figure, panels = figures.subplots(1, len(sizes), figsize=(4 * len(sizes), 4), squeeze=False)
+    figure, panels = figures.subplots(1, len(sizes), figsize=(3.2 * len(sizes) + 0.5, 3.8), squeeze=False)
     for panel, slots in zip(panels[0], sizes, strict=True):
         here = [point for point in points if point.slots == slots]
-        for predictor in dict.fromkeys(point.predictor for point in here):
-            line = [p for p in here if p.predictor == predictor and p.policy == "lfu"]
-            panel.plot(
-                [p.loads_per_use for p in line],
-                [p.demand_miss_rate for p in line],
-                marker="o",
-                markersize=3,
-                label=predictor,
-            )
-        for point in here:
-            if point.policy in ("belady", "lru per layer"):
-                panel.plot(point.loads_per_use, point.demand_miss_rate, "x", label=point.policy)
-        panel.set(title=f"{slots} slots", xlabel="loads per use", ylim=(0, None), xlim=(0, None))
+        _lines(panel, [point for point in here if point.policy == policy])
+        for name, colour in ((BELADY, "black"), (LRU_PER_LAYER, "grey")):
+            bound = next(point for point in here if point.policy == name)
+            panel.plot(bound.loads_per_use, bound.demand_miss_rate, "x", color=colour, label=name)
+            if name == LRU_PER_LAYER:
+                panel.axvline(bound.loads_per_use, color=colour, linewidth=0.7, linestyle=":")
+                panel.set_xlim(0, _BYTES_SHOWN * bound.loads_per_use)
+        panel.set(title=f"{slots} slots", xlabel="loads per use", ylim=(0, None))
     panels[0][0].set_ylabel("demand misses per use")
-    panels[0][-1].legend(fontsize=7)
-    _save(figure, path, title)
+    labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(*labels, loc="lower center", ncol=len(labels[1]), fontsize=7, frameon=False)
+    _save(figure, path, f"{title}: stalls against bytes, eviction by {policy}", room_below=0.07)
+
+
+def _lines(panel: Any, points: Sequence[Point]) -> None:
+    for predictor in dict.fromkeys(point.predictor for point in points):
+        line = [point for point in points if point.predictor == predictor]
+        style = {"none": "ks", PERFECT: "k*"}.get(predictor, "o-")
+        label = {"none": "no prefetch", PERFECT: "perfect prediction"}.get(predictor, predictor)
+        panel.plot(
+            [p.loads_per_use for p in line], [p.demand_miss_rate for p in line], style, markersize=4, label=label
+        )
 
 
 def plot_report(report: dict[str, Any], path: Path) -> None:
-    """Recall by layer and distance, and the frontier beside its bounds, of one replay's report."""
+    """One replay's report: recall by layer and distance, whether p means p, and the frontier beside its bounds."""
     figures = _pyplot()
-    figure, (left, right) = figures.subplots(1, 2, figsize=(11, 4))
+    figure, (left, middle, right) = figures.subplots(1, 3, figsize=(14, 4))
+    _plot_recall(left, report)
+    _plot_calibration(middle, report)
+    _plot_frontier(right, report)
+    _save(figure, path, f"{report['trace']}; {report['requests']} requests, {report['tokens']} tokens")
+
+
+def _plot_recall(panel: Any, report: dict[str, Any]) -> None:
     for distance, by_count in report["recall"].items():
         count = min(by_count, key=int)
-        name = "step's start" if distance == "0" else f"{distance} layers ahead"
-        left.plot(by_count[count]["layers"], marker=".", label=f"{name}, recall@{count}")
-    left.set(xlabel="layer", ylabel="recall", ylim=(0, 1), title=f"{report['predictor']}: recall by layer")
-    left.legend(fontsize=7)
+        panel.plot(by_count[count]["layers"], marker=".", label=f"{_words(distance)}, recall@{count}")
+    panel.set(xlabel="layer", ylabel="recall", ylim=(0, 1), title=f"{report['predictor']}: recall by layer")
+    panel.legend(fontsize=7)
+
+
+def _plot_calibration(panel: Any, report: dict[str, Any]) -> None:
+    panel.plot([0, 1], [0, 1], color="grey", linewidth=0.7, linestyle=":")
+    for distance, bins in report["calibration"].items():
+        error = report["calibration_error"][distance]
+        panel.plot(
+            [b["said"] for b in bins],
+            [b["used"] for b in bins],
+            marker=".",
+            label=f"{_words(distance)}, error {error:.3f}",
+        )
+    panel.set(xlabel="probability given", ylabel="share used", xlim=(0, 1), ylim=(0, 1), title="does p mean p?")
+    panel.legend(fontsize=7)
+
+
+def _plot_frontier(panel: Any, report: dict[str, Any]) -> None:
     frontier = report["frontier"]
-    right.plot(
+    panel.plot(
         [p["loads_per_use"] for p in frontier], [p["demand_miss_rate"] for p in frontier], marker="o", label="frontier"
     )
     for point in frontier:
-        right.annotate(f"{point['threshold']:g}", (point["loads_per_use"], point["demand_miss_rate"]), fontsize=7)
+        panel.annotate(f"{point['threshold']:g}", (point["loads_per_use"], point["demand_miss_rate"]), fontsize=7)
     for name in ("no_prefetch", "perfect_prediction"):
-        right.plot(report[name]["loads_per_use"], report[name]["demand_miss_rate"], "s", label=name.replace("_", " "))
+        panel.plot(report[name]["loads_per_use"], report[name]["demand_miss_rate"], "s", label=name.replace("_", " "))
     for name in ("belady_miss_rate", "lru_per_layer_miss_rate"):
-        right.plot(report[name], report[name], "x", label=name.removesuffix("_miss_rate").replace("_", " "))
-    right.set(xlabel="loads per use", ylabel="demand misses per use", ylim=(0, None), xlim=(0, None))
-    right.set_title(f"stalls against bytes, {report['slots']} slots, {report['policy']}")
-    right.legend(fontsize=7)
-    _save(figure, path, report["trace"])
+        panel.plot(report[name], report[name], "x", label=name.removesuffix("_miss_rate").replace("_", " "))
+    panel.set(xlabel="loads per use", ylabel="demand misses per use", ylim=(0, None), xlim=(0, None))
+    panel.set_title(f"stalls against bytes, {report['slots']} slots, {report['policy']}")
+    panel.legend(fontsize=7)
+
+
+def _words(distance: str) -> str:
+    return "step's start" if distance == "0" else f"{distance} ahead"
 
 
 def _pyplot() -> Any:
@@ -65,12 +114,16 @@ def _pyplot() -> Any:
     except ImportError:
         raise ConfigError("plot: matplotlib is not installed; pip install 'vllm-moe-offload[plot]'") from None
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "vllm-moe-offload"
     from matplotlib import pyplot  # type: ignore[import-not-found,unused-ignore]
 
     return pyplot
 
 
-def _save(figure: Any, path: Path, title: str) -> None:
+def _save(figure: Any, path: Path, title: str, room_below: float = 0.0) -> None:
+    """Equal figures make equal files: neither dates nor random names are written."""
     figure.suptitle(title, fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.tight_layout(rect=(0, room_below, 1, 1))
+    undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix, {})
+    figure.savefig(path, dpi=110, metadata=undated)
+    _pyplot().close(figure)

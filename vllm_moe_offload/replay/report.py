@@ -24,7 +24,7 @@ from .schedule import steps
 from .simulate import simulate
 from .timeline import Timeline, TimelineReport
 
-THRESHOLDS = (0.8, 0.65, 0.5, 0.4, 0.3, 0.2, 0.1)
+THRESHOLDS = (0.95, 0.9, 0.8, 0.65, 0.5, 0.4, 0.3, 0.2, 0.1)
 DISTANCES = (1, 2)
 """Layers ahead at which loads are admitted; nearer predictions are better, farther ones have more time."""
 
@@ -52,7 +52,7 @@ def parse_slots(text: str, trace: Trace) -> int:
     total = trace.num_layers * trace.num_experts
     try:
         slots = round(total * float(text[:-1]) / 100) if text.endswith("%") else int(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ConfigError(f"slots: {text!r} is neither a number like 192 nor a share like 25%") from None
     if not 0 < slots <= total:
         raise ConfigError(f"slots: {text!r} comes to {slots} of this trace's {total} experts; choose 1 to {total}")
@@ -63,7 +63,7 @@ def prepare_predictor(name: str, trace: Trace, history: Trace | None) -> Predict
     """Fit the predictor called ``name`` for replaying ``trace``; without a history it learns as it goes.
 
     Raises:
-        TraceError: the history is of another model shape.
+        TraceError: the history is of another model shape, or its embeddings were made by another function.
         ConfigError: there is no such predictor.
     """
     shape = ModelShape(*trace.shape)
@@ -71,6 +71,12 @@ def prepare_predictor(name: str, trace: Trace, history: Trace | None) -> Predict
     if history is not None:
         if history.shape != trace.shape:
             raise TraceError(f"history has {_words(history)}, the trace has {_words(trace)}; they must be of one model")
+        widths = [one.embeddings.shape[1] for one in (history, trace) if one.embeddings is not None]
+        if len(set(widths)) > 1:
+            raise TraceError(
+                f"embeddings of the history have {widths[0]} numbers, the trace's {widths[1]}; one function "
+                "must have made both"
+            )
         store.extend(history.requests())
     return fit_predictor(name, shape, store)
 
@@ -88,8 +94,9 @@ def replay(trace: Trace, setup: Setup, history: Trace | None = None) -> dict[str
     ``frontier_tokens`` long.
 
     Raises:
-        ConfigError, TraceError: as ``prepare_predictor``, and when the slots cannot hold a step's experts.
+        ConfigError, TraceError: as ``prepare_predictor``, and as ``check``.
     """
+    sequence = check(trace, setup)
     prediction, accuracy = forecast_trace(prepare_predictor(setup.predictor, trace, history), trace)
     sample = spread_requests(trace, setup.frontier_tokens)
     few, few_prediction = trace.select(sample), prediction.select(trace, sample)
@@ -101,7 +108,6 @@ def replay(trace: Trace, setup: Setup, history: Trace | None = None) -> dict[str
         *(partial(run_once, few, setup, few_prediction, threshold) for threshold in thresholds),
     ]
     chosen, without, perfect, *points = run_all(jobs)
-    sequence = access_sequence(trace, _schedule(trace, setup))
     few_sequence = access_sequence(few, _schedule(few, setup))
     report: dict[str, Any] = {
         "trace": _words(trace),
@@ -117,6 +123,7 @@ def replay(trace: Trace, setup: Setup, history: Trace | None = None) -> dict[str
         "prefetch": {"useful": chosen.useful, "late": chosen.late, "wasted": chosen.wasted},
         "recall": accuracy.to_json(),
         "calibration_error": {str(d): accuracy.calibration_error(d) for d in accuracy.distances},
+        "calibration": accuracy.calibration_to_json(),
         "no_prefetch": _rates(without),
         "belady_miss_rate": belady_miss_rate(sequence, setup.slots),
         "lru_per_layer_miss_rate": lru_per_layer_miss_rate(sequence, setup.slots, trace.num_layers),
@@ -128,6 +135,29 @@ def replay(trace: Trace, setup: Setup, history: Trace | None = None) -> dict[str
     if setup.hardware is not None:
         report |= on_hardware(few, setup, None if setup.predictor == "none" else few_prediction)
     return report
+
+
+def check(trace: Trace, setup: Setup) -> list[list[int]]:
+    """What is read together, in order (see ``access_sequence``), of a trace that can be replayed with ``setup``.
+
+    Raises:
+        TraceError: there is nothing to replay.
+        ConfigError: the policy is unknown, the threshold is no probability, or the slots cannot hold the experts of one
+            layer of one step.
+    """
+    _policy(trace, setup)
+    if not trace.num_tokens:
+        raise TraceError("the trace has no tokens to replay")
+    if not 0 <= setup.threshold <= 1:
+        raise ConfigError(f"threshold: {setup.threshold} is not a probability; choose 0 to 1")
+    sequence = access_sequence(trace, _schedule(trace, setup))
+    widest = max(map(len, sequence))
+    if setup.slots < widest:
+        raise ConfigError(
+            f"slots: {setup.slots} are too few, a layer of one step of this trace reads {widest} experts; give at "
+            f"least {widest} slots{' or a smaller batch' if setup.batch > 1 else ''}"
+        )
+    return sequence
 
 
 def spread_requests(trace: Trace, tokens: int) -> NDArray[np.int64]:

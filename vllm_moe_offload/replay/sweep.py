@@ -1,21 +1,25 @@
 """All policies and predictors over several cache sizes, with the bounds beside them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 from ..cache import POLICY_NAMES
+from ..errors import ConfigError
 from ..history.trace import Trace
 from ..predict.fitting import PREDICTOR_NAMES
-from .bounds import access_sequence, belady_miss_rate, lru_per_layer_miss_rate, perfect_forecast
+from .bounds import belady_miss_rate, lru_per_layer_miss_rate, perfect_forecast
 from .forecast import Forecast
 from .parallel import run_all
-from .report import DISTANCES, Setup, forecast_trace, parse_slots, prepare_predictor, run_once, spread_requests
-from .schedule import steps
+from .report import DISTANCES, Setup, check, forecast_trace, parse_slots, prepare_predictor, run_once, spread_requests
 
 SWEEP_SLOTS = ("12.5%", "25%", "50%", "75%")
-SWEEP_THRESHOLDS = (0.7, 0.5, 0.3, 0.1)
+SWEEP_THRESHOLDS = (0.8, 0.5, 0.3, 0.1)
+SWEEP_TOKENS = 1_000
+BELADY = "belady"
+LRU_PER_LAYER = "lru per layer"
+PERFECT = "perfect"
 
 
 class Point(NamedTuple):
@@ -23,7 +27,9 @@ class Point(NamedTuple):
 
     slots: int
     policy: str
+    """One of POLICY_NAMES; BELADY and LRU_PER_LAYER where nothing is prefetched and no policy is asked."""
     predictor: str
+    """One of PREDICTOR_NAMES, or PERFECT."""
     threshold: float
     demand_miss_rate: float
     loads_per_use: float
@@ -35,37 +41,61 @@ def sweep(
     setup: Setup,
     policies: Sequence[str] = POLICY_NAMES,
     predictors: Sequence[str] = PREDICTOR_NAMES,
-) -> list[Point]:
-    """Replay every combination on a sample of ``setup.frontier_tokens`` tokens.
+) -> Iterator[list[Point]]:
+    """Replay every combination on a sample of whole requests, ``setup.frontier_tokens`` long.
 
-    Bounds are points too: policies ``belady`` and ``lru per layer``, predictor ``perfect``.
+    Yields the bounds that need no predictor first, then the points of one predictor after the other, PERFECT last.
+    ``setup.slots`` and ``setup.policy`` are ignored. Sizes that cannot hold a step's experts are left out.
+
+    Raises:
+        TraceError: as ``check``.
+        ConfigError: no size can hold a step's experts.
     """
     trace = trace.select(spread_requests(trace, setup.frontier_tokens))
-    points: list[Point] = []
-    all_slots = [parse_slots(text, trace) for text in SWEEP_SLOTS]
-    sequence = access_sequence(trace, steps(trace, setup.batch))
-    for slots in all_slots:
-        best = belady_miss_rate(sequence, slots)
-        plain = lru_per_layer_miss_rate(sequence, slots, trace.num_layers)
-        points += [
-            Point(slots, "belady", "none", 1.0, best, best),
-            Point(slots, "lru per layer", "none", 1.0, plain, plain),
+    sequence = check(trace, replace(setup, slots=trace.num_layers * trace.num_experts))
+    widest = max(map(len, sequence))
+    sizes = sorted({slots for text in SWEEP_SLOTS if (slots := parse_slots(text, trace)) >= widest})
+    if not sizes:
+        raise ConfigError(
+            f"batch: {setup.batch} makes steps that read {widest} experts of one layer; choose a smaller one"
+        )
+    yield [bound for slots in sizes for bound in _bounds(sequence, slots, trace.num_layers)]
+    for name in (*predictors, PERFECT):
+        prediction, thresholds = _what_to_try(name, trace, history)
+        jobs: list[Callable[[], Point]] = [
+            partial(_point, trace, replace(setup, slots=slots, policy=policy, predictor=name), prediction, threshold)
+            for slots in sizes
+            for policy in policies
+            for threshold in thresholds
         ]
-    for name in (*predictors, "perfect"):
-        if name == "perfect":
-            prediction = perfect_forecast(trace, DISTANCES)
-        else:
-            prediction, _ = forecast_trace(prepare_predictor(name, trace, history), trace)
-        thresholds = (0.5,) if name == "perfect" else (1.0,) if name == "none" else SWEEP_THRESHOLDS
-        jobs: list[Callable[[], Point]] = []
-        for slots in all_slots:
-            for policy in policies:
-                cell = replace(setup, slots=slots, policy=policy, predictor=name)
-                jobs += [partial(_point, trace, cell, prediction, threshold) for threshold in thresholds]
-        points += run_all(jobs)
-    return points
+        yield run_all(jobs)
 
 
-def _point(trace: Trace, cell: Setup, prediction: Forecast, threshold: float) -> Point:
+def best_at_bytes(points: Sequence[Point], loads_per_use: float) -> Point:
+    """The point with the fewest misses of those that load no more; where all load more, the one that loads least."""
+    affordable = [point for point in points if point.loads_per_use <= loads_per_use]
+    if not affordable:
+        return min(points, key=lambda point: point.loads_per_use)
+    return min(affordable, key=lambda point: point.demand_miss_rate)
+
+
+def _bounds(sequence: list[list[int]], slots: int, layers: int) -> list[Point]:
+    best, plain = belady_miss_rate(sequence, slots), lru_per_layer_miss_rate(sequence, slots, layers)
+    return [
+        Point(slots, BELADY, "none", 1.0, best, best),
+        Point(slots, LRU_PER_LAYER, "none", 1.0, plain, plain),
+    ]
+
+
+def _what_to_try(name: str, trace: Trace, history: Trace | None) -> tuple[Forecast | None, Sequence[float]]:
+    if name == "none":
+        return None, (1.0,)
+    if name == PERFECT:
+        return perfect_forecast(trace, DISTANCES), (0.5,)
+    prediction, _ = forecast_trace(prepare_predictor(name, trace, history), trace)
+    return prediction, SWEEP_THRESHOLDS
+
+
+def _point(trace: Trace, cell: Setup, prediction: Forecast | None, threshold: float) -> Point:
     tally = run_once(trace, cell, prediction, threshold)
     return Point(cell.slots, cell.policy, cell.predictor, threshold, tally.demand_miss_rate, tally.loads_per_use)

@@ -1,0 +1,81 @@
+"""How `replay` prints what it found: tables for people, the bounds among the rows."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vllm_moe_offload.cache import POLICY_NAMES
+from vllm_moe_offload.history.trace import Trace
+from vllm_moe_offload.replay.sweep import BELADY, LRU_PER_LAYER, PERFECT, Point, best_at_bytes
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """One replay: bounds, frontier, recall, and time where hardware was given."""
+    console = Console()
+    console.print(
+        f"{report['trace']}: {report['requests']} requests, {report['tokens']} tokens, {report['slots']} slots, "
+        f"eviction by {report['policy']}",
+        soft_wrap=True,
+    )
+    table = Table("", "demand misses", "loads per use")
+    table.add_row("belady, no prefetch", *_percent(report["belady_miss_rate"]))
+    table.add_row("perfect prediction", *_rates(report["perfect_prediction"]))
+    table.add_row("lru per layer", *_percent(report["lru_per_layer_miss_rate"]))
+    table.add_row("no prefetch", *_rates(report["no_prefetch"]))
+    for point in report["frontier"]:
+        table.add_row(f"{report['predictor']}, p > {point['threshold']:g}", *_rates(point))
+    console.print(table)
+    for distance, by_count in report["recall"].items():
+        figures = ", ".join(f"@{count} {value['mean']:.3f}" for count, value in by_count.items())
+        when = "from the step's start" if distance == "0" else f"{distance} layers ahead"
+        console.print(
+            f"recall {when}: {figures}; calibration error {report['calibration_error'][distance]:.4f}", soft_wrap=True
+        )
+    if "tpot_seconds" in report:
+        for prefix, name in (("", report["predictor"]), ("no_prefetch_", "no prefetch")):
+            stall, tpot = report[f"{prefix}stall_seconds_per_token"], report[f"{prefix}tpot_seconds"]
+            console.print(
+                f"{report['hardware']['name']}, {name}: {1e3 * tpot:.2f} ms per token, {1e3 * stall:.2f} ms stalled",
+                soft_wrap=True,
+            )
+
+
+def print_sweep(points: Sequence[Point], trace: Trace) -> None:
+    """One table per cache size: predictors down, policies across; bounds that know no policy first."""
+    console = Console()
+    total = trace.num_layers * trace.num_experts
+    console.print(
+        "Uses that stall (loads per use) @threshold: of each predictor's thresholds the one with the fewest stalls at "
+        "no more bytes than LRU per layer loads; * where every one loads more. belady and lru per layer do not "
+        "prefetch."
+    )
+    for slots in sorted({point.slots for point in points}):
+        here = [point for point in points if point.slots == slots]
+        limit = next(point.loads_per_use for point in here if point.policy == LRU_PER_LAYER)
+        policies = [name for name in POLICY_NAMES if any(point.policy == name for point in here)]
+        table = Table("", *policies, title=f"{slots} slots, {slots / total:.1%} of the experts", title_justify="left")
+        for name in (BELADY, LRU_PER_LAYER):
+            bound = next(point for point in here if point.policy == name)
+            table.add_row(name, *[_cell(bound, limit)] * len(policies))
+        names = dict.fromkeys(point.predictor for point in here if point.policy in policies)
+        for name in sorted(names, key=lambda name: (name != PERFECT, name != "none")):
+            label = {"none": "no prefetch"}.get(name, name)
+            cells = ([p for p in here if p.policy == policy and p.predictor == name] for policy in policies)
+            table.add_row(label, *(_cell(best_at_bytes(cell, limit), limit) for cell in cells))
+        console.print(table)
+
+
+def _cell(point: Point, limit: float) -> str:
+    threshold = "" if point.predictor in ("none", PERFECT) else f" @{point.threshold:g}"
+    excess = "*" if point.loads_per_use > limit else ""
+    return f"{point.demand_miss_rate:.1%} ({point.loads_per_use:.2f}){threshold}{excess}"
+
+
+def _rates(values: dict[str, float]) -> tuple[str, str]:
+    return _percent(values["demand_miss_rate"], values["loads_per_use"])
+
+
+def _percent(misses: float, loads: float | None = None) -> tuple[str, str]:
+    return f"{misses:.2%}", f"{misses if loads is None else loads:.2%}"
