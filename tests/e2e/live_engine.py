@@ -3,10 +3,12 @@
 Processes are forked from one that has imported vLLM already, so that a test can afford several.
 """
 
+import gc
 import multiprocessing
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,6 +83,16 @@ class LiveEngine:
         self.begin("stats")
         return self.end()
 
+    def call(self, function: Callable[[Any], Any]) -> Any:
+        """What ``function``, of a module of the tests, returns in the engine's process, given the worker."""
+        self.begin("call", function)
+        return self.end()
+
+    def stop(self) -> None:
+        """End the engine but not its process, which may start another."""
+        self.begin("stop")
+        self.end()
+
     def close(self) -> None:
         self._connection.close()
         self.process.join()
@@ -122,6 +134,14 @@ class _Session:
 
     def stats(self) -> dict[str, Any]:
         return self._llm.collective_rpc("moe_offload_stats")[0]
+
+    def call(self, function: Callable[[Any], Any]) -> Any:
+        return self._llm.collective_rpc(function)[0]
+
+    def stop(self) -> None:
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        gc.collect()
 
 
 def _answer(connection: Connection, log: str, environment: dict[str, str]) -> None:
