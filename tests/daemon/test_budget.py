@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_moe_offload.daemon.budget import Claim, split
+from vllm_moe_offload.daemon.budget import Claim, PoolSize, bytes_for, slots_within, split
 
 GIB = 2**30
 
@@ -70,3 +70,27 @@ def test_a_model_nobody_uses_stays_until_others_want_its_memory() -> None:
         "new": 14 * GIB,
     }
     assert split({"left": left}, 16 * GIB) == {"left": 8 * GIB}
+
+
+@st.composite
+def pools(draw: st.DrawFn) -> list[PoolSize]:
+    sizes = []
+    for _ in range(draw(st.integers(1, 3))):
+        record = draw(st.integers(1, 2**24))
+        sizes.append(PoolSize(draw(st.integers(1, 50_000)), record, record + draw(st.sampled_from([0, 1, 8192]))))
+    return sizes
+
+
+@given(pools(), st.integers(0, 2**50))
+def test_the_pools_of_a_model_take_no_more_than_it_has(sizes: list[PoolSize], budget: int) -> None:
+    slots = slots_within(sizes, budget)
+    assert sum(size.taken(count) for size, count in zip(sizes, slots, strict=True)) <= budget
+    assert all(0 <= count <= size.experts for size, count in zip(sizes, slots, strict=True))
+
+
+@given(pools(), st.data())
+def test_bytes_for_slots_are_enough_and_the_least(sizes: list[PoolSize], data: st.DataObject) -> None:
+    wanted = [data.draw(st.integers(1, size.experts)) for size in sizes]
+    needed = bytes_for(sizes, wanted)
+    assert all(have >= want for have, want in zip(slots_within(sizes, needed), wanted, strict=True))
+    assert any(have < want for have, want in zip(slots_within(sizes, needed - 1), wanted, strict=True))

@@ -1,6 +1,6 @@
 """How the daemon's memory is divided among models. Pure arithmetic: bytes and measured need in, bytes out."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
@@ -75,3 +75,36 @@ def _fill(shares: dict[Key, int], tops: Mapping[Key, int], weights: Mapping[Key,
         else:
             high = middle
     shares.update(at(low))
+
+
+class PoolSize(NamedTuple):
+    """What a pool takes when full, and what each slot takes before that."""
+
+    experts: int
+    record_bytes: int
+    """Of one expert without padding: full, records lie back to back."""
+    slot_bytes: int
+    """Memory that one slot alone can take: whole pages, also those it shares."""
+
+    @property
+    def full_bytes(self) -> int:
+        return self.experts * self.record_bytes
+
+    def taken(self, slots: int) -> int:
+        """Bytes that so many slots take at most."""
+        return min(slots * self.slot_bytes, self.full_bytes)
+
+
+def slots_within(pools: Sequence[PoolSize], budget: int) -> list[int]:
+    """Slots of each pool of a model, by the pools' shares of all its bytes."""
+    full = sum(pool.full_bytes for pool in pools)
+    if budget >= full:
+        return [pool.experts for pool in pools]
+    return [min(pool.experts, budget * pool.full_bytes // full // pool.slot_bytes) for pool in pools]
+
+
+def bytes_for(pools: Sequence[PoolSize], slots: Sequence[int]) -> int:
+    """The least that ``slots_within`` makes at least so many slots of."""
+    full = sum(pool.full_bytes for pool in pools)
+    needed = [-(-count * pool.slot_bytes * full // pool.full_bytes) for pool, count in zip(pools, slots, strict=True)]
+    return min(full, max(needed))

@@ -216,6 +216,11 @@ class HostedPool:
         if ids and (min(ids) < 0 or max(ids) >= self.experts):
             raise ValueError(f"experts {min(ids)} to {max(ids)} are not all among the {self.experts} of this pool")
 
+    def close(self) -> None:
+        """Close what stands for the memory; it is free when nobody maps it any more."""
+        self.arena.mapping.close()
+        self.table.close()
+
     def check_integrity(self) -> None:
         """Assert the invariants. For tests."""
         with self.lock:

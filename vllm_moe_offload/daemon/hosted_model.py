@@ -1,0 +1,228 @@
+"""One model in the daemon: an open store, a pool per record layout, and the workers attached to it.
+
+It stays as it is when its last worker leaves, until others need the memory. It must never open anything but the store
+it was given.
+"""
+
+import mmap
+import os
+import threading
+from collections import Counter
+from dataclasses import dataclass
+
+from ..errors import OffloadError
+from ..prefetch.loader import RecordLoader
+from ..store.layout import RecordLayout
+from ..store.reader import Store
+from . import lease
+from .budget import PoolSize, bytes_for, slots_within
+from .hosted_pool import HostedPool
+from .mapping import whole_pages
+from .protocol import MAX_WORKERS, Attach, ModelStatus, PoolInfo, WorkerStatus
+from .table import COUNTERS
+
+_LOOK_SECONDS = 0.25
+"""How often uses are heard of when nobody asks for anything; the rings of workers hold far more."""
+_BUSY_SECONDS = 0.001
+_SEEN_BY_WORKERS = ("hits", "misses", "stall_us", "steps", "tokens")
+"""What the pools cannot count."""
+
+
+@dataclass(frozen=True)
+class Lodger:
+    """What a worker said when it attached."""
+
+    pid: int
+    group: str
+    rank: int
+    lease: bool
+    wanted_bytes: int
+
+
+class HostedModel:
+    """Thread-safe.
+
+    Args:
+        store: closed with the model.
+        policy: name of the eviction policy.
+        io_cpus: where reading threads may run; None leaves them where the daemon runs.
+
+    Raises:
+        ConfigError: the policy is unknown, or the system has no room for the arenas' addresses.
+    """
+
+    def __init__(self, store: Store, policy: str, io_cpus: set[int] | None):
+        self.store = store
+        self.name = store.path.name
+        self.pressure = 0.0
+        """Bytes per second that workers lately waited for; kept by whoever divides the memory."""
+        self.promised = 0
+        """Bytes that the attached workers rely on, leases apart."""
+        self.budget = 0
+        self.workers: dict[int, Lodger] = {}
+        self._departed: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._stirred = threading.Event()
+        self._closing = False
+        self._loader = RecordLoader(store, cpus=io_cpus)
+        layouts = list(dict.fromkeys(entry.layout for entry in store.layers))
+        self.pools = [
+            HostedPool(self.name[:8], store, layout, self._loader, policy, 0, self._stirred.set) for layout in layouts
+        ]
+        self.sizes = [
+            PoolSize(pool.experts, pool.layout.payload_bytes, _slot_bytes(pool.layout)) for pool in self.pools
+        ]
+        self.fds = [fd for pool in self.pools for fd in (pool.arena.mapping.reader_descriptor(), pool.table.mapping.fd)]
+        """Arena, only to be read, and table of every pool; the model's."""
+        self._keeper = threading.Thread(target=self._keep, name=f"moe-offload-{self.name[:8]}", daemon=True)
+        self._keeper.start()
+
+    @property
+    def full_bytes(self) -> int:
+        """What all its experts take."""
+        return sum(size.full_bytes for size in self.sizes)
+
+    @property
+    def held_bytes(self) -> int:
+        """What it takes now, at most."""
+        return sum(size.taken(pool.held) for size, pool in zip(self.sizes, self.pools, strict=True))
+
+    @property
+    def wanted_bytes(self) -> int:
+        """What its workers were configured to use, at least 1 if there is any."""
+        return max([max(1, lodger.wanted_bytes) for lodger in list(self.workers.values())], default=0)
+
+    @property
+    def leased(self) -> bool:
+        return any(lodger.lease for lodger in list(self.workers.values()))
+
+    @property
+    def missed_bytes(self) -> int:
+        """What workers have waited for since the model was opened."""
+        return sum(pool.counters.missed_bytes for pool in self.pools)
+
+    def least_bytes(self, wanted: int) -> int:
+        """Less cannot serve a worker configured to use ``wanted``: a whole layer, or what it wanted if that is less."""
+        slots = slots_within(self.sizes, wanted)
+        least = [max(1, min(pool.largest_layer, count)) for pool, count in zip(self.pools, slots, strict=True)]
+        return bytes_for(self.sizes, least)
+
+    def set_budget(self, nbytes: int) -> None:
+        """So many bytes may be taken from now on; taking less goes on until ``held_bytes`` shows it."""
+        self.budget = nbytes
+        for pool, slots in zip(self.pools, slots_within(self.sizes, nbytes), strict=True):
+            if pool.limit != slots:
+                pool.limit = slots
+
+    def attach(self, request: Attach, leased: bool) -> int:
+        """Returns the worker's entry. What is promised to it is up to the caller.
+
+        Raises:
+            OffloadError: there is no entry left.
+        """
+        with self._lock:
+            free = [number for number in range(MAX_WORKERS) if number not in self.workers]
+            if not free:
+                raise OffloadError(f"{MAX_WORKERS} workers are attached to store {self.name}, as many as can be")
+            worker = free[0]
+            self.workers[worker] = Lodger(request.pid, request.group, request.rank, leased, request.wanted_bytes)
+            for pool in self.pools:
+                pool.admit(worker)
+        self._stirred.set()
+        return worker
+
+    def lease(self, worker: int) -> None:
+        """Bring every expert into the slot of its own number for this worker. Blocks.
+
+        Raises:
+            LoadError: a record could not be read, or another worker did not stop reading.
+        """
+        for pool in self.pools:
+            lease.lease(pool, worker)
+
+    def detach(self, worker: int) -> None:
+        """A worker has left, or died: what was kept for it is free. Idempotent."""
+        with self._lock:
+            if worker not in self.workers:
+                return
+            self._departed.update(self._counters_of(worker))
+            for pool in self.pools:
+                pool.dismiss(worker)
+            del self.workers[worker]
+            if not self.workers:
+                self.promised = 0
+
+    def pool(self, number: int) -> HostedPool:
+        """Raises ``ValueError`` for one that the model does not have."""
+        if not 0 <= number < len(self.pools):
+            raise ValueError(f"there is no pool {number}: the model has {len(self.pools)}")
+        return self.pools[number]
+
+    def pool_infos(self) -> list[PoolInfo]:
+        return [
+            PoolInfo(pool.experts, pool.limit, pool.arena.mapping.size, pool.table.mapping.size) for pool in self.pools
+        ]
+
+    def is_alike(self, other: "HostedModel") -> bool:
+        """Whether experts have the same ids in both: tensor-parallel slices of one model."""
+        shapes = [[(entry.name, entry.experts) for entry in model.store.layers] for model in (self, other)]
+        whole = [model.store.identity.facts.get("expert_parallel", [0, 1])[1] == 1 for model in (self, other)]
+        return shapes[0] == shapes[1] and all(whole) and len(self.pools) == len(other.pools)
+
+    def status(self) -> ModelStatus:
+        with self._lock:
+            lodgers = dict(self.workers)
+            of_workers = {worker: self._counters_of(worker) for worker in lodgers}
+            workers_saw = sum((Counter(counted) for counted in of_workers.values()), Counter(self._departed))
+        counters = Counter({name: workers_saw[name] for name in _SEEN_BY_WORKERS})
+        for pool in self.pools:
+            counters.update(pool.counters.as_dict())
+        limits = [pool.limit for pool in self.pools]
+        resident = [pool.resident for pool in self.pools]
+        return ModelStatus(
+            store=self.name,
+            model=self.store.identity.model,
+            experts=sum(pool.experts for pool in self.pools),
+            limit=sum(limits),
+            resident=sum(resident),
+            record_bytes=self.full_bytes,
+            limit_bytes=sum(size.record_bytes * count for size, count in zip(self.sizes, limits, strict=True)),
+            resident_bytes=sum(size.record_bytes * count for size, count in zip(self.sizes, resident, strict=True)),
+            counters=dict(counters),
+            workers=[
+                WorkerStatus(worker, one.pid, one.group, one.rank, one.lease, of_workers[worker])
+                for worker, one in lodgers.items()
+            ],
+        )
+
+    def close(self) -> None:
+        """Nobody is attached any more: give everything back. Idempotent."""
+        if self._closing:
+            return
+        self._closing = True
+        self._stirred.set()
+        self._keeper.join()
+        self._loader.close()
+        for fd in self.fds[::2]:
+            os.close(fd)
+        for pool in self.pools:
+            pool.close()
+        self.store.close()
+
+    def _counters_of(self, worker: int) -> dict[str, int]:
+        return dict(zip(COUNTERS, self.pools[0].table.counters[worker].tolist(), strict=True))
+
+    def _keep(self) -> None:
+        """Look after the pools. Runs in a thread of its own."""
+        while not self._closing:
+            self._stirred.clear()
+            busy = [pool.tend() for pool in self.pools]
+            self._stirred.wait(_BUSY_SECONDS if any(busy) else _LOOK_SECONDS if self.workers else None)
+
+
+def _slot_bytes(layout: RecordLayout) -> int:
+    """Memory a slot among empty ones can take: of a part that is no whole number of pages, also where it ends."""
+    page = mmap.PAGESIZE
+    return sum(
+        part.nbytes if part.nbytes % page == 0 else whole_pages(part.nbytes) + page for part in layout.components
+    )

@@ -1,0 +1,242 @@
+"""All models of the daemon, sharing one budget: opened by name, grown and shrunk by need, forgotten for others.
+
+It must never open a folder outside its root, and never let all of them together take more than the budget.
+"""
+
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from ..errors import ConfigError, OffloadError, StoreError
+from ..store.manifest import RECORDS_NAME
+from ..store.reader import Store
+from .attachment import Attachment
+from .budget import Claim, split
+from .hosted_model import HostedModel
+from .protocol import Attach, ModelStatus
+
+_NAME = re.compile(r"[0-9a-f]{32}")
+_LOOK_SECONDS = 5.0
+"""How often the division is looked at."""
+_PATIENCE_SECONDS = 20.0
+"""How long a newcomer waits for others to give memory back."""
+_NAP_SECONDS = 0.002
+_WORTH_MOVING = 50
+"""A model's share is changed for at least this part of the budget."""
+_HALF_LIFE_SECONDS = 30.0
+
+_File = tuple[int, int]
+"""Device and inode of a store's records: a store built again is another one."""
+
+
+class HostedModels:
+    """Thread-safe.
+
+    Args:
+        root: the folder of all stores.
+        budget_bytes: memory for the experts of all models together.
+        shares: what the operator allows at most, by store fingerprint or model name, in bytes.
+        policy: name of the eviction policy.
+        io_cpus: where reading threads may run; None leaves them where the daemon runs.
+        say: told what an operator should know.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        budget_bytes: int,
+        shares: Mapping[str, int],
+        policy: str,
+        io_cpus: set[int] | None,
+        say: Callable[[str], None],
+    ):
+        self._root, self._budget, self._shares = root, budget_bytes, dict(shares)
+        self._policy, self._io_cpus, self._say = policy, io_cpus, say
+        self._models: dict[_File, HostedModel] = {}
+        self._attachments: tuple[Attachment, ...] = ()
+        self._dividing = threading.RLock()
+        """Held while models come, go, or change size."""
+        self._listing = threading.Lock()
+        self._closing = threading.Event()
+        self._looker = threading.Thread(target=self._look_after, name="moe-offload-budget", daemon=True)
+        self._looker.start()
+
+    def attach(self, request: Attach) -> Attachment:
+        """Let a worker use a model. Blocks: others may have to give memory back, a lease reads everything.
+
+        Raises:
+            OffloadError: it cannot be served; says why and what would help.
+        """
+        with self._dividing:
+            file, model = self._open(request.store)
+            try:
+                leased = self._make_room(file, model, request)
+                worker = model.attach(request, leased)
+            except BaseException:
+                self._close_if_idle(file, model, keep=bool(model.held_bytes))
+                raise
+            # what its workers are told now, they may rely on
+            model.promised = max(model.promised, min(model.budget, model.least_bytes(model.full_bytes)))
+        if request.lease and not leased:
+            self._say(
+                f"an engine (pid {request.pid}) wanted all of {_name(model)} in memory; "
+                f"{_size(model.budget)} of {_size(model.full_bytes)} can be spared, it will read what it misses"
+            )
+        attachment = Attachment(model, worker, leased, lambda: self._siblings(attachment), self._forget)
+        if leased:
+            try:
+                model.lease(worker)
+            except BaseException:
+                attachment.detach()
+                raise
+        with self._listing:
+            self._attachments += (attachment,)
+        return attachment
+
+    def status(self) -> list[ModelStatus]:
+        return [model.status() for model in list(self._models.values())]
+
+    def close(self) -> None:
+        """Everyone has been detached: close all stores."""
+        self._closing.set()
+        self._looker.join()
+        with self._dividing:
+            while self._models:
+                self._models.popitem()[1].close()
+
+    def _open(self, name: str) -> tuple[_File, HostedModel]:
+        if not _NAME.fullmatch(name):
+            raise StoreError(f"store {name!r}: a store is named by its fingerprint, 32 hexadecimal digits")
+        path = self._root / name
+        try:
+            status = (path / RECORDS_NAME).stat()
+        except OSError as error:
+            raise StoreError(
+                f"the daemon has no store {name} in {self._root} ({error.strerror}); build it there, or start the "
+                "daemon with the --store folder that the engines use"
+            ) from error
+        file = (status.st_dev, status.st_ino)
+        if file not in self._models:
+            store = Store.open(path)
+            if store.identity.fingerprint != name:
+                store.close()
+                raise StoreError(
+                    f"store {path} was built as {store.identity.fingerprint}; remove it and build it again"
+                )
+            self._models[file] = HostedModel(store, self._policy, self._io_cpus)
+        return file, self._models[file]
+
+    def _make_room(self, file: _File, model: HostedModel, request: Attach) -> bool:
+        """Divide the budget anew with another worker of ``model``. Returns whether it is held whole for the worker."""
+        claims = self._claims()
+        wanted = max(model.wanted_bytes, request.wanted_bytes, 1)
+        floor, ceiling = max(claims[file].floor, model.least_bytes(request.wanted_bytes)), claims[file].ceiling
+        if floor > ceiling:
+            raise ConfigError(
+                f"--share {self._share_of(model)}: {_size(ceiling)} is too little for {_name(model)}; the least that "
+                f"works is {_size(floor)}"
+            )
+        claims[file] = Claim(floor, ceiling, wanted, claims[file].held, model.pressure)
+        others = sum(claim.floor for key, claim in claims.items() if key != file)
+        if floor + others > self._budget:
+            raise ConfigError(
+                f"--cache {_size(self._budget)} of the daemon is too little for {_name(model)}: it needs at least "
+                f"{_size(floor)}, and {_size(others)} are promised to {self._others(model)}; the least that works is "
+                f"{_size(floor + others)}"
+            )
+        targets = split(claims, self._budget)
+        leased = request.lease and targets[file] >= model.full_bytes
+        self._resize(targets, _PATIENCE_SECONDS)
+        least = model.full_bytes if leased else floor
+        if model.budget < least:
+            raise OffloadError(
+                f"{self._others(model)} did not give back memory for {_name(model)} within {_PATIENCE_SECONDS:.0f} s; "
+                "try again, or look for an engine that hangs"
+            )
+        return leased
+
+    def _claims(self) -> dict[_File, Claim]:
+        return {file: self._claim(model) for file, model in self._models.items()}
+
+    def _claim(self, model: HostedModel) -> Claim:
+        ceiling = model.full_bytes
+        if share := self._share_of(model):
+            ceiling = min(ceiling, self._shares[share])
+        wanted = model.wanted_bytes
+        floor = model.full_bytes if model.leased else model.promised if wanted else 0
+        return Claim(floor, max(floor, ceiling), wanted, model.held_bytes, model.pressure)
+
+    def _share_of(self, model: HostedModel) -> str:
+        """The name under which the operator has limited it."""
+        path = Path(model.store.identity.model)
+        hub = [part.removeprefix("models--").replace("--", "/") for part in path.parts if part.startswith("models--")]
+        return next((name for name in (model.name, str(path), path.name, *hub) if name in self._shares), "")
+
+    def _resize(self, targets: Mapping[_File, int], patience: float) -> None:
+        """Shrink, wait until it has come about, and give others what is free then."""
+        for file, target in targets.items():
+            if target < self._models[file].budget:
+                self._models[file].set_budget(target)
+        deadline = time.monotonic() + patience
+        while self._overhang() and time.monotonic() < deadline:
+            time.sleep(_NAP_SECONDS)
+        taken = {file: max(model.budget, model.held_bytes) for file, model in self._models.items()}
+        for file, target in targets.items():
+            free = self._budget - sum(taken.values())
+            granted = min(target, taken[file] + max(0, free))
+            if granted > self._models[file].budget:
+                self._models[file].set_budget(granted)
+                taken[file] = max(taken[file], granted)
+        for file, model in list(self._models.items()):
+            self._close_if_idle(file, model, keep=model.held_bytes > 0 or targets.get(file, 0) > 0)
+
+    def _overhang(self) -> bool:
+        return any(model.held_bytes > model.budget for model in list(self._models.values()))
+
+    def _close_if_idle(self, file: _File, model: HostedModel, keep: bool) -> None:
+        if not model.workers and not keep and self._models.pop(file, None) is not None:
+            model.close()
+
+    def _siblings(self, attachment: Attachment) -> list[Attachment]:
+        return [other for other in self._attachments if attachment.group and other.group == attachment.group]
+
+    def _forget(self, attachment: Attachment) -> None:
+        with self._listing:
+            self._attachments = tuple(other for other in self._attachments if other is not attachment)
+
+    def _look_after(self) -> None:
+        """Move memory to where it is missed. Runs in a thread of its own."""
+        missed: dict[_File, int] = {}
+        while not self._closing.wait(_LOOK_SECONDS):
+            with self._dividing:
+                for file, model in self._models.items():
+                    now = model.missed_bytes
+                    rate = (now - missed.get(file, now)) / _LOOK_SECONDS
+                    missed[file] = now
+                    model.pressure += (rate - model.pressure) * (1 - 0.5 ** (_LOOK_SECONDS / _HALF_LIFE_SECONDS))
+                self.rebalance()
+
+    def rebalance(self) -> None:
+        """Go half of the way to what the models need now, if it is worth it."""
+        with self._dividing:
+            if len(self._models) < 2:
+                return
+            targets = split(self._claims(), self._budget)
+            changes = {file: target - self._models[file].budget for file, target in targets.items()}
+            if max(map(abs, changes.values())) * _WORTH_MOVING >= self._budget:
+                half = {file: self._models[file].budget + change // 2 for file, change in changes.items()}
+                self._resize(half, patience=1.0)
+
+    def _others(self, model: HostedModel) -> str:
+        return ", ".join(_name(other) for other in self._models.values() if other is not model) or "nobody else"
+
+
+def _name(model: HostedModel) -> str:
+    return f"{model.store.identity.model or 'the model'} (store {model.name})"
+
+
+def _size(nbytes: int) -> str:
+    """As an operator writes it, rounded up."""
+    return f"{-(-nbytes // 2**20)}MiB" if nbytes >= 2**26 else f"{-(-nbytes // 2**10)}KiB"
