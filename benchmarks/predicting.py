@@ -1,8 +1,8 @@
 """What remembering and predicting cost beside a forward pass, in microseconds: no model, no disk, no engine.
 
-Steps of made-up requests run through the plugin's own recorder, predictor and planner, as the engine runs them. Every
-slot is a number here: experts are absent at random, and a guess costs nothing to start. Everything but `none` looks
-ahead in every step that it is not told to be silent in; `--silent` shows what a silent step still costs.
+Steps of made-up requests run through the plugin's own recorder, predictor and planner, as the engine runs them. Slots
+are numbers here: experts are absent at random, and a guess costs nothing to start. Steps in which the predictor was
+asked are told apart from those that were left alone, as some always are and all when prediction does not pay.
 
     python benchmarks/predicting.py --experts 128 --top-k 8 --batch 1,8 --absent 0,0.5
 """
@@ -128,16 +128,14 @@ def make_predictor(name: str, shape: ModelShape, history: HistoryStore) -> Predi
 class Bench:
     """One worker serving made-up steps, timed from outside by what the engine calls."""
 
-    def __init__(self, shape: ModelShape, predictor: Predictor | None, absent: float, silent: bool):
+    def __init__(self, shape: ModelShape, predictor: Predictor | None, absent: float):
         self.shape = shape
         self.slots = Slots(shape, absent)
         self.anticipation = None
         if predictor is not None:
             estimates = Estimates(load_seconds=1e-3, layer_seconds=1e-3, chunk_seconds=1e-3)
-            # a clock that stands still: thinking costs nothing, so nothing but the command line silences it
+            # by a clock that stands still thinking costs nothing, so nothing silences it for good
             self.anticipation = Anticipation(predictor, self.slots, estimates, lambda: 0.0)
-            if silent:
-                self.anticipation.silence()
         closed = (lambda trace, state: predictor.close(state, trace)) if predictor else lambda trace, state: None
         self.witness = Witness(Recorder(shape, 4096), closed, None, self.anticipation)
         draw = np.random.default_rng(4)
@@ -146,24 +144,29 @@ class Bench:
         self._experts = np.ascontiguousarray(choices[:, -shape.top_k :]).astype(np.int32)
         self._weights = np.full((256, shape.top_k), 1 / shape.top_k, np.float32)
 
-    def serve(self, batch: int, steps: int, warm_up: int = 40) -> Cost:
-        """Run ``steps`` steps of ``batch`` requests that all end at the end."""
-        times: dict[str, list[float]] = {"routed": [], "look_ahead": [], "begin": [], "end": [], "ended": []}
+    def serve(self, batch: int, steps: int, warm_up: int = 40) -> dict[bool, Cost]:
+        """Run ``steps`` steps of ``batch`` requests that end with it: what predicted ones cost, and others."""
+        times: dict[bool, dict[str, list[float]]] = {}
         for step in range(warm_up + steps):
-            timed = self._step(batch, step)
-            if step >= warm_up and timed is not None:
+            predicted, timed = self._step(batch, step)
+            if step >= warm_up:
                 for name, seconds in timed.items():
-                    times[name].append(seconds)
-        times["ended"].append(_seconds(lambda: self.witness.requests_ended([str(r) for r in range(batch)])) / batch)
-        return Cost(**{name: 1e6 * float(np.percentile(values, 10)) for name, values in times.items()})
+                    times.setdefault(predicted, {}).setdefault(name, []).append(seconds)
+        ended = _seconds(lambda: self.witness.requests_ended([str(r) for r in range(batch)])) / batch
+        return {
+            predicted: Cost(
+                **{name: 1e6 * float(np.percentile(seconds, 10)) for name, seconds in parts.items()}, ended=1e6 * ended
+            )
+            for predicted, parts in sorted(times.items())
+        }
 
-    def _step(self, batch: int, step: int) -> dict[str, float] | None:
+    def _step(self, batch: int, step: int) -> tuple[bool, dict[str, float]]:
         self.slots.next_step(step)
         tokens = self._tokens[(step * batch) % 2048 :][:batch]
         rows = [RequestRows(str(r), PROMPT + step, tokens[r : r + 1], PROMPT) for r in range(batch)]
         self.witness.begin_step(Batch(rows))
         begin = _seconds(self.witness.begin_pass)
-        looks = self.anticipation is not None and self.anticipation.looks_ahead
+        predicted = self.anticipation is not None and self.anticipation.looks_ahead
         routed = look_ahead = 0.0
         for layer in range(self.shape.layers):
             first = (7 * step + 3 * layer) % (256 - batch)
@@ -175,10 +178,9 @@ class Bench:
                 self.anticipation.look_ahead()
             routed, look_ahead = routed + between - began, look_ahead + time.perf_counter() - between
         end = _seconds(self.witness.end_step)
-        if looks != (self.anticipation is not None and not self.anticipation.is_silent):
-            return None
         layers = self.shape.layers
-        return {"routed": routed / layers, "look_ahead": look_ahead / layers, "begin": begin, "end": end}
+        timed = {"routed": routed / layers, "look_ahead": look_ahead / layers, "begin": begin, "end": end}
+        return predicted, timed
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -200,7 +202,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2000, help="tokens in the history")
     parser.add_argument("--requests", type=int, default=20, help="requests in the history")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--silent", action="store_true", help="also as it is while prediction does not pay")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     shape = ModelShape(options.layers, options.experts, options.top_k)
@@ -210,13 +211,12 @@ def main() -> None:
     )
     results = []
     for name in options.predictor:
-        for silent in (False, True) if options.silent and name != "none" else (False,):
-            for batch in options.batch:
-                for absent in options.absent if name != "none" and not silent else [0.0]:
-                    history = made_up_history(shape, options.tokens, options.requests)
-                    bench = Bench(shape, make_predictor(name, shape, history), absent, silent)
-                    cost = bench.serve(batch, options.steps)
-                    label = f"{name}, silent" if silent else name
+        for batch in options.batch:
+            for absent in options.absent if name != "none" else [0.0]:
+                history = made_up_history(shape, options.tokens, options.requests)
+                costs = Bench(shape, make_predictor(name, shape, history), absent).serve(batch, options.steps)
+                for predicted, cost in costs.items():
+                    label = name if predicted or name == "none" else f"{name}, left alone"
                     results.append({"predictor": label, "batch": batch, "absent": absent, **cost._asdict()})
                     figures = (cost.routed, cost.look_ahead, cost.begin, cost.end, cost.step(shape.layers), cost.ended)
                     table.add_row(label, str(batch), f"{absent:g}", *(f"{figure:.1f}" for figure in figures))

@@ -16,6 +16,7 @@ from ..history.recording import Recorder, RequestRows
 from ..history.trace import Trace
 from ..predict.context import RequestState
 from ..prefetch.anticipation import Anticipation
+from .blas import use_one_thread
 
 Vector = NDArray[np.float32]
 
@@ -65,6 +66,8 @@ class Witness:
         self._source: StepSource | None = None
         self._embeddings: dict[str, Vector] = {}
         self._watching = False
+        if anticipation is not None:
+            use_one_thread()
 
     def begin_step(self, source: StepSource) -> None:
         """A step has been scheduled; its batch is not put together yet."""

@@ -196,7 +196,7 @@ class Anticipation:
         """As far as a load takes, if the thinking is cheap beside the layers."""
         estimates = self.planner.estimates
         layers = 1 + int(estimates.load_seconds / max(estimates.layer_seconds, 1e-6))
-        affordable = int(_THINKING_SHARE * estimates.layer_seconds / self._ask_seconds)
+        affordable = int(_THINKING_SHARE * estimates.layer_seconds / max(self._ask_seconds, 1e-6))
         return max(1, min(layers, affordable, _MOST_AHEAD))
 
     def _context(self, part: RequestRows) -> Sequence[TokenContext]:
