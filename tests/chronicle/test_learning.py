@@ -1,17 +1,19 @@
 """Heads are learned in another process, found again at the next start, and never believed when damaged."""
 
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from vllm_moe_offload.chronicle.heads_file import HEADS_FILE, read_heads, write_heads
+from vllm_moe_offload.chronicle.heads_file import LEARNED_VECTORS_HEADS_FILE, read_heads, write_heads
 from vllm_moe_offload.chronicle.keeper import HistoryKeeper
-from vllm_moe_offload.chronicle.learning import Learning
+from vllm_moe_offload.chronicle.learning import LOCK_FILE, Learning
 from vllm_moe_offload.chronicle.predictors import create_predictor
 from vllm_moe_offload.errors import TraceError
 from vllm_moe_offload.history.archive import HistoryArchive
-from vllm_moe_offload.history.store import HistoryStore
 from vllm_moe_offload.history.trace import Trace
 from vllm_moe_offload.predict.base import ModelShape
 from vllm_moe_offload.predict.history import HistoryPredictor
@@ -34,10 +36,14 @@ def embed(tokens: np.ndarray) -> np.ndarray:
     return np.eye(16, dtype=np.float32)[tokens]
 
 
-def predictor(vectors: TokenVectors | None) -> HistoryPredictor:
-    made = create_predictor("history", SHAPE, HistoryStore(SHAPE), vectors)
+def engine(
+    folder: Path, vectors: TokenVectors | None, say: Callable[[str], None] = print
+) -> tuple[HistoryPredictor, Learning]:
+    """What one engine has of the histories in ``folder``."""
+    keeper = HistoryKeeper(HistoryArchive(folder), "ab", SHAPE, say, writes=False)
+    made = create_predictor("history", SHAPE, keeper.history, vectors)
     assert isinstance(made, HistoryPredictor)
-    return made
+    return made, Learning(made, keeper, vectors, None, say)
 
 
 @pytest.mark.parametrize("vectors", [None, ModelVectors(embed, 16)], ids=["learned", "the model's"])
@@ -45,8 +51,7 @@ def test_heads_are_learned_beside_the_engine_and_found_at_the_next_start(
     tmp_path: Path, vectors: TokenVectors | None
 ) -> None:
     said: list[str] = []
-    young = predictor(vectors)
-    learning = Learning(young, tmp_path / "kept", "ab", vectors, None, said.append)
+    young, learning = engine(tmp_path, vectors, said.append)
     learning.attend()
     assert learning._process is None, "there is nothing to learn from"
     young.history.add(request(600))
@@ -57,16 +62,15 @@ def test_heads_are_learned_beside_the_engine_and_found_at_the_next_start(
     assert young.heads is not None and young.trained_tokens == 600 and not young.training_due
     learning.close()
 
-    restarted = predictor(vectors)
-    Learning(restarted, tmp_path / "kept", "ab", vectors, None, said.append).close()
+    restarted, learning = engine(tmp_path, vectors, said.append)
+    learning.close()
     step = restarted.begin([restarted.open().context(2)])
     np.testing.assert_array_equal(np.argsort(-step.predict(0)[0])[:2] // 2, [2, 2])
     assert restarted.trained_tokens == 600 and "heads learned from 600 tokens" in said[-1]
 
 
 def test_a_training_that_fails_is_reported_once(tmp_path: Path) -> None:
-    young = predictor(None)
-    learning = Learning(young, tmp_path / "kept", "ab", None, None, print)
+    young, learning = engine(tmp_path, None)
     young.history.add(request(600))
     learning.attend()
     assert learning._process is not None
@@ -91,17 +95,74 @@ def test_a_training_that_fails_is_reported_once(tmp_path: Path) -> None:
     ids=["cut", "empty", "another model", "another shape", "other vectors"],
 )
 def test_heads_that_do_not_fit_are_set_aside_by_name(tmp_path: Path, damage) -> None:
-    path = tmp_path / HEADS_FILE
+    path = tmp_path / "ab" / LEARNED_VECTORS_HEADS_FILE
+    path.parent.mkdir()
     write_heads(path, "ab", Parameters(SIZE), LearnedVectors(16), 1)
     read_heads(path, "ab", SIZE, learned=True)
     damage(path)
-    with pytest.raises(TraceError, match=r"heads\.npz: not heads of this model"):
+    with pytest.raises(TraceError, match=r"heads-and-vectors\.npz: not heads of this model"):
         read_heads(path, "ab", SIZE, learned=True)
     said: list[str] = []
-    young = predictor(None)
-    Learning(young, tmp_path, "ab", None, None, said.append).close()
-    assert young.heads is None and not path.exists() and len(list(tmp_path.glob(f"{HEADS_FILE}.unusable-*"))) == 1
+    young, learning = engine(tmp_path, None, said.append)
+    learning.close()
+    assert young.heads is None and not path.exists()
+    assert len(list(path.parent.glob(f"{path.name}.unusable-*"))) == 1
     assert "learned anew" in said[0] and str(path) in said[0]
+
+
+@pytest.mark.parametrize("vectors", [None, ModelVectors(embed, 16)], ids=["learned", "the model's"])
+def test_engines_that_share_a_folder_learn_once(tmp_path: Path, vectors: TokenVectors | None) -> None:
+    """The second starts nothing while the first learns, and takes over what it has learned."""
+    first, learning = engine(tmp_path, vectors)
+    second, waiting = engine(tmp_path, vectors)
+    for one in (first, second):
+        one.history.add(request(600))
+    learning.attend()
+    waiting.attend()
+    assert learning._process is not None and waiting._process is None
+    assert learning._process.wait(120) == 0
+    waiting.attend()
+    assert second.heads is not None and second.trained_tokens == 600
+    learning.attend()
+    assert first.heads is not None and waiting._process is learning._process is None
+    second.history.add(request(700, seed=1))
+    waiting.attend()
+    assert waiting._process is not None, "whoever has seen more may learn next"
+    waiting.close()
+    learning.close()
+
+
+def test_an_engine_that_is_gone_leaves_the_learning_to_others(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\n"
+        "from vllm_moe_offload.store.lock import BuildLock\n"
+        "lock = BuildLock.try_acquire(Path(sys.argv[1])); print('held', flush=True); input()"
+    )
+    (tmp_path / "ab").mkdir()
+    command = [sys.executable, "-c", code, str(tmp_path / "ab" / LOCK_FILE)]
+    young, learning = engine(tmp_path, None)
+    young.history.add(request(600))
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        learning.attend()
+        assert learning._process is None
+        other.kill()
+    learning.attend()
+    assert learning._process is not None
+    learning.close()
+
+
+def test_what_cannot_be_learned_from_is_reported_once(tmp_path: Path) -> None:
+    def no_such_token(tokens: np.ndarray) -> np.ndarray:
+        raise IndexError("token 99 of 16")
+
+    young, learning = engine(tmp_path, ModelVectors(no_such_token, 16))
+    young.history.add(request(600))
+    with pytest.raises(IndexError, match="token 99"):
+        learning.attend()
+    learning.attend()
+    assert learning._process is None
+    learning.close()
 
 
 def test_a_history_is_written_when_it_has_grown_and_only_by_its_keeper(tmp_path: Path) -> None:

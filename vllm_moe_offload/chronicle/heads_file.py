@@ -13,6 +13,8 @@ from ..predict.token_vectors import LearnedVectors, TokenVectors
 
 VERSION = 1
 HEADS_FILE = "heads.npz"
+LEARNED_VECTORS_HEADS_FILE = "heads-and-vectors.npz"
+"""Of engines that cannot read the model's own embeddings: others of the same model cannot use these heads."""
 
 
 class SavedHeads(NamedTuple):

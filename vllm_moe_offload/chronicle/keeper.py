@@ -1,7 +1,9 @@
 """Keeps the history of one model between starts of the engine."""
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 
 from ..history.archive import HistoryArchive
 from ..history.store import HistoryStore
@@ -9,8 +11,33 @@ from ..history.store import HistoryStore
 SECONDS_BETWEEN_SAVES = 60.0
 
 
-class HistoryKeeper:
-    """The history of a running engine, and the file it is kept in.
+class Keeper(ABC):
+    """The history of a running engine, and whatever keeps it."""
+
+    fingerprint: str
+    """Of the model."""
+    history: HistoryStore
+    folder: Path | None
+    """Where what is learned from the history belongs, for other engines of the model too; None for nowhere."""
+
+    @abstractmethod
+    def save(self) -> None:
+        """Have it kept if it has grown. Called every few seconds from a thread that may wait."""
+
+    @abstractmethod
+    def snapshot(self, directory: Path) -> Path | None:
+        """A file of everything that is remembered of the model, in ``directory`` unless there is one elsewhere.
+
+        None if it cannot be had at present.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """The engine ends: what is not kept yet is kept now."""
+
+
+class HistoryKeeper(Keeper):
+    """Keeps a history in a file of this process.
 
     Args:
         archive: where histories lie; None keeps this one in memory only.
@@ -30,9 +57,8 @@ class HistoryKeeper:
     ):
         self.fingerprint = fingerprint
         self.history = HistoryStore(shape)
-        self.archive = archive
-        self.writes = writes and archive is not None
-        self._saved_number = -1
+        self.folder = None if archive is None else archive.path(fingerprint).parent
+        self._archive = archive if writes else None
         self._saved_at = time.monotonic()
         if archive is not None:
             self.history, problem = archive.load(fingerprint, shape)
@@ -44,9 +70,15 @@ class HistoryKeeper:
         """Write the history if it has grown and the last time is long enough ago, or ``at_once``."""
         last = self._last_number
         due = at_once or time.monotonic() - self._saved_at >= SECONDS_BETWEEN_SAVES
-        if self.writes and self.archive is not None and due and last != self._saved_number:
-            self.archive.save(self.fingerprint, self.history)
+        if self._archive is not None and due and last != self._saved_number:
+            self._archive.save(self.fingerprint, self.history)
             self._saved_number, self._saved_at = last, time.monotonic()
+
+    def snapshot(self, directory: Path) -> Path | None:
+        return HistoryArchive(directory).save(self.fingerprint, self.history)
+
+    def close(self) -> None:
+        self.save(at_once=True)
 
     @property
     def _last_number(self) -> int:

@@ -1,8 +1,10 @@
 """Has heads learned from the history whenever it has grown enough, and gives them to the predictor.
 
+Engines that share a folder share the heads in it: one of them learns at a time, and all take over what it has made.
 The learning itself happens in another process (``training``); everything here is called from the background thread.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -14,16 +16,18 @@ import msgspec
 import numpy as np
 
 from ..errors import TraceError
-from ..history.archive import HISTORY_FILE, HistoryArchive
 from ..predict.heads import HeadsPredictor
 from ..predict.history import HistoryPredictor
 from ..predict.network import NetworkSize
 from ..predict.token_vectors import TokenVectors
-from .heads_file import HEADS_FILE, read_heads
+from ..store.lock import BuildLock
+from .heads_file import HEADS_FILE, LEARNED_VECTORS_HEADS_FILE, read_heads
+from .keeper import Keeper
 from .training import TrainingJob
 
 CPU_SHARE = 0.05
 """Of one core. What ``OffloadConfig`` promises."""
+LOCK_FILE = "learning.lock"
 _VECTORS_FILE = "vectors.npz"
 
 
@@ -32,8 +36,7 @@ class Learning:
 
     Args:
         predictor: whose history is learned from, and who is given the heads.
-        folder: where heads are kept between starts; None for nowhere.
-        fingerprint: of the model.
+        keeper: of the history.
         vectors: the model's own token embeddings; None to learn some.
         cpus: where the training may run; None leaves it where this process runs.
         say: told in a sentence what happens.
@@ -42,37 +45,46 @@ class Learning:
     def __init__(
         self,
         predictor: HistoryPredictor,
-        folder: Path | None,
-        fingerprint: str,
+        keeper: Keeper,
         vectors: TokenVectors | None,
         cpus: set[int] | None,
         say: Callable[[str], None],
     ):
-        self._predictor, self._fingerprint, self._vectors = predictor, fingerprint, vectors
+        self._predictor, self._keeper, self._vectors = predictor, keeper, vectors
         self._cpus, self._say = cpus, say
         self._work = tempfile.TemporaryDirectory(prefix="moe-offload-learning-")
-        self._heads_file = (folder or Path(self._work.name)) / HEADS_FILE
+        name = LEARNED_VECTORS_HEADS_FILE if vectors is None else HEADS_FILE
+        self._heads_file = (keeper.folder or Path(self._work.name)) / name
+        self._heads_seen: tuple[int, int] | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._lock: BuildLock | None = None
+        """Held while this engine is the one that learns."""
         self._given_up = False
-        if self._heads_file.exists():
-            self._adopt()
+        self._adopt_newer()
 
     def attend(self) -> None:
-        """Take over what a training has finished, or start one where the history has grown enough.
+        """Take over what a training has finished, here or in another engine, or start one where it is time.
 
         Raises:
             RuntimeError: a training failed; there will be no other.
+            OSError: none could be started; likewise.
         """
         if self._process is not None:
             if self._process.poll() is None:
                 return
             code, self._process = self._process.returncode, None
+            self._let_others_learn()
             if code:
                 self._given_up = True
                 raise RuntimeError(f"learning from the history ended with {code}")
-            self._adopt()
-        elif self._predictor.training_due and not self._given_up:
-            self._start()
+        self._adopt_newer()
+        if self._predictor.training_due and not self._given_up:
+            try:
+                self._start_unless_another_does()
+            except Exception:
+                self._given_up = True
+                self._let_others_learn()
+                raise
 
     def close(self) -> None:
         """End a training that is under way."""
@@ -80,15 +92,29 @@ class Learning:
             self._process.terminate()
             self._process.wait()
             self._process = None
+        self._let_others_learn()
         self._work.cleanup()
 
-    def _start(self) -> None:
-        archive = HistoryArchive(Path(self._work.name))
-        history = archive.save(self._fingerprint, self._predictor.history)
-        assert history.name == HISTORY_FILE
+    def _start_unless_another_does(self) -> None:
         self._heads_file.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = BuildLock.try_acquire(self._heads_file.with_name(LOCK_FILE))
+        if self._lock is None:
+            return
+        self._adopt_newer()
+        history = self._keeper.snapshot(Path(self._work.name)) if self._predictor.training_due else None
+        if history is None:
+            self._let_others_learn()
+        else:
+            self._start(history)
+
+    def _start(self, history: Path) -> None:
         job = TrainingJob(
-            str(history), str(self._heads_file), self._fingerprint, self._save_vectors(), CPU_SHARE, os.getpid()
+            str(history),
+            str(self._heads_file),
+            self._keeper.fingerprint,
+            self._save_vectors(history),
+            CPU_SHARE,
+            os.getpid(),
         )
         self._process = subprocess.Popen(
             [sys.executable, "-m", "vllm_moe_offload.chronicle.training", msgspec.json.encode(job).decode()],
@@ -98,24 +124,42 @@ class Learning:
         if self._cpus:
             os.sched_setaffinity(self._process.pid, self._cpus)
 
-    def _save_vectors(self) -> str | None:
-        tokens = self._predictor.history.to_trace().tokens
-        if self._vectors is None or tokens is None:
+    def _let_others_learn(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _save_vectors(self, history: Path) -> str | None:
+        if self._vectors is None:
             return None
+        with np.load(history, allow_pickle=False) as archive:
+            if "tokens" not in archive:
+                return None
+            known = np.unique(archive["tokens"])
         path = Path(self._work.name) / _VECTORS_FILE
-        known = np.unique(tokens)
         np.savez(path, tokens=known, rows=self._vectors.look_up(known).astype(np.float16))
         return str(path)
+
+    def _adopt_newer(self) -> None:
+        """Predict by the heads in the file, if they are other ones than those looked at last."""
+        try:
+            status = self._heads_file.stat()
+        except FileNotFoundError:
+            return
+        if (seen := (status.st_ino, status.st_mtime_ns)) != self._heads_seen:
+            self._heads_seen = seen
+            self._adopt()
 
     def _adopt(self) -> None:
         shape = self._predictor.shape
         width = 0 if self._vectors is None else self._vectors.width
         size = NetworkSize(shape.layers, shape.experts, width)
         try:
-            saved = read_heads(self._heads_file, self._fingerprint, size, learned=self._vectors is None)
+            saved = read_heads(self._heads_file, self._keeper.fingerprint, size, learned=self._vectors is None)
         except TraceError as error:
             aside = self._heads_file.with_name(f"{self._heads_file.name}.unusable-{os.getpid()}")
-            self._heads_file.replace(aside)
+            with contextlib.suppress(FileNotFoundError):  # another engine was faster
+                self._heads_file.replace(aside)
             self._say(f"heads are learned anew: {error}; set aside as {aside}")
             return
         vectors = saved.vectors if self._vectors is None else self._vectors

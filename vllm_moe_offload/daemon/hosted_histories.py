@@ -119,7 +119,8 @@ class HostedHistories:
     def _round(self) -> None:
         with self._lock:
             histories = list(self._histories.values())
-        if all([self._save(history) for history in histories]):
+        saved = [self._save(history) for history in histories]
+        if all(saved):
             self._complaint = ""
 
     def _save(self, history: HostedHistory, at_once: bool = False) -> bool:

@@ -6,6 +6,7 @@ daemon keeps, so that either finds what the other has left.
 
 import threading
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,8 @@ from ..errors import TraceError
 from ..history.archive import HistoryArchive
 from ..history.joining import join
 from ..history.store import PastRequest
-from ..history.trace import Trace
+from ..history.trace import DECODE, Trace
+from ..predict.context import UNKNOWN_TOKEN
 from .packed_trace import Shape
 from .protocol import LARGE_FRAME_BYTES, HistorySize
 
@@ -39,9 +41,9 @@ class HostedHistory:
     """
 
     def __init__(self, archive: HistoryArchive | None, fingerprint: str, shape: Shape, say: Callable[[str], None]):
-        kept = None if archive is None else archive.shape(fingerprint)
-        if kept is not None and kept != shape:
-            raise TraceError(f"the history of model {fingerprint} holds maps of shape {kept}, not {shape}")
+        outline = None if archive is None else archive.outline(fingerprint)
+        if outline is not None and outline[1] != shape:
+            raise TraceError(f"the history of model {fingerprint} holds maps of shape {outline[1]}, not {shape}")
         self.fingerprint, self.shape = fingerprint, shape
         self.folder = None if archive is None else archive.path(fingerprint).parent
         self._keeper = HistoryKeeper(archive, fingerprint, shape, say)
@@ -62,14 +64,14 @@ class HostedHistory:
             again: leave it if it is here already.
 
         Raises:
-            ValueError: it is not one request, or lacks what all requests here have: they would lose it, too.
+            ValueError: it is not one request, or its embedding is of another length than those here.
         """
         if trace.num_requests != 1:
             raise ValueError(f"{trace.num_requests} requests at once; they are remembered one by one")
         with self._lock:
-            self._refuse_what_would_impoverish(trace)
+            complete = self._completed(trace)
             if not (again and self._holds(trace)):
-                self._history.add(trace)
+                self._history.add(complete)
                 self._tokens = self._history.num_tokens
 
     def search(self, embedding: NDArray[np.float32] | None, max_tokens: int) -> Trace:
@@ -97,16 +99,23 @@ class HostedHistory:
         with self._saving:
             self._keeper.save(at_once)
 
-    def _refuse_what_would_impoverish(self, trace: Trace) -> None:
+    def _completed(self, trace: Trace) -> Trace:
+        """The trace with whatever all requests here have: without it, none would have it any more.
+
+        An embedding of zeros is near to nothing.
+        """
         if not self._history.requests:
-            return
-        last = self._history.requests[-1].trace
-        for name in ("tokens", "phase", "embeddings"):
-            if getattr(trace, name) is None and getattr(last, name) is not None:
-                raise ValueError(f"a request without {name} among requests that all have them")
-        width = self._width()
+            return trace
+        last, width, tokens = self._history.requests[-1].trace, self._width(), trace.num_tokens
         if width is not None and trace.embeddings is not None and trace.embeddings.shape[1] != width:
             raise ValueError(f"an embedding of {trace.embeddings.shape[1]} numbers among such of {width}")
+        if trace.embeddings is None and width is not None:
+            trace = replace(trace, embeddings=np.zeros((1, width), np.float16))
+        if trace.tokens is None and last.tokens is not None:
+            trace = replace(trace, tokens=np.full(tokens, UNKNOWN_TOKEN, np.int32))
+        if trace.phase is None and last.phase is not None:
+            trace = replace(trace, phase=np.full(tokens, DECODE, np.uint8))
+        return trace
 
     def _width(self) -> int | None:
         """Of the embeddings here, if there are any."""

@@ -79,15 +79,16 @@ class HistoryArchive:
         store.extend(trace.requests())
         return store, None
 
-    def shape(self, fingerprint: str) -> tuple[int, int, int] | None:
-        """Of the maps that a model's history holds, without reading them; None if there is none that can be used."""
+    def outline(self, fingerprint: str) -> tuple[int, tuple[int, int, int]] | None:
+        """Tokens a model's history holds and the shape of their maps, without reading them; None if that fails."""
         try:
             with zipfile.ZipFile(self.path(fingerprint)) as archive:
                 with archive.open("experts.npy") as file:
                     np.lib.format.read_magic(file)
-                    (_, layers, top_k), _, _ = np.lib.format.read_array_header_1_0(file)
+                    (tokens, layers, top_k), _, _ = np.lib.format.read_array_header_1_0(file)
                 with archive.open("num_experts.npy") as file:
-                    return layers, int(np.lib.format.read_array(file, allow_pickle=False)), top_k
+                    experts = int(np.lib.format.read_array(file, allow_pickle=False))
+            return tokens, (layers, experts, top_k)
         except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile):
             return None
 

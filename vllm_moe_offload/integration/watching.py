@@ -89,9 +89,7 @@ class Watch:
     def _start_learning(self, cpus: set[int]) -> Learning | None:
         if self._keeper is None or not isinstance(self._predictor, HistoryPredictor):
             return None
-        keeper, archive = self._keeper, self._keeper.archive
-        folder = archive.path(keeper.fingerprint).parent if archive and keeper.writes else None
-        return Learning(self._predictor, folder, keeper.fingerprint, self._vectors, cpus, _say)
+        return Learning(self._predictor, self._keeper, self._vectors, cpus, _say)
 
     def _look_ahead(self, layers: Layers, runtime: OffloadRuntime) -> Anticipation | None:
         """Nothing is looked for ahead where everything is resident."""
@@ -121,7 +119,7 @@ class Watch:
         learned = self._predictor.trained_tokens if isinstance(self._predictor, HistoryPredictor) else 0
         history = self._keeper.history
         return {
-            "history_requests": len(history.requests),
+            "history_requests": history.num_requests,
             "history_tokens": history.num_tokens,
             "learned_tokens": learned,
         }
@@ -135,7 +133,7 @@ class Watch:
             self._learning.close()
         if self._keeper is not None:
             with _complaining():
-                self._keeper.save(at_once=True)
+                self._keeper.close()
         if self._trace is not None:
             with _complaining():
                 self._trace.write()
