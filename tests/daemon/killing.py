@@ -1,4 +1,4 @@
-"""Kills daemons and workers at random while they serve, and sees that nobody ever computes on a wrong record.
+"""Ends daemons and kills workers at random while they serve, and sees that nobody computes on a wrong record.
 
     python -m tests.daemon.killing --kills 200
 
@@ -14,20 +14,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.daemon.processes import ANSWER_SECONDS, DaemonProcess
 from tests.runtime.record_stores import build_store, layout
-from vllm_moe_offload.daemon.connection import Connection, DaemonGoneError
-from vllm_moe_offload.daemon.protocol import GetStatus, StatusReport
 
-SMALL, LARGE = layout(8192, 4096), layout(6000, 100)
+SMALL, LARGE = layout(8192, 4096), layout(30000, 100)
 LAYERS = [(SMALL, 24), (LARGE, 10), (SMALL, 24), (SMALL, 24), (LARGE, 10), (SMALL, 24)]
 RECORDS = 0.4
 """Share of the experts that fit into the daemon."""
 STEPS = 20
-ANSWER_SECONDS = 60.0
 
 
 class Worker:
@@ -82,35 +81,11 @@ class Host:
     comebacks: int = 0
     steps: int = 0
 
-    @property
-    def socket(self) -> Path:
-        return self.folder / "daemon.sock"
-
     def start_daemon(self) -> None:
-        command = [sys.executable, "-m", "vllm_moe_offload", "daemon", "--cache", f"{self.budget}B"]
-        command += ["--socket", str(self.socket), "--store", str(self.store.parent), "--history", "off"]
-        with (self.folder / "daemon.log").open("ab") as log:
-            self.daemon = subprocess.Popen(command, stdout=log, stderr=log)
-        deadline = time.monotonic() + ANSWER_SECONDS
-        while True:
-            try:
-                self.status()
-            except DaemonGoneError:
-                assert self.daemon.poll() is None, (self.folder / "daemon.log").read_text()
-                assert time.monotonic() < deadline, "the daemon does not answer"
-                time.sleep(0.02)
-            else:
-                return
-
-    def status(self) -> StatusReport:
-        connection = Connection.connect(self.socket, "control", ANSWER_SECONDS)
-        try:
-            return connection.request(GetStatus())
-        finally:
-            connection.close()
+        self.daemon = DaemonProcess(self.folder / "daemon.sock", self.budget, self.store.parent)
 
     def start_worker(self) -> None:
-        self.workers.append(Worker(self.socket, self.store, self.random.randrange(1 << 30)))
+        self.workers.append(Worker(self.daemon.socket, self.store, self.random.randrange(1 << 30)))
 
     def work(self, kill: bool) -> None:
         """Everybody serves some steps, and meanwhile somebody dies and is replaced."""
@@ -130,8 +105,7 @@ class Host:
         time.sleep(self.random.random() * 0.1)
         victim = self.random.choice([None, *self.workers])
         if victim is None:
-            self.daemon.kill()
-            self.daemon.wait()
+            self.random.choice([self.daemon.kill, self.daemon.stop])()
             time.sleep(self.random.random() * 0.5)
             self.start_daemon()
         else:
@@ -153,7 +127,7 @@ class Host:
 
     def check(self) -> None:
         """The daemon minds exactly the workers that live, within its budget."""
-        (model,) = self.status().models
+        (model,) = self.daemon.status().models
         assert sorted(worker.pid for worker in model.workers) == sorted(w.process.pid for w in self.workers)
         assert model.resident_bytes <= self.budget, f"{model.resident_bytes} of {self.budget} bytes"
 
@@ -162,18 +136,17 @@ class Host:
         for worker in self.workers:
             assert worker.leave() == 0
         deadline = time.monotonic() + ANSWER_SECONDS
-        while self.status().models[0].workers:
+        while self.daemon.status().models[0].workers:
             assert time.monotonic() < deadline, "workers that left are still attached"
             time.sleep(0.02)
-        self.daemon.terminate()
-        assert self.daemon.wait(ANSWER_SECONDS) == 0
+        self.daemon.stop()
 
     def abandon(self) -> None:
         """After a failure: leave no process behind."""
-        for process in (self.daemon, *(worker.process for worker in self.workers)):
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+        self.daemon.abandon()
+        for worker in self.workers:
+            if worker.process.poll() is None:
+                worker.kill()
 
 
 def run(folder: Path, kills: int, workers: int, seed: int) -> Host:
@@ -182,7 +155,6 @@ def run(folder: Path, kills: int, workers: int, seed: int) -> Host:
     total = sum(part.payload_bytes * experts for part, experts in LAYERS)
     host = Host(folder, made.store.path, int(total * RECORDS), random.Random(seed))
     made.store.close()
-    segments = sorted(Path("/dev/shm").iterdir())
     host.start_daemon()
     try:
         for _ in range(workers):
@@ -197,8 +169,18 @@ def run(folder: Path, kills: int, workers: int, seed: int) -> Host:
         host.end()
     finally:
         host.abandon()
-    assert sorted(Path("/dev/shm").iterdir()) == segments
+    assert not list(Path("/dev/shm").glob("*moe-offload*"))
+    assert not _mapped_arenas(made.store.path.name), "a process that lives still maps an arena"
     return host
+
+
+def _mapped_arenas(store: str) -> list[str]:
+    """Processes that map shared memory of the daemon of this store."""
+    mapped = []
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with suppress(OSError):
+            mapped += [maps.parent.name] * (f"moe-offload:{store[:8]}" in maps.read_text())
+    return mapped
 
 
 def main() -> None:

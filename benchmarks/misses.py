@@ -1,0 +1,115 @@
+"""What a layer pays for its experts with and without the daemon: microseconds of a hit, and of a miss of one record.
+
+No model and no kernel: one process serves the same random steps from its own slots and from a daemon's, in turns.
+
+    python benchmarks/misses.py STORE_FOLDER --budget 25%
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from report import Spread
+from rich.console import Console
+from rich.table import Table
+
+from vllm_moe_offload.config import CacheBudget
+from vllm_moe_offload.daemon.client import DaemonClient
+from vllm_moe_offload.daemon.connection import Connection
+from vllm_moe_offload.daemon.protocol import Attach, Stop
+from vllm_moe_offload.daemon.start import start_daemon
+from vllm_moe_offload.runtime import OffloadRuntime
+from vllm_moe_offload.slots import Ledger, embedded_pools
+from vllm_moe_offload.store.layout import RecordLayout
+from vllm_moe_offload.store.reader import Store
+
+Times = dict[int, list[float]]
+"""Seconds of a layer's ``hold``, by how many records it missed."""
+
+
+def serve(runtime: OffloadRuntime, steps: int, top_k: int, seed: int) -> Times:
+    """Time every layer of random decode steps of one row, most of it among preferred experts."""
+    draw = np.random.default_rng(seed)
+    taste = np.random.default_rng(0)
+    preferred = {name: taste.random(layer.experts) ** 2 for name, layer in runtime.layers.items()}
+    times: Times = {}
+    for _ in range(steps):
+        runtime.begin_step()
+        for name, layer in runtime.layers.items():
+            noise = draw.random(layer.experts) * preferred[name]
+            chosen = np.argsort(-noise)[None, :top_k].astype(np.int32)
+            before, started = runtime.counters.misses, time.perf_counter()
+            for _ in runtime.serve(layer, chosen):
+                took = time.perf_counter() - started
+            times.setdefault(runtime.counters.misses - before, []).append(took)
+    return times
+
+
+@contextlib.contextmanager
+def attached(store: Store, budget: int, policy: str) -> Iterator[OffloadRuntime]:
+    """A runtime whose slots are a daemon's, which is started for it and ended."""
+    with tempfile.TemporaryDirectory() as folder:
+        socket, ledger = Path(folder) / "daemon.sock", Ledger()
+        options = ["--store", str(store.path.parent.absolute()), "--policy", policy, "--history", "off"]
+        start_daemon(socket, f"{budget}B", 60.0, options)
+        request = Attach(store.path.name, os.getpid(), budget, False, "benchmark", 0)
+        client = DaemonClient(socket, request, store, policy, None, ledger, print)
+        yield OffloadRuntime(store, client.pools, ledger)
+        client.close()
+        control = Connection.connect(socket, "control", 10.0)
+        control.request(Stop())
+        control.close()
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("store", type=Path)
+    parser.add_argument("--budget", type=CacheBudget.parse, default="25%")
+    parser.add_argument("--top-k", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=40, help="per round")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--policy", default="lfu")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    store = Store.open(options.store)
+    share = options.budget.share
+    slots: dict[RecordLayout, int] = {}
+    for entry in store.layers:
+        slots[entry.layout] = slots.get(entry.layout, 0) + entry.experts
+    total = sum(layout.payload_bytes * experts for layout, experts in slots.items())
+    budget = int(total * share) if share else options.budget.size
+    ledger = Ledger()
+    own = {layout: max(options.top_k, int(experts * budget / total)) for layout, experts in slots.items()}
+    embedded = OffloadRuntime(store, embedded_pools(store, own, options.policy, None, ledger), ledger)
+    with attached(store, budget, options.policy) as hosted:
+        arms = {"embedded": embedded, "daemon": hosted}
+        for runtime in arms.values():
+            serve(runtime, options.steps, options.top_k, 1)
+        rounds: dict[str, list[Times]] = {name: [] for name in arms}
+        for number, (name, runtime) in itertools.product(range(options.rounds), arms.items()):
+            rounds[name].append(serve(runtime, options.steps, options.top_k, 2 + number))
+    table = Table("", "hit us", "1 miss us", "misses per layer", title=f"{store.path.name}, {budget / total:.0%}")
+    medians = {
+        name: {missed: Spread.of([float(np.median(times[missed])) for times in runs]) for missed in (0, 1)}
+        for name, runs in rounds.items()
+    }
+    for name, spreads in medians.items():
+        count = np.mean([missed for times in rounds[name] for missed, all_ in times.items() for _ in all_])
+        table.add_row(name, spreads[0].show(1e6, 1), spreads[1].show(1e6, 1), f"{count:.2f}")
+    Console().print(table)
+    extra = medians["daemon"][1].median - medians["embedded"][1].median
+    print(f"a miss costs {extra * 1e6:.0f} us more with the daemon (medians of {options.rounds} rounds)")
+    if options.json:
+        options.json.write_text(json.dumps(medians, indent=1))
+
+
+if __name__ == "__main__":
+    main()
