@@ -17,10 +17,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.runtime.record_stores import ALIGNED, LAYOUTS, MIXED, ODD, build_store
+from tests.runtime.record_stores import ALIGNED, LAYOUTS, MIXED, ODD, RecordStore, build_store, layout
 from vllm_moe_offload.devices import HostPool
 from vllm_moe_offload.errors import LoadError
-from vllm_moe_offload.prefetch.loader import DamagedRecordError, Load, RecordLoader
+from vllm_moe_offload.prefetch.loader import CHUNK_BYTES, GUESS_READERS, DamagedRecordError, Load, RecordLoader
 from vllm_moe_offload.store import Store
 
 EXPERTS = 6
@@ -51,6 +51,13 @@ class WatchedSlot(list):
     def __iter__(self) -> Iterator[np.ndarray]:
         self._on_touch()
         return super().__iter__()
+
+
+def wait_for(loads: list[Load]) -> None:
+    """Without joining, which would read along and count as waiting."""
+    for load in loads:
+        assert load.done.acquire(timeout=30)
+        load.done.release()
 
 
 def loads_of_layer(pool: HostPool, layer: int, first_slot: int = 0) -> list[Load]:
@@ -123,13 +130,109 @@ def test_a_worker_takes_up_demands_before_what_was_started_earlier(tmp_path: Pat
         returned = caller.submit(loader.demand, demanded)
         assert caller_busy.wait(30)
         worker_may_go.set()
-        for load in demanded[1:] + started:
-            assert load.done.acquire(timeout=30)
-            load.done.release()
+        wait_for(demanded[1:])
         caller_may_go.set()
         returned.result(30)
+        wait_for(started)
     assert order == ["busy worker", "busy caller", "demand 1", "demand 2", "started 1", "started 2"]
     assert all(made.holds(pool, expert, 0, expert) for expert in range(EXPERTS))
+
+
+class Reads:
+    """Tells which expert each real read of a store is for, and holds those of some experts until told otherwise."""
+
+    def __init__(self, made: RecordStore, monkeypatch: pytest.MonkeyPatch):
+        self.order: list[int] = []
+        self.sizes: list[int] = []
+        self.began: dict[int, threading.Event] = {}
+        self.may_go: dict[int, threading.Event] = {}
+        record_bytes, read = made.store.layers[0].layout.record_bytes, os.preadv
+
+        def watched(fd: int, buffers: list, position: int) -> int:
+            expert = position // record_bytes
+            self.order.append(expert)
+            self.sizes.append(sum(memoryview(buffer).nbytes for buffer in buffers))
+            if expert in self.began:
+                self.began[expert].set()
+                assert self.may_go[expert].wait(30)
+            return read(fd, buffers, position)
+
+        monkeypatch.setattr(os, "preadv", watched)
+
+    def hold(self, *experts: int) -> None:
+        for expert in experts:
+            self.began[expert], self.may_go[expert] = threading.Event(), threading.Event()
+
+
+BIG = layout(2 * CHUNK_BYTES + 8192, 100, CHUNK_BYTES // 2)
+
+
+def test_a_demand_goes_before_the_next_piece_of_a_guess(
+    tmp_path: Path, opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = build_store(tmp_path, [(BIG, EXPERTS)])
+    reads, loader, pool = Reads(made, monkeypatch), opened(made.store, 1), HostPool(BIG, EXPERTS)
+    reads.hold(0, 1)
+    loads = loads_of_layer(pool, 0)
+    loader.start(loads[:1], guesses=True)
+    assert reads.began[0].wait(30)
+    with ThreadPoolExecutor(1) as caller:
+        demanded = caller.submit(loader.demand, loads[1:5])
+        assert reads.began[1].wait(30)
+        reads.may_go[0].set()
+        wait_for(loads[2:5])  # by the only worker, which therefore has left the guess alone
+        assert reads.order == [0, 1, 2, 3, 4]
+        reads.may_go[1].set()
+        demanded.result(30)
+    wait_for(loads[:1])
+    assert reads.order == [0, 1, 2, 3, 4, 0, 0] and max(reads.sizes[:1] + reads.sizes[5:]) == CHUNK_BYTES
+    assert all(load.error is None for load in loads[:5])
+    assert all(made.holds(pool, expert, 0, expert) for expert in range(5))
+
+
+def test_a_guess_that_is_waited_for_makes_no_way(
+    tmp_path: Path, opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = build_store(tmp_path, [(BIG, EXPERTS)])
+    reads, loader, pool = Reads(made, monkeypatch), opened(made.store, 2), HostPool(BIG, EXPERTS)
+    reads.hold(0, 1)
+    loads = loads_of_layer(pool, 0)
+    loader.start(loads[:1], guesses=True)
+    assert reads.began[0].wait(30)
+    with ThreadPoolExecutor(2) as callers:
+        demanding = callers.submit(loader.demand, loads[1:2])
+        assert reads.began[1].wait(30)
+        joining = callers.submit(loader.join, loads[:1])
+        reads.may_go[0].set()
+        joining.result(30)
+        assert not demanding.done(), "it came to its end while another demand was being read"
+        reads.may_go[1].set()
+        demanding.result(30)
+    assert all(made.holds(pool, expert, 0, expert) for expert in range(2))
+
+
+def test_guesses_leave_threads_free_for_demands(
+    tmp_path: Path, opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = build_store(tmp_path, [(BIG, 12)])
+    reads, loader, pool = Reads(made, monkeypatch), opened(made.store, GUESS_READERS + 1), HostPool(BIG, 12)
+    guessed = range(GUESS_READERS + 2)
+    reads.hold(*guessed, 9)
+    loads = [Load(0, expert, pool.slot(expert)) for expert in range(12)]
+    loader.start([loads[expert] for expert in guessed], guesses=True)
+    for expert in range(GUESS_READERS):
+        assert reads.began[expert].wait(30)
+    with ThreadPoolExecutor(1) as caller:
+        demanded = caller.submit(loader.demand, loads[9:])
+        assert reads.began[9].wait(30)
+        wait_for(loads[10:])  # by the worker that reads no guess
+        reads.may_go[9].set()
+        demanded.result(30)
+    assert sorted(reads.order[:GUESS_READERS]) == list(range(GUESS_READERS)) and reads.order[GUESS_READERS] >= 9
+    for expert in guessed:
+        reads.may_go[expert].set()
+    wait_for(loads[: len(guessed)])
+    assert all(load.error is None for load in loads[: len(guessed)])
 
 
 def test_joining_reads_what_no_worker_has_taken_up(tmp_path: Path, opened: Opener) -> None:

@@ -7,7 +7,7 @@ import mmap
 import os
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,10 @@ from ..store.layout import ALIGNMENT
 from ..store.reader import Store
 
 ATTEMPTS = 2
+CHUNK_BYTES = 1 << 20
+"""What can wait is read in pieces of so many bytes; a demand that comes meanwhile goes before the next piece."""
+GUESS_READERS = 2
+"""So many threads read guesses at a time, so that a demand finds the disk nearly idle and threads that are free."""
 
 
 class DamagedRecordError(LoadError):
@@ -26,13 +30,16 @@ class DamagedRecordError(LoadError):
 class Load:
     """One record on its way into one slot. After ``join``, ``error`` is None or says why the slot holds nothing."""
 
-    __slots__ = ("done", "error", "expert", "layer", "parts")
+    __slots__ = ("awaited", "done", "error", "expert", "guess", "layer", "parts")
 
     def __init__(self, layer: int, expert: int, parts: Sequence[NDArray[np.uint8]]):
         self.layer = layer
         self.expert = expert
         self.parts = parts
         self.error: LoadError | None = None
+        self.guess = False
+        self.awaited = False
+        """Somebody is waiting for it."""
         self.done = threading.Lock()
         self.done.acquire()
 
@@ -49,7 +56,8 @@ class RecordLoader:
     """Loads records of one store into slots.
 
     ``demand`` is for what the forward pass waits for: the calling thread reads along with the workers, so that a
-    single miss costs no hand-over. ``start`` is for what can wait: workers take it up only when no demand is queued.
+    single miss costs no hand-over. ``start`` is for what can wait: workers read it in pieces, and only while nobody
+    waits for anything else.
 
     Args:
         store: where records come from; must outlive the loader.
@@ -66,6 +74,12 @@ class RecordLoader:
         self._demanded: deque[Load] = deque()
         self._started: deque[Load] = deque()
         self._wake = threading.Condition()
+        self._waiting = 0
+        """Calls of ``demand`` and ``join`` that have not returned."""
+        self._guessing = 0
+        """Workers that are reading a guess."""
+        self._paused = 0
+        """Workers that have made way between two pieces."""
         self._closing = False
         self._verified = [np.zeros(layer.experts, dtype=bool) for layer in store.layers]
         self._bounce = threading.local()
@@ -77,17 +91,29 @@ class RecordLoader:
 
     def demand(self, loads: Sequence[Load]) -> None:
         """Read ``loads`` ahead of everything else and return when all are finished."""
-        if len(loads) > 1:
-            with self._wake:
+        if not loads:
+            return
+        with self._wake:
+            self._waiting += 1
+            for load in loads:
+                load.awaited = True
+            if len(loads) > 1:
                 self._demanded.extend(loads[1:])
                 self._wake.notify(len(loads) - 1)
-        if loads:
+        try:
             self._read(loads[0])
-        self.join(loads[1:])
+        finally:
+            self._see_through(loads[1:])
 
-    def start(self, loads: Sequence[Load]) -> None:
-        """Queue ``loads`` behind every demand and return at once."""
+    def start(self, loads: Sequence[Load], guesses: bool = False) -> None:
+        """Queue ``loads`` behind every demand and return at once.
+
+        Args:
+            guesses: nobody knows whether they will be needed; few are read at a time.
+        """
         with self._wake:
+            for load in loads:
+                load.guess = guesses
             self._started.extend(loads)
             self._wake.notify(len(loads))
 
@@ -97,12 +123,32 @@ class RecordLoader:
 
     def join(self, loads: Sequence[Load]) -> None:
         """Return when ``loads`` are finished, reading in the calling thread those that no worker has taken up yet."""
+        pending = [load for load in loads if not load.finished]
+        if not pending:
+            return
+        with self._wake:
+            self._waiting += 1
+            for load in pending:
+                load.awaited = True
+            queued = [load for load in self._started if load.awaited]
+            if queued:
+                self._started = deque(load for load in self._started if not load.awaited)
+                self._demanded.extend(queued)
+            self._wake.notify_all()
+        self._see_through(pending)
+
+    def _see_through(self, loads: Sequence[Load]) -> None:
+        """Return when ``loads`` are finished; whoever made way may then go on."""
         for load in loads:
             if self._take(load):
                 self._read(load)
         for load in loads:
             with load.done:
                 pass
+        with self._wake:
+            self._waiting -= 1
+            if not self._waiting and (self._started or self._paused):
+                self._wake.notify_all()
 
     def close(self) -> None:
         """Finish the reads under way, leave the queued ones undone, end the threads."""
@@ -126,14 +172,41 @@ class RecordLoader:
     def _work(self) -> None:
         if self._cpus:
             os.sched_setaffinity(threading.get_native_id(), self._cpus)
+        while (load := self._next()) is not None:
+            self._read(load)
+            if load.guess:
+                with self._wake:
+                    self._guessing -= 1
+
+    def _next(self) -> Load | None:
+        """What to read now, once there is something; None at the end."""
+        with self._wake:
+            while not self._closing:
+                if self._demanded:
+                    load = self._demanded.popleft()
+                    load.guess = False
+                    return load
+                if self._started and not self._waiting:
+                    load = self._started[0]
+                    if not load.guess or self._guessing < GUESS_READERS:
+                        self._guessing += load.guess
+                        return self._started.popleft()
+                self._wake.wait()
+        return None
+
+    def _make_way(self, load: Load) -> None:
+        """Between two pieces of ``load``: if others are waited for, help with those before going on."""
         while True:
             with self._wake:
-                while not (self._demanded or self._started or self._closing):
+                self._paused += 1
+                while self._waiting and not (self._demanded or load.awaited or self._closing):
                     self._wake.wait()
-                if self._closing:
+                self._paused -= 1
+                if load.awaited or not self._demanded:
                     return
-                load = (self._demanded or self._started).popleft()
-            self._read(load)
+                other = self._demanded.popleft()
+                other.guess = False
+            self._read(other)
 
     def _read(self, load: Load) -> None:
         where = f"expert {load.expert} of {self._store.layers[load.layer].name}"
@@ -156,22 +229,28 @@ class RecordLoader:
 
     def _transfer(self, load: Load) -> None:
         layout = self._store.layers[load.layer].layout
+        waited_for = load.awaited
         buffers: list[NDArray[np.uint8]] = []
         unaligned: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]] = []
         for part, offset in zip(load.parts, layout.offsets, strict=True):
             padding = -part.nbytes % ALIGNMENT
             if padding:
-                window = self._bounce_buffer(layout.record_bytes)[offset : offset + part.nbytes + padding]
+                window = self._bounce_buffer(layout.record_bytes, waited_for)[offset : offset + part.nbytes + padding]
                 unaligned.append((part, window))
                 buffers.append(window)
             else:
                 buffers.append(part)
-        position = self._store.offset(load.layer, load.expert)
-        count = os.preadv(self._store.fd, buffers, position)  # type: ignore[arg-type]  # an ndarray is a buffer
-        if count != layout.record_bytes:
-            raise DamagedRecordError(
-                f"{count} of {layout.record_bytes} bytes at offset {position}: the file is too short"
-            )
+        position, count = self._store.offset(load.layer, load.expert), 0
+        for piece in _pieces(buffers, layout.record_bytes if waited_for else CHUNK_BYTES):
+            if count:
+                self._make_way(load)
+            wanted = sum(buffer.nbytes for buffer in piece)
+            got = os.preadv(self._store.fd, piece, position + count)  # type: ignore[arg-type]  # ndarrays are buffers
+            count += got
+            if got != wanted:
+                raise DamagedRecordError(
+                    f"{count} of {layout.record_bytes} bytes at offset {position}: the file is too short"
+                )
         if not self._store.direct:
             os.posix_fadvise(self._store.fd, position, count, os.POSIX_FADV_DONTNEED)
         for part, window in unaligned:
@@ -186,9 +265,28 @@ class RecordLoader:
             raise DamagedRecordError("its checksum does not match: the store is damaged")
         verified[load.expert] = True
 
-    def _bounce_buffer(self, size: int) -> NDArray[np.uint8]:
-        buffer: NDArray[np.uint8] | None = getattr(self._bounce, "buffer", None)
+    def _bounce_buffer(self, size: int, waited_for: bool) -> NDArray[np.uint8]:
+        """A demand may be read between two pieces of something else, by the same thread."""
+        name = "demanded" if waited_for else "started"
+        buffer: NDArray[np.uint8] | None = getattr(self._bounce, name, None)
         if buffer is None or buffer.nbytes < size:
             buffer = np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)
-            self._bounce.buffer = buffer
+            setattr(self._bounce, name, buffer)
         return buffer
+
+
+def _pieces(buffers: Sequence[NDArray[np.uint8]], most: int) -> Iterator[list[NDArray[np.uint8]]]:
+    """Consecutive parts of ``buffers``, of ``most`` bytes each and the last of what is left."""
+    piece: list[NDArray[np.uint8]] = []
+    room = most
+    for buffer in buffers:
+        flat = buffer.reshape(-1)
+        while flat.nbytes:
+            piece.append(flat[:room])
+            flat = flat[room:]
+            room -= piece[-1].nbytes
+            if not room:
+                yield piece
+                piece, room = [], most
+    if piece:
+        yield piece
