@@ -10,6 +10,7 @@ requests: the nearest in meaning, the most recent, random ones, or (where groups
 
 import argparse
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -62,6 +63,7 @@ def main() -> None:
 
 def record(arguments: argparse.Namespace) -> Trace:
     """Let the model answer every prompt, one after the other, and return the trace with the prompts' domains."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import LLM, SamplingParams
 
     prompts = [json.loads(line) for file in arguments.prompts for line in file.read_text().splitlines()]

@@ -12,7 +12,7 @@ from vllm_moe_offload.history.trace_file import write_trace
 from vllm_moe_offload.replay.accuracy import Accuracy
 from vllm_moe_offload.replay.hardware import hardware_profile, model_profile
 from vllm_moe_offload.replay.report import Setup, parse_slots, replay, spread_requests
-from vllm_moe_offload.replay.sweep import BELADY, PERFECT, Point, best_at_bytes, sweep
+from vllm_moe_offload.replay.sweep import BELADY, LRU_PER_LAYER, PERFECT, Point, best_at_bytes, sweep
 
 SETUP = Setup(
     slots=192,
@@ -168,3 +168,15 @@ def test_the_sweep_command_prints_every_predictor_and_the_bounds(tmp_path, monke
     assert printed.exit_code == 0
     for words in ("belady", "lru per layer", "perfect", "no prefetch", "moe-infinity", "least-stale", "drawn"):
         assert words in printed.stdout
+
+
+def test_what_is_named_narrows_the_sweep(tmp_path):
+    write_trace(tmp_path / "t.npz", random_trace(2, 8, 2, lengths=(4, 3)))
+    named = ("--policy", "lru", "--predictor", "frequency", "--slots", "50%")
+    points = json.loads(run(tmp_path / "t.npz", "--sweep", "--json", *named).stdout)["points"]
+    assert {point["slots"] for point in points} == {8}
+    assert {point["policy"] for point in points} == {BELADY, LRU_PER_LAYER, "lru"}
+    assert {point["predictor"] for point in points} == {"none", "frequency", PERFECT}
+    assert points == json.loads(run(tmp_path / "t.npz", "--sweep", "--json", *named).stdout)["points"]
+    failed = run(tmp_path / "t.npz", "--sweep", "--slots", "1")
+    assert failed.exit_code == 2 and "slots: 1 are too few" in failed.output

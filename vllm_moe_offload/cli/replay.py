@@ -1,6 +1,7 @@
 """`vllm-moe-offload replay …`: what the engine's policies would have done with a recorded trace."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,7 @@ from vllm_moe_offload.replay.hardware import PROFILE_NAMES, hardware_profile, mo
 from vllm_moe_offload.replay.plot import plot_report, plot_sweep, require_plotting
 from vllm_moe_offload.replay.report import Setup, parse_slots
 from vllm_moe_offload.replay.report import replay as run_replay
-from vllm_moe_offload.replay.sweep import SWEEP_TOKENS, Point, sweep
+from vllm_moe_offload.replay.sweep import SWEEP_SLOTS, SWEEP_TOKENS, Point, sweep
 
 _SAMPLE_TOKENS = Setup(slots=1).frontier_tokens
 
@@ -24,9 +25,12 @@ _SAMPLE_TOKENS = Setup(slots=1).frontier_tokens
 def replay(
     trace: Annotated[Path, typer.Argument(help="Trace file (.npz) to replay.")],
     history: Annotated[Path | None, typer.Option(help="Trace of earlier requests to predict from.")] = None,
-    slots: Annotated[str, typer.Option(help="Slots, as a number or a share of all experts.")] = "25%",
-    predictor: Annotated[str, typer.Option(help=", ".join(PREDICTOR_NAMES))] = "history",
-    policy: Annotated[str, typer.Option(help=", ".join(POLICY_NAMES))] = "lfu",
+    slots: Annotated[
+        str | None,
+        typer.Option(help="Slots, as a number or a share of all experts.", show_default="25%"),
+    ] = None,
+    predictor: Annotated[str | None, typer.Option(help=f"{', '.join(PREDICTOR_NAMES)}", show_default="history")] = None,
+    policy: Annotated[str | None, typer.Option(help=f"{', '.join(POLICY_NAMES)}", show_default="lfu")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Requests that run at a time.")] = 1,
     threshold: Annotated[float, typer.Option(help="Prefetch what is given a greater probability.")] = 0.5,
     hardware: Annotated[
@@ -46,7 +50,11 @@ def replay(
     ] = None,
     keep_repetitive: Annotated[bool, typer.Option(help="Replay requests flagged repetitive too.")] = False,
     sweep_all: Annotated[
-        bool, typer.Option("--sweep", help="All policies, predictors and sizes, with the bounds: a table and a plot.")
+        bool,
+        typer.Option(
+            "--sweep",
+            help="All policies, predictors and sizes, or those named, with the bounds: a table and a plot.",
+        ),
     ] = False,
     plot: Annotated[
         Path | None,
@@ -62,9 +70,9 @@ def replay(
     recorded = _read(trace, keep_repetitive)
     earlier = None if history is None else _read(history, keep_repetitive)
     setup = Setup(
-        slots=parse_slots(slots, recorded),
-        policy=policy,
-        predictor=predictor,
+        slots=parse_slots(slots or "25%", recorded),
+        policy=policy or "lfu",
+        predictor=predictor or "history",
         batch=batch,
         threshold=threshold,
         frontier_tokens=tokens or (SWEEP_TOKENS if sweep_all else _SAMPLE_TOKENS),
@@ -74,7 +82,15 @@ def replay(
     if plot is not None:
         require_plotting(plot)
     if sweep_all:
-        _sweep(trace.stem, recorded, earlier, setup, plot, as_json)
+        cells = sweep(
+            recorded,
+            earlier,
+            setup,
+            policies=POLICY_NAMES if policy is None else (policy,),
+            predictors=PREDICTOR_NAMES if predictor is None else (predictor,),
+            sizes=SWEEP_SLOTS if slots is None else (slots,),
+        )
+        _sweep(trace.stem, recorded, cells, plot, as_json)
     else:
         report = run_replay(recorded, setup, earlier)
         if plot is not None:
@@ -95,9 +111,9 @@ def _read(path: Path, keep_repetitive: bool) -> Trace:
     return kept
 
 
-def _sweep(name: str, trace: Trace, history: Trace | None, setup: Setup, plot: Path | None, as_json: bool) -> None:
+def _sweep(name: str, trace: Trace, cells: Iterator[list[Point]], plot: Path | None, as_json: bool) -> None:
     points: list[Point] = []
-    for done in sweep(trace, history, setup):
+    for done in cells:
         points += done
         typer.echo(f"{len(points)} cells replayed", err=True)
     drawn = _draw_sweep(name, trace, points, plot, silent=as_json)

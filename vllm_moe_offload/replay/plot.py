@@ -25,11 +25,13 @@ def require_plotting(path: Path) -> None:
     _pyplot()
 
 
-def plot_sweep(points: Sequence[Point], path: Path, title: str, policy: str = "lfu") -> None:
-    """Stalls against bytes, one panel per cache size, one line per predictor under ``policy``, bounds as marks."""
+def plot_sweep(points: Sequence[Point], path: Path, title: str) -> None:
+    """Stalls against bytes, one panel per cache size, one line per predictor under one policy, bounds as marks."""
     figures = _pyplot()
+    policies = dict.fromkeys(point.policy for point in points if point.policy not in (BELADY, LRU_PER_LAYER))
+    policy = next(iter(policies))
     sizes = sorted({point.slots for point in points})
-    figure, panels = figures.subplots(1, len(sizes), figsize=(3.2 * len(sizes) + 0.5, 3.8), squeeze=False)
+    figure, panels = figures.subplots(1, len(sizes), figsize=(max(8, 3.2 * len(sizes) + 0.5), 3.8), squeeze=False)
     for panel, slots in zip(panels[0], sizes, strict=True):
         here = [point for point in points if point.slots == slots]
         _lines(panel, [point for point in here if point.policy == policy])

@@ -41,6 +41,7 @@ def sweep(
     setup: Setup,
     policies: Sequence[str] = POLICY_NAMES,
     predictors: Sequence[str] = PREDICTOR_NAMES,
+    sizes: Sequence[str] = SWEEP_SLOTS,
 ) -> Iterator[list[Point]]:
     """Replay every combination on a sample of whole requests, ``setup.frontier_tokens`` long.
 
@@ -52,19 +53,21 @@ def sweep(
         ConfigError: no size can hold a step's experts.
     """
     trace = trace.select(spread_requests(trace, setup.frontier_tokens))
-    sequence = check(trace, replace(setup, slots=trace.num_layers * trace.num_experts))
+    for policy in policies:
+        sequence = check(trace, replace(setup, policy=policy, slots=trace.num_layers * trace.num_experts))
     widest = max(map(len, sequence))
-    sizes = sorted({slots for text in SWEEP_SLOTS if (slots := parse_slots(text, trace)) >= widest})
-    if not sizes:
+    all_slots = sorted({slots for text in sizes if (slots := parse_slots(text, trace)) >= widest})
+    if not all_slots:
         raise ConfigError(
-            f"batch: {setup.batch} makes steps that read {widest} experts of one layer; choose a smaller one"
+            f"slots: {', '.join(sizes)} are too few, a layer of one step of this trace reads {widest} experts; choose "
+            "more slots or a smaller batch"
         )
-    yield [bound for slots in sizes for bound in _bounds(sequence, slots, trace.num_layers)]
+    yield [bound for slots in all_slots for bound in _bounds(sequence, slots, trace.num_layers)]
     for name in (*predictors, PERFECT):
         prediction, thresholds = _what_to_try(name, trace, history)
         jobs: list[Callable[[], Point]] = [
             partial(_point, trace, replace(setup, slots=slots, policy=policy, predictor=name), prediction, threshold)
-            for slots in sizes
+            for slots in all_slots
             for policy in policies
             for threshold in thresholds
         ]
