@@ -2,7 +2,8 @@
 
 Loads: the plugin's loader reads records of the model's store, 1, 2, … at a time; between demands the processor works
 for as long as a layer takes. Layers: an engine whose cache holds all experts but one, timed inside, at two batch
-sizes; from their difference comes what one more expert costs. Prefill: how long a prompt's step takes there.
+sizes; from their difference comes what one more expert costs. Finding slots: steps without a kernel. Prefill: how
+long a prompt's step takes in that engine.
 
     python benchmarks/profile_machine.py --model /tmp/wide --out machine.json
     vllm-moe-offload replay TRACE.npz --hardware machine.json --record-bytes N
@@ -14,7 +15,7 @@ import random
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -29,7 +30,10 @@ from warm import TINY_MOE
 
 from vllm_moe_offload.prefetch.loader import Load, RecordLoader
 from vllm_moe_offload.replay.hardware import HardwareProfile, ModelProfile
+from vllm_moe_offload.runtime import OffloadRuntime
+from vllm_moe_offload.slots import Ledger, embedded_pools
 from vllm_moe_offload.store.files import aligned_buffer
+from vllm_moe_offload.store.layout import RecordLayout
 from vllm_moe_offload.store.reader import Store
 
 AT_ONCE = LOADER_THREADS + 1
@@ -88,6 +92,34 @@ def demand_seconds(store: Store, pause: float, rounds: int = 24, seed: int = 0) 
     return [median(seconds) for seconds in taken]
 
 
+def finding_seconds(store: Store, top_k: int, steps: int = 60, seed: int = 0) -> float:
+    """What a demanded record costs besides its load: a victim, a slot, and the books. From random decode steps."""
+    slots: dict[RecordLayout, int] = {}
+    for entry in store.layers:
+        slots[entry.layout] = slots.get(entry.layout, 0) + entry.experts
+    quarter = {layout: max(2 * top_k, count // 4) for layout, count in slots.items()}
+    ledger, draw = Ledger(), np.random.default_rng(seed)
+    runtime = OffloadRuntime(store, embedded_pools(store, quarter, "lfu", None, ledger), ledger)
+    misses, seconds = [], []
+    try:
+        for _ in range(steps):
+            runtime.begin_step()
+            for layer in runtime.layers.values():
+                chosen = draw.choice(layer.experts, (1, top_k), replace=False).astype(np.int32)
+                missed, stalled = runtime.counters.misses, runtime.counters.stall_seconds
+                began = time.perf_counter()
+                for _ in runtime.serve(layer, chosen):
+                    took = time.perf_counter() - began
+                misses.append(runtime.counters.misses - missed)
+                seconds.append(took - (runtime.counters.stall_seconds - stalled))
+    finally:
+        for pool in runtime.pools:
+            pool.close()
+    per_count = {count: median(s for s, m in zip(seconds, misses, strict=True) if m == count) for count in set(misses)}
+    most = max(per_count)
+    return max(0.0, (per_count[most] - per_count.get(0, 0.0)) / most)
+
+
 def fit_loads(seconds: Sequence[float]) -> tuple[float, float]:
     """Latency, and time per record, of demands of 1, 2, … records: the nearest straight line that is not below zero."""
     counts = np.arange(1, len(seconds) + 1)
@@ -143,13 +175,15 @@ def profile(model: Path, texts: Sequence[str], stores: Path | None, eager: bool)
             engine.stop()
         (manifest,) = Path(folder).glob("*/manifest.json")
         store = Store.open(manifest.parent)
+        config = json.loads((model / "config.json").read_text())
         demands = demand_seconds(store, one.experts + one.between)
+        finding = finding_seconds(store, config["num_experts_per_tok"])
         record = store.layers[0].layout.record_bytes
         layers = len(store.layers)
         store.close()
-    config = json.loads((model / "config.json").read_text())
     shape = ModelProfile(record, dense_bytes_per_layer(model, layers), _expert_parameters(config))
     hardware = fit(one, many, demands, prefill, shape, layers, config["num_experts_per_tok"])
+    hardware = replace(hardware, demand_overhead_seconds=finding)
     return {
         "profile": asdict(hardware),
         "measured": {"batch": dict(zip(BATCHES, (one._asdict(), many._asdict()), strict=True)), "demands": demands},
