@@ -120,7 +120,7 @@ class House:
             self.place, self.models, self.histories, 1 << 30, group, leave_after, self.lines.append
         )
         self.reason = ""
-        self.thread = threading.Thread(target=self._serve, name="house")
+        self.thread = threading.Thread(target=self._serve, name="house", daemon=True)
         self.thread.start()
 
     def connect(self, role: str = "worker", timeout: float = 10) -> Connection:
@@ -144,7 +144,8 @@ class House:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.server.stop("the test is over")
+        # Not self.server.stop, which a test may have taken from its peers.
+        DaemonServer.stop(self.server, "the test is over")
         self.thread.join(20)
         assert not self.thread.is_alive()
         self.models.close()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -14,7 +15,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from wire import wait_until
 
 from tests.runtime.record_stores import ODD, RecordStore, build_store
 from vllm_moe_offload.daemon.connection import Connection, DaemonGoneError
@@ -99,20 +99,27 @@ def test_a_model_is_served_seen_and_counted(tmp_path: Path, stored: RecordStore)
 
 
 def test_top_follows_until_interrupted(tmp_path: Path, stored: RecordStore) -> None:
-    with daemon(tmp_path, stored), worker(tmp_path, stored):
+    with daemon(tmp_path, stored), worker(tmp_path, stored) as engine:
+        screen, terminal = os.openpty()
         command = [*COMMAND, "top", "--socket", str(tmp_path / "socket"), "--interval", "0.1"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            control = Connection.connect(tmp_path / "socket", "control", 10)
-            control.close()
-            wait_until(lambda: _sockets_of(process.pid) > 0, "it is connected", 60)
+        wide = os.environ | {"COLUMNS": "200", "TERM": "xterm"}
+        with subprocess.Popen(command, stdout=terminal, stderr=subprocess.PIPE, text=True, env=wide) as process:
+            _read_until(screen, stored.store.path.name[:12])
+            engine.request(Demand(1, 0, pack_ids(np.array([2, 9, 23]))))
+            _read_until(screen, " 3 (")
             process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=30)
+            _, err = process.communicate(timeout=30)
+        os.close(terminal)
+        os.close(screen)
     assert (process.returncode, err) == (0, "")
-    assert stored.store.path.name[:12] in out
 
 
-def _sockets_of(pid: int) -> int:
-    return sum("socket:" in str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink())
+def _read_until(screen: int, text: str) -> None:
+    shown = ""
+    while text not in shown:
+        ready, _, _ = select.select([screen], [], [], 60)
+        assert ready, f"{text!r} did not appear in {shown!r}"
+        shown += os.read(screen, 65536).decode()
 
 
 def test_stop_waits_for_its_end(tmp_path: Path, stored: RecordStore) -> None:

@@ -25,16 +25,24 @@ from vllm_moe_offload.daemon.protocol import (
     Hello,
     Hint,
     Message,
+    OpenHistory,
+    PackedTrace,
+    Remember,
     Reply,
     Request,
+    Search,
     Stop,
     pack_ids,
 )
 
 RAW_CONNECTIONS = 16_000
 RAW_MESSAGES = 100_000
-EXAMPLES = 600
+EXAMPLES = 400
 BYSTANDER_EVERY = 200
+
+SHAPE = (2, 8, 1)
+TRACE = PackedTrace(lengths=b"\3\0\0\0", experts=bytes(6), weights=bytes(12))
+"""A request of three tokens."""
 
 Parcel = tuple[bytes, int]
 """Bytes, and how many descriptors come with them."""
@@ -85,12 +93,13 @@ def arena(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Arena]:
     with House(tmp_path / "socket") as house:
         monkeypatch.setattr(house.server, "stop", lambda reason: None)
         attacked = Arena(house)
+        calm = threads()
         monkeypatch.setattr(FramedSocket, "receive", _counted(attacked, FramedSocket.receive))
         monkeypatch.setattr(threading, "excepthook", attacked.faults.append)
         yield attacked
         attacked.still_serves()
         wait_until(lambda: len(house.models.attached) == 1, "all but the engine are detached")
-        wait_until(lambda: len(threads() - running) == 2, "only the house's and the engine's thread are left")
+        wait_until(lambda: threads() == calm, "nobody's thread but the house's and the engine's are left")
         attacked.close()
         with house.worker():
             assert len(house.models.attached) >= 1
@@ -127,12 +136,17 @@ IDS = st.one_of(
 )
 POOL = st.one_of(st.just(0), ANY_INT)
 TEXT = st.text(max_size=20)
+FINGERPRINT = st.one_of(st.just(STORE), st.sampled_from([digit * 32 for digit in "0123456789abcdeg/"]), TEXT)
+TRACES = st.one_of(st.just(TRACE), st.builds(PackedTrace, *[st.one_of(st.binary(max_size=24), st.just(bytes(4)))] * 6))
 MESSAGES: st.SearchStrategy[Message] = st.one_of(
     st.builds(Hello, st.one_of(st.just(1), ANY_INT), st.one_of(st.sampled_from(["worker", "control"]), TEXT)),
     st.builds(Attach, st.one_of(st.just(STORE), TEXT), ANY_INT, ANY_INT, st.booleans(), TEXT, ANY_INT),
     st.builds(Demand, st.one_of(st.integers(1, 50), ANY_INT), POOL, IDS, st.booleans()),
     st.builds(Hint, POOL, IDS, st.booleans()),
     st.builds(Adopt, POOL, IDS, IDS),
+    st.builds(OpenHistory, FINGERPRINT, st.one_of(st.just(SHAPE), st.tuples(ANY_INT, ANY_INT, ANY_INT)), TEXT),
+    st.builds(Remember, TRACES, st.booleans()),
+    st.builds(Search, st.one_of(st.just(bytes(8)), st.binary(max_size=16)), ANY_INT),
     st.builds(GetStatus),
     st.builds(Stop),
 )
@@ -173,8 +187,9 @@ PARCELS = st.tuples(
     ),
     st.sampled_from([0, 0, 0, 0, 0, 0, 1, 2]),
 ).filter(lambda parcel: bool(parcel[0]))
+RECALLING = frame(Hello(1, "history")) + frame(OpenHistory(STORE, SHAPE, STORE)) + frame(Remember(TRACE))
 OPENINGS = st.sampled_from(
-    [[], [(frame(Hello(1, "control")), 0)], [(frame(Hello(1, "worker")), 0), (frame(ATTACH), 0)]]
+    [[], [(frame(Hello(1, "control")), 0)], [(frame(Hello(1, "worker")), 0), (frame(ATTACH), 0)], [(RECALLING, 0)]]
 )
 ENOUGH = settings(
     max_examples=EXAMPLES,
@@ -229,6 +244,8 @@ def conversation(draw: random.Random) -> list[Parcel]:
     if start < 0.7:
         sensible = [frame(Hello(1, "worker")), frame(ATTACH), *(work(draw, t) for t in range(1, draw.randint(2, 18)))]
         parcels.append((b"".join(sensible), 0))
+    elif start < 0.75:
+        parcels.append((RECALLING + frame(Search(b"", draw.getrandbits(16))) * draw.randint(0, 3), 0))
     elif start < 0.85:
         parcels.append((frame(Hello(1, "control")) + frame(GetStatus()) * draw.randint(0, 3), 0))
     if draw.random() < 0.9:
@@ -242,7 +259,7 @@ def work(draw: random.Random, ticket: int) -> bytes:
 
 
 def nonsense(draw: random.Random) -> bytes:
-    message = draw.choice((HELLO, DEMAND, HINT, ADOPT, ATTACH_FRAME, STATUS, STOP))
+    message = draw.choice((HELLO, DEMAND, HINT, ADOPT, ATTACH_FRAME, STATUS, STOP, REMEMBER, SEARCH))
     kind = draw.randrange(8)
     if kind == 0:
         return message
@@ -268,6 +285,7 @@ def nonsense(draw: random.Random) -> bytes:
 HELLO, STATUS, STOP, ATTACH_FRAME = frame(Hello(1, "worker")), frame(GetStatus()), frame(Stop()), frame(ATTACH)
 DEMAND, HINT = frame(Demand(1000, 0, bytes(range(32)))), frame(Hint(0, bytes(32)))
 ADOPT = frame(Adopt(0, bytes(4), bytes(4)))
+REMEMBER, SEARCH = frame(Remember(TRACE)), frame(Search(bytes(8), 1000))
 
 
 @settings(max_examples=500, deadline=None)

@@ -127,7 +127,7 @@ def top(
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
 ) -> None:
     """Show the same, again and again, until Ctrl-C."""
-    with contextlib.closing(_connect(socket)) as connection, contextlib.suppress(KeyboardInterrupt), Live() as live:
+    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(_connect(socket)) as connection, Live() as live:
         while True:
             live.update(status_view(connection.request(GetStatus())), refresh=True)
             time.sleep(interval)
