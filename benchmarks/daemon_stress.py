@@ -15,22 +15,21 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from multiprocessing.reduction import DupFd
-from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
 
 from vllm_moe_offload.daemon.arena import Arena
 from vllm_moe_offload.daemon.epochs import Reader, Reclaimer
-from vllm_moe_offload.daemon.table import ABSENT, ResidencyTable
+from vllm_moe_offload.daemon.table import ABSENT, GENERATION, ResidencyTable
 from vllm_moe_offload.store.layout import Component, RecordLayout
 
 LAYOUT = RecordLayout((Component("payload", "uint8", (2048,), 2048), Component("label", "int64", (2,), 16)))
 RUBBISH = 0xEE
 ENOUGH_WRONG = 10
+ENDED = 1
+"""Generation of the table by which readers know that they may stop."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +82,14 @@ def is_right(arena: Arena, slot: int, expert: int) -> bool:
     return label[0] == expert and label[1] == xxhash.xxh3_64_intdigest(payload.data)
 
 
-def engine(violence: Violence, worker: int, arena_fd: Any, table_fd: Any, stop: Event) -> None:
+def engine(violence: Violence, worker: int, arena_path: str, table_path: str) -> None:
     """Acquire until told to stop; what was found is written to the worker's row of counters."""
-    arena = Arena.attach(arena_fd.detach(), LAYOUT, violence.experts)
-    table = ResidencyTable.attach(table_fd.detach(), violence.experts)
+    arena = Arena.attach(os.open(arena_path, os.O_RDONLY), LAYOUT, violence.experts)
+    table = ResidencyTable.attach(os.open(table_path, os.O_RDWR), violence.experts)
     reader = Reader(table, worker)
     draw = random.Random(f"{violence.seed} {worker}")
     tally = table.counters[worker, :4]
-    while not stop.is_set():
+    while table.generation != ENDED:
         for _ in range(64):
             tally += acquire(reader, arena, table, draw, violence.at_once)
 
@@ -178,13 +177,13 @@ def run(
     table, arena = evictor.table, evictor.arena
     evictor.load()
     context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    engines = []
-    for worker in range(violence.readers):
-        arena_fd = arena.mapping.reader_descriptor()
-        arguments = (violence, worker, DupFd(arena_fd), DupFd(table.mapping.fd), stop)
-        engines.append(context.Process(target=engine, args=arguments, daemon=True))
-        engines[-1].start()
+    paths = [f"/proc/{os.getpid()}/fd/{mapping.fd}" for mapping in (arena.mapping, table.mapping)]
+    engines = [
+        context.Process(target=engine, args=(violence, worker, *paths), daemon=True)
+        for worker in range(violence.readers)
+    ]
+    for process in engines:
+        process.start()
     started = time.monotonic()
     try:
         while table.counters[:, 0].sum() < acquisitions and table.counters[:, 3].sum() <= ENOUGH_WRONG:
@@ -194,12 +193,14 @@ def run(
             if ended or time.monotonic() - started > patience_seconds:
                 raise RuntimeError(f"readers ended: {ended}, after {time.monotonic() - started:.0f} s")
     finally:
-        stop.set()
+        table.header[GENERATION] = ENDED
         for process in engines:
             process.join()
     seconds = time.monotonic() - started
     returned = len(evictor.reclaimer.reclaim()) + len(evictor.slot_of)
     counted = table.counters[:, :4].sum(axis=0).tolist()
+    table.close()
+    arena.mapping.close()
     return Outcome(*counted, evictor.evictions, evictor.held_up, violence.limit - returned, seconds)
 
 
