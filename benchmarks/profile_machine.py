@@ -199,10 +199,12 @@ def fit(
     layers: int,
     top_k: int,
 ) -> HardwareProfile:
-    """The profile whose layers and loads take as long as the measured ones."""
+    """The profile whose loads, and layers of one row, take as long as the measured ones, and wider layers about as long."""
     latency, moving = fit_loads(demands)
+    alone = model.dense_bytes_per_layer / model.record_bytes + one.distinct
     more = max(1e-9, (many.experts - one.experts) / (many.distinct - one.distinct))
-    reading = (model.dense_bytes_per_layer + one.distinct * model.record_bytes) * more / model.record_bytes
+    more = min(more, (one.experts + one.between) / alone)
+    reading = alone * more
     rows = 512
     flops = 2 * rows * (top_k * model.expert_parameters + model.dense_bytes_per_layer // 2)
     return HardwareProfile(

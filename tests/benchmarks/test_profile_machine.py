@@ -34,6 +34,13 @@ def test_a_profile_takes_as_long_as_the_machine_did(tmp_path: Path) -> None:
     assert profile.step_overhead_seconds == pytest.approx(ONE.step - ONE.between)
 
 
+def test_layers_of_one_row_are_right_even_where_wide_ones_take_out_of_proportion_long() -> None:
+    slow = MANY._replace(experts=40e-3)
+    made = fit(ONE, slow, [1e-3, 2e-3], 0.5, MODEL, layers=8, top_k=4)
+    read = (MODEL.dense_bytes_per_layer + 4 * MODEL.record_bytes) / made.memory_bytes_per_second
+    assert made.layer_overhead_seconds + read == pytest.approx(ONE.experts + ONE.between)
+
+
 def test_all_but_one_expert(tmp_path: Path, tiny_moe: Path) -> None:
     share = float(all_but_one(tiny_moe).removesuffix("%")) / 100
     assert 511 <= share * 512 < 512
