@@ -87,12 +87,11 @@ class HostedHistory:
                 raise ValueError(f"the meaning sought has {len(embedding)} numbers, those of this history {width}")
             near = [] if embedding is None else self._history.nearest(embedding, self._history.num_requests)
             latest = self._history.requests[::-1]
-        most = max(0, min(max_tokens, MOST_BYTES // self._bytes_per_token(latest)))
-        chosen = _cut(near, most - int(LATEST_SHARE * most) if len(near) else 0)
-        numbers = {past.number for past, _ in chosen}
-        left = most - sum(count for _, count in chosen)
-        chosen += _cut((past for past in latest if past.number not in numbers), left)
-        return join([_first_tokens(past.trace, count) for past, count in chosen], self.shape)
+        most = max(0, min(max_tokens, MOST_BYTES // _bytes_per_token(latest)))
+        chosen = _whole(near, int((1 - LATEST_SHARE) * most))
+        numbers = {past.number for past in chosen}
+        chosen += [past for past in latest if past.number not in numbers]
+        return join([_first_tokens(past.trace, count) for past, count in _cut(chosen, most)], self.shape)
 
     def save(self, at_once: bool = False) -> None:
         """Write it if it has grown and the last time is long enough ago, or ``at_once``."""
@@ -130,9 +129,16 @@ class HostedHistory:
             for past in self._history.requests
         )
 
-    def _bytes_per_token(self, requests: list[PastRequest]) -> int:
-        """The most that a token here takes, and its request with it."""
-        return max([past.nbytes // past.trace.num_tokens + 1 for past in requests], default=1)
+
+def _bytes_per_token(requests: list[PastRequest]) -> int:
+    """The most that a token takes, and its request with it."""
+    return max((past.nbytes // past.trace.num_tokens + 1 for past in requests), default=1)
+
+
+def _whole(requests: list[PastRequest], most: int) -> list[PastRequest]:
+    """The first of ``requests`` that have at most ``most`` tokens together; the very first in any case."""
+    ends = np.cumsum([past.trace.num_tokens for past in requests])
+    return requests[: max(1, int(np.searchsorted(ends, most, side="right")))]
 
 
 def _cut(requests: Iterable[PastRequest], most: int) -> list[tuple[PastRequest, int]]:

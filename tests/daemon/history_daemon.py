@@ -1,0 +1,21 @@
+"""A daemon in a process of its own, to be killed: it keeps histories, and serves experts of no real model."""
+
+import os
+import threading
+from pathlib import Path
+
+from house import House
+
+from vllm_moe_offload.chronicle import keeper
+from vllm_moe_offload.daemon import hosted_histories
+
+
+def serve(socket: str, folder: str, seconds_between_saves: float) -> None:
+    """Until killed, or until whoever started it is gone."""
+    hosted_histories.SECONDS_BETWEEN_ROUNDS = seconds_between_saves
+    keeper.SECONDS_BETWEEN_SAVES = seconds_between_saves
+    with House(Path(socket), history=Path(folder)):
+        print("serving", flush=True)
+        parent = os.getppid()
+        while os.getppid() == parent:
+            threading.Event().wait(0.2)

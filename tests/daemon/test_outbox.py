@@ -1,0 +1,91 @@
+"""What an engine keeps for the next daemon: in order, within a budget, and everything from the start for a new one."""
+
+from dataclasses import replace
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from past import past_request
+
+from vllm_moe_offload.daemon.outbox import Letter, Outbox
+from vllm_moe_offload.history.trace import Trace
+
+ONE = past_request(0)
+BYTES = sum(array.nbytes for array in (ONE.experts, ONE.weights, ONE.tokens, ONE.phase, ONE.embeddings))
+ROOM = 4
+
+
+class Post(RuleBasedStateMachine):
+    """An outbox for ``ROOM`` traces, and what daemons have got out of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outbox = Outbox(ROOM * BYTES)
+        self.put: list[Trace] = []
+        self.refused: set[int] = set()
+        self.offered: set[int] = set()
+        self.there: set[int] = set()
+        """With the present daemon."""
+
+    @rule()
+    def end_request(self) -> None:
+        self.put.append(replace(ONE))
+        self.outbox.put(self.put[-1])
+
+    @rule(fate=st.sampled_from(["delivered", "refused", "lost"]))
+    def send(self, fate: str) -> None:
+        letter = self.outbox.next()
+        if letter is None:
+            return
+        self.look(letter)
+        if fate == "delivered":
+            self.outbox.delivered(letter.number)
+            self.there.add(letter.number)
+        elif fate == "refused":
+            self.outbox.drop(letter.number)
+            self.refused.add(letter.number)
+        else:
+            self.new_daemon()
+
+    def look(self, letter: Letter) -> None:
+        assert letter.trace is self.put[letter.number]
+        assert letter.number not in self.there | self.refused
+        assert all(letter.number > number for number in self.there)
+        assert letter.again == (letter.number in self.offered)
+        self.offered.add(letter.number)
+
+    @rule()
+    def new_daemon(self) -> None:
+        self.outbox.start_over()
+        self.there = set()
+
+    @invariant()
+    def the_latest_is_never_lost(self) -> None:
+        latest = len(self.put) - 1
+        settled = latest < 0 or latest in self.there | self.refused
+        assert self.outbox.empty == settled
+
+
+TestPost = Post.TestCase
+TestPost.settings = settings(max_examples=100, stateful_step_count=30)
+
+
+def test_a_new_daemon_gets_the_latest_that_fit_once_each() -> None:
+    outbox = Outbox(ROOM * BYTES)
+    for seed in range(7):
+        outbox.put(past_request(seed))
+    got = []
+    for lost in (False, True, False):
+        if lost:
+            outbox.start_over()
+        while (letter := outbox.next()) is not None:
+            outbox.delivered(letter.number)
+            got.append((letter.number, letter.again))
+    assert got == [(number, again) for again in (False, True) for number in (3, 4, 5, 6)]
+
+
+def test_a_request_beyond_the_budget_is_sent_all_the_same() -> None:
+    outbox = Outbox(BYTES)
+    outbox.put(past_request(1, tokens=50))
+    letter = outbox.next()
+    assert letter is not None and letter.trace.num_tokens == 50
