@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vllm_moe_offload.chronicle.heads_file import LEARNED_VECTORS_HEADS_FILE, read_heads, write_heads
-from vllm_moe_offload.chronicle.keeper import HistoryKeeper
+from vllm_moe_offload.chronicle.keeper import HistoryKeeper, seconds_between_saves
 from vllm_moe_offload.chronicle.learning import LOCK_FILE, Learning
 from vllm_moe_offload.chronicle.predictors import create_predictor
 from vllm_moe_offload.errors import TraceError
@@ -179,3 +179,21 @@ def test_a_history_is_written_when_it_has_grown_and_only_by_its_keeper(tmp_path:
     reader.history.add(request(7, seed=1))
     reader.save(at_once=True)
     assert HistoryKeeper(archive, "ab", SHAPE, print).history.num_tokens == 5
+
+
+def test_a_large_history_is_written_less_often_and_a_failure_is_not_repeated_at_once(
+    tmp_path: Path,
+) -> None:
+    assert seconds_between_saves(1000) == 60 < seconds_between_saves(256 << 20)
+    archive = HistoryArchive(tmp_path / "histories")
+    keeper = HistoryKeeper(archive, "ab", SHAPE, print)
+    keeper.history.add(request(5))
+    archive.directory.write_text("in the way")
+    with pytest.raises(OSError, match="histories"):
+        keeper.save(at_once=True)
+    keeper.save()
+    archive.directory.unlink()
+    keeper.save()
+    assert not archive.path("ab").exists()
+    keeper.close()
+    assert archive.path("ab").exists()

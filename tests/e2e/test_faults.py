@@ -74,7 +74,7 @@ def healthy(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) ->
     answers = {str(ids): plain.generate([ids])[0] for ids in prompts}
     plain.close()
     engine, routes = LiveEngine(folder / "healthy.log"), {}
-    engine.start(checkpoint.path, checkpoint.engine_args, cache="25%", store=str(folder / "stores"))
+    engine.start(checkpoint.path, checkpoint.engine_args, predictor="none", cache="25%", store=str(folder / "stores"))
     for ids in prompts:
         assert engine.generate([ids]) == [answers[str(ids)]]
         routes[str(ids)] = engine.routes()
@@ -128,7 +128,7 @@ def test_a_record_flipped_under_a_running_engine(
     right = healthy.answers
     record = only_in(healthy.routes[str(LONG)], healthy.routes[str(SHORT)], healthy.routes[str(OTHER)])
     engine = spawn()
-    engine.start(checkpoint.path, checkpoint.engine_args, cache="25%", store=str(disk.root.path))
+    engine.start(checkpoint.path, checkpoint.engine_args, predictor="none", cache="25%", store=str(disk.root.path))
     disk.flip(*record)
     short, long, other = engine.generate([SHORT, LONG, OTHER])
     assert (short, other) == (right[str(SHORT)], right[str(OTHER)])
@@ -145,7 +145,7 @@ def test_a_record_flipped_under_a_running_engine(
     assert [info.state for info in disk.root.ls()] == ["damaged"]
     assert "checksum" in disk.root.ls()[0].detail
     following = spawn()
-    following.start(checkpoint.path, checkpoint.engine_args, cache="25%", store=str(disk.root.path))
+    following.start(checkpoint.path, checkpoint.engine_args, predictor="none", cache="25%", store=str(disk.root.path))
     assert "building store" in following.log.read_text()
     assert following.generate([LONG]) == [right[str(LONG)]]
     assert [info.state for info in disk.root.ls()] == ["complete"]
@@ -158,7 +158,7 @@ def test_requests_that_share_a_void_prefix_fail_with_it(
     """Scheduled in one step, the second takes the KV blocks of the prefix from the first, right or void."""
     record = only_in(healthy.routes[str(PREFIX)], healthy.routes[str(SECOND)], healthy.routes[str(OTHER)])
     engine = spawn()
-    engine.start(checkpoint.path, checkpoint.engine_args, cache="25%", store=str(disk.root.path))
+    engine.start(checkpoint.path, checkpoint.engine_args, predictor="none", cache="25%", store=str(disk.root.path))
     disk.flip(*record)
     first, other, second = engine.generate([FIRST, OTHER, SECOND])
     assert_failed(first, record)
@@ -175,9 +175,9 @@ def test_damage_found_while_everything_is_loaded_is_rebuilt_by_the_next_start(
     disk.flip(2, 5)
     engine = spawn()
     with pytest.raises(EngineError, match=r"expert 5 of model\.layers\.2\..* checksum does not match"):
-        engine.start(checkpoint.path, checkpoint.engine_args, cache="100%", store=str(disk.root.path))
+        engine.start(checkpoint.path, checkpoint.engine_args, predictor="none", cache="100%", store=str(disk.root.path))
     following = spawn()
-    following.start(checkpoint.path, checkpoint.engine_args, cache="100%", store=str(disk.root.path))
+    following.start(checkpoint.path, checkpoint.engine_args, predictor="none", cache="100%", store=str(disk.root.path))
     assert following.generate([LONG]) == [healthy.answers[str(LONG)]]
     following.close()
 
@@ -190,7 +190,7 @@ def test_a_damaged_store_on_a_read_only_disk_fails_requests_and_not_the_engine(
     disk.close()
     with read_only(disk.root.path):
         engine = spawn()
-        engine.start(checkpoint.path, checkpoint.engine_args, cache="25%", store=str(disk.root.path))
+        engine.start(checkpoint.path, checkpoint.engine_args, predictor="none", cache="25%", store=str(disk.root.path))
         short, long = engine.generate([SHORT, LONG])
         assert short == healthy.answers[str(SHORT)]
         assert_failed(long, record)
@@ -202,7 +202,7 @@ def test_a_store_removed_under_a_running_engine(
     checkpoint: Checkpoint, healthy: Healthy, disk: DiskStore, spawn: Spawn
 ) -> None:
     engine = spawn()
-    engine.start(checkpoint.path, checkpoint.engine_args, cache="10%", store=str(disk.root.path))
+    engine.start(checkpoint.path, checkpoint.engine_args, predictor="none", cache="10%", store=str(disk.root.path))
     shutil.rmtree(disk.root.path)
     for ids in (LONG, SHORT, FIRST):
         assert engine.generate([ids]) == [healthy.answers[str(ids)]]
@@ -226,7 +226,7 @@ def test_builders_killed_at_random_moments(checkpoint: Checkpoint, healthy: Heal
             if info.state == "complete":
                 shutil.rmtree(info.path)
     engine = spawn()
-    engine.start(checkpoint.path, checkpoint.engine_args, cache="25%", store=str(root))
+    engine.start(checkpoint.path, checkpoint.engine_args, predictor="none", cache="25%", store=str(root))
     assert engine.generate([LONG, SHORT]) == [healthy.answers[str(LONG)], healthy.answers[str(SHORT)]]
     engine.close()
     (info,) = StoreRoot(root).ls()
@@ -252,11 +252,11 @@ def test_a_disk_too_small_for_the_store(checkpoint: Checkpoint, healthy: Healthy
     try:
         engine = spawn()
         with pytest.raises(EngineError, match=r"StoreError: cannot build the store at .*free") as caught:
-            engine.start(checkpoint.path, checkpoint.engine_args, cache="25%", store=str(root))
+            engine.start(checkpoint.path, checkpoint.engine_args, predictor="none", cache="25%", store=str(root))
         assert str(root) in str(caught.value) and "VLLM_MOE_OFFLOAD_STORE_ROOT" in str(caught.value)
         assert StoreRoot(root).ls() == []
         mount("-o", "remount,size=50M", str(root))
-        engine.start(checkpoint.path, checkpoint.engine_args, cache="25%", store=str(root))
+        engine.start(checkpoint.path, checkpoint.engine_args, predictor="none", cache="25%", store=str(root))
         assert engine.generate([LONG]) == [healthy.answers[str(LONG)]]
         engine.close()
     finally:
@@ -269,10 +269,10 @@ def test_a_root_that_cannot_be_written(checkpoint: Checkpoint, spawn: Spawn, roo
         read_only(root),
         pytest.raises(EngineError, match=r"StoreError: cannot build a store at .*: the file system is read-only"),
     ):
-        engine.start(checkpoint.path, checkpoint.engine_args, cache="25%", store=str(root))
+        engine.start(checkpoint.path, checkpoint.engine_args, predictor="none", cache="25%", store=str(root))
     (root / "file").write_text("not a folder")
     with pytest.raises(EngineError, match=rf"StoreError: cannot .* at {root}/file.*: "):
-        engine.start(checkpoint.path, checkpoint.engine_args, cache="25%", store=str(root / "file"))
+        engine.start(checkpoint.path, checkpoint.engine_args, predictor="none", cache="25%", store=str(root / "file"))
     engine.close()
 
 

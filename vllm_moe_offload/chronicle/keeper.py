@@ -9,6 +9,13 @@ from ..history.archive import HistoryArchive
 from ..history.store import HistoryStore
 
 SECONDS_BETWEEN_SAVES = 60.0
+BYTES_PER_SECOND = 1 << 20
+"""A history is always written whole: a large one is written less often, so that disks last."""
+
+
+def seconds_between_saves(nbytes: int) -> float:
+    """How long a history of so many bytes waits before it is written again."""
+    return max(SECONDS_BETWEEN_SAVES, nbytes / BYTES_PER_SECOND)
 
 
 class Keeper(ABC):
@@ -69,10 +76,11 @@ class HistoryKeeper(Keeper):
     def save(self, at_once: bool = False) -> None:
         """Write the history if it has grown and the last time is long enough ago, or ``at_once``."""
         last = self._last_number
-        due = at_once or time.monotonic() - self._saved_at >= SECONDS_BETWEEN_SAVES
+        due = at_once or time.monotonic() - self._saved_at >= seconds_between_saves(self.history.nbytes)
         if self._archive is not None and due and last != self._saved_number:
+            self._saved_at = time.monotonic()  # also when it fails: a full disk is not asked again at once
             self._archive.save(self.fingerprint, self.history)
-            self._saved_number, self._saved_at = last, time.monotonic()
+            self._saved_number = last
 
     def snapshot(self, directory: Path) -> Path | None:
         return HistoryArchive(directory).save(self.fingerprint, self.history)
