@@ -199,7 +199,7 @@ def fit(
     layers: int,
     top_k: int,
 ) -> HardwareProfile:
-    """The profile whose loads, and layers of one row, take as long as the measured ones, and wider layers about as long."""
+    """The profile whose loads, and layers of one row, take as long as the measured ones; wider layers nearly."""
     latency, moving = fit_loads(demands)
     alone = model.dense_bytes_per_layer / model.record_bytes + one.distinct
     more = max(1e-9, (many.experts - one.experts) / (many.distinct - one.distinct))

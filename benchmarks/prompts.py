@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,12 @@ def domains(prompts: Sequence[Prompt]) -> list[str]:
     """Topics, the one with most prompts first."""
     counts = Counter(prompt.domain for prompt in prompts)
     return sorted(counts, key=lambda domain: (-counts[domain], domain))
+
+
+def in_turns(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The same prompts, one of each topic after the other, so that the first few are about everything."""
+    by_domain = [[prompt for prompt in prompts if prompt.domain == domain] for domain in domains(prompts)]
+    return [prompt for turn in zip_longest(*by_domain) for prompt in turn if prompt is not None]
 
 
 def split_by_domain(prompts: Sequence[Prompt], held_out: Sequence[str] = ()) -> tuple[list[Prompt], list[Prompt]]:

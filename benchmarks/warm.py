@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from engines import Engine, Variant
-from prompts import EXAMPLES, Prompt, read_prompts, split_by_domain, split_within_domains, write_prompts
+from prompts import EXAMPLES, Prompt, in_turns, read_prompts, split_by_domain, split_within_domains, write_prompts
 from safetensors import safe_open
 
 from vllm_moe_offload.chronicle.heads_file import HEADS_FILE
@@ -97,7 +97,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.out.exists():
         parser.error(f"{options.out} exists; remove it or name another folder")
-    prompts = read_prompts(options.prompts)
+    prompts = in_turns(read_prompts(options.prompts))
     try:
         split = split_within_domains(prompts) if options.within else split_by_domain(prompts, options.held_out)
     except ValueError as error:

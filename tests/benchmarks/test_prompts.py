@@ -3,7 +3,16 @@
 from pathlib import Path
 
 import pytest
-from prompts import EXAMPLES, Prompt, domains, read_prompts, split_by_domain, split_within_domains, write_prompts
+from prompts import (
+    EXAMPLES,
+    Prompt,
+    domains,
+    in_turns,
+    read_prompts,
+    split_by_domain,
+    split_within_domains,
+    write_prompts,
+)
 
 
 def test_no_topic_is_on_both_sides() -> None:
@@ -29,6 +38,11 @@ def test_impossible_splits_are_refused() -> None:
         split_by_domain([Prompt("x", "a")])
     with pytest.raises(ValueError, match="2 and 0"):
         split_within_domains([Prompt("x", "a"), Prompt("y", "b")])
+
+
+def test_topics_take_turns() -> None:
+    prompts = [Prompt(f"{domain}{number}", domain) for domain in "ab" for number in range(3)] + [Prompt("c0", "c")]
+    assert [prompt.text for prompt in in_turns(prompts)] == ["a0", "b0", "c0", "a1", "b1", "a2", "b2"]
 
 
 def test_prompts_survive_a_file(tmp_path: Path) -> None:
