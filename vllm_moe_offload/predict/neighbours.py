@@ -9,7 +9,7 @@ Matches of earlier layers fade.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,13 +32,30 @@ _OTHER_TOKEN = np.float32(0.01)
 _MAX_REQUESTS = 256
 
 
-class Candidates(NamedTuple):
-    """The tokens a request is matched against, ``C`` of them."""
+class Candidates:
+    """The tokens a request is matched against, ``C`` of them. A layer is laid out when it is first asked for."""
 
-    columns: Array
-    """``[L, E, C]``: root of each expert's routing weight, zero where not chosen. One column is contiguous."""
-    tokens: NDArray[np.int32]
-    """``[C]``, UNKNOWN_TOKEN where not known."""
+    def __init__(self, shape: ModelShape, parts: list[tuple[Trace, int]]):
+        """``parts``: traces, and how many of each one's first tokens."""
+        self._shape, self._parts = shape, parts
+        self._columns: dict[int, Array] = {}
+        starts = np.cumsum([0] + [length for _, length in parts]).tolist()
+        self._places = [slice(*ends) for ends in pairwise(starts)]
+        self.tokens = np.full(starts[-1], UNKNOWN_TOKEN, np.int32)
+        """``[C]``, UNKNOWN_TOKEN where not known."""
+        for (trace, length), place in zip(parts, self._places, strict=True):
+            if trace.tokens is not None:
+                self.tokens[place] = trace.tokens[:length]
+
+    def columns(self, layer: int) -> Array:
+        """``[E, C]``: root of each expert's routing weight, zero where not chosen. One column is contiguous."""
+        columns = self._columns.get(layer)
+        if columns is None:
+            columns = self._columns[layer] = np.zeros((self._shape.experts, len(self.tokens)), np.float32)
+            for (trace, length), place in zip(self._parts, self._places, strict=True):
+                roots = np.sqrt(trace.weights[:length, layer].T.astype(np.float32))
+                np.put_along_axis(columns[:, place], trace.experts[:length, layer].T.astype(np.int64), roots, axis=0)
+        return columns
 
 
 class NeighboursPredictor(Predictor):
@@ -107,7 +124,7 @@ class _Group:
         self._full_match = np.float32(0)
 
     def observe(self, layer: int, experts: Experts, weights: Weights) -> None:
-        columns = self._candidates.columns[layer]
+        columns = self._candidates.columns(layer)
         roots = np.sqrt(weights.astype(np.float32))
         self._matches *= _FADING
         if len(experts) == 1:
@@ -123,7 +140,7 @@ class _Group:
         if not len(self._candidates.tokens):
             return self._own[:, layer].copy()
         shares = self._shares()
-        chosen = (self._candidates.columns[layer] > 0).astype(np.float32)
+        chosen = (self._candidates.columns(layer) > 0).astype(np.float32)
         average = (shares @ chosen.T) / shares.sum(axis=1, keepdims=True)
         return (1 - _OWN_SHARE) * average + _OWN_SHARE * self._own[:, layer]
 
@@ -138,23 +155,11 @@ class _Group:
 
 
 def gather(shape: ModelShape, requests: list[PastRequest], most: int) -> Candidates:
-    """Lay out up to ``most`` tokens of ``requests``, the first requests first."""
+    """Up to ``most`` tokens of ``requests``, the first requests first."""
     parts, room = [], most
     for past in requests:
         if room == 0:
             break
         parts.append((past.trace, min(room, past.trace.num_tokens)))
         room -= parts[-1][1]
-    count = most - room
-    columns = np.zeros((shape.layers, shape.experts, count), np.float32)
-    tokens = np.full(count, UNKNOWN_TOKEN, np.int32)
-    start = 0
-    for trace, length in parts:
-        stop = start + length
-        experts = trace.experts[:length].transpose(1, 2, 0)
-        roots = np.sqrt(trace.weights[:length].transpose(1, 2, 0).astype(np.float32))
-        np.put_along_axis(columns[:, :, start:stop], experts.astype(np.int64), roots, axis=1)
-        if trace.tokens is not None:
-            tokens[start:stop] = trace.tokens[:length]
-        start = stop
-    return Candidates(columns, tokens)
+    return Candidates(shape, parts)
