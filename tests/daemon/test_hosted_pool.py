@@ -142,7 +142,7 @@ def test_demands_too_big_together_take_turns_in_the_order_they_came(tmp_path: Pa
         big.start()
         while not it.pool._queue:
             pass
-        small = threading.Thread(target=ask, args=(third, [16]))
+        small = threading.Thread(target=ask, args=(third, [16, 17]))
         small.start()
         while len(it.pool._queue) < 2:
             pass
@@ -220,6 +220,7 @@ def test_a_hint_becomes_visible_without_anyone_asking_and_is_accounted_for(tmp_p
         assert it.pool.counters.useful == 2 and it.pool.counters.late == 0
         for layer in (0, 2, 3, 0, 2, 3):
             worker.use([layer * EXPERTS + e for e in range(EXPERTS)])
+            it.tend()
         it.pool.check_integrity()
         assert it.pool.counters.prefetches == 3 and it.pool.counters.wasted == 1
 
@@ -298,7 +299,7 @@ def test_the_reserve_costs_no_reading(tmp_path: Path) -> None:
             worker.use(experts)
         loads = it.pool.counters.loads
         it.tend()
-        assert np.count_nonzero(it.pool.cache.retired) > 0
+        assert it.pool.cache.retired
         for experts in kept:
             worker.use(experts)
         assert it.pool.counters.loads == loads

@@ -1,5 +1,6 @@
 """Residency: slots and experts that mirror each other, pins, and the choice of victims."""
 
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -52,13 +53,10 @@ class ExpertCache:
         self.expert_of = np.full(num_slots, FREE, dtype=np.int32)
         self.pins = np.zeros(num_slots, dtype=np.int32)
         self.transient = np.zeros(num_slots, dtype=bool)
-        self.retired = np.zeros(num_slots, dtype=np.int64)
-        """0, or a number that rises with the order in which slots were retired."""
-        self._retirements = 0
-
-    @property
-    def occupied(self) -> int:
-        return int(np.count_nonzero(self.expert_of != FREE))
+        self.retired: dict[int, None] = {}
+        """Slots that were retired, in that order."""
+        self.occupied = 0
+        """How many slots are not free."""
 
     def begin_step(self) -> None:
         """A forward pass starts."""
@@ -81,23 +79,23 @@ class ExpertCache:
         if not absent.any():
             self.pins[slots] += 1
             self.transient[slots] = False
-            self.retired[slots] = 0
+            self._unretire(slots)
             if use:
                 self.policy.use(experts)
             return Acquisition(slots, _NONE, _NO_SLOTS, _NONE)
 
         resident = slots[~absent]
         self.pins[resident] += 1
-        missing = np.asarray(experts, dtype=np.int64)[absent]
+        missing = experts[absent].astype(np.int64)
         taken = self._cheapest_slots(missing)
         if len(taken) < len(missing):
             self.pins[resident] -= 1
             raise ValueError(f"{len(missing)} experts are missing but only {len(taken)} slots are unpinned")
         evicted = self._place(missing, taken)
-        self.pins[taken] += 1
+        self.pins[taken] = 1
         slots[absent] = taken
-        self.transient[slots] = False
-        self.retired[slots] = 0
+        self.transient[resident] = False
+        self._unretire(resident)
         if use:
             self.policy.use(experts)
         return Acquisition(slots, missing, taken, evicted)
@@ -113,7 +111,7 @@ class ExpertCache:
         absent = np.flatnonzero(slots == ABSENT)
         resident = slots[slots != ABSENT]
         self.pins[resident] += 1
-        self.retired[resident] = 0
+        self._unretire(resident)
         room = max(0, share - int(np.count_nonzero(self.transient)))
         taken = np.flatnonzero(self.transient & (self.pins == 0))[: len(absent)].astype(np.int32)
         if len(taken) < len(absent) and room:
@@ -132,8 +130,14 @@ class ExpertCache:
 
     def release(self, slots: IntArray) -> None:
         """Take one pin off each of ``slots`` (distinct)."""
-        assert (self.pins[slots] > 0).all(), "released a slot that was not pinned"
-        self.pins[slots] -= 1
+        pins = self.pins[slots] - 1
+        assert pins.min(initial=0) >= 0, "released a slot that was not pinned"
+        self.pins[slots] = pins
+
+    def release_together(self, slots: IntArray) -> None:
+        """Take one pin off each of ``slots`` for every time that it is named."""
+        np.subtract.at(self.pins, slots, 1)
+        assert self.pins[slots].min(initial=0) >= 0, "released a slot that was not pinned"
 
     def admit(
         self,
@@ -172,8 +176,9 @@ class ExpertCache:
         slots = self.slot_of[experts]
         self.slot_of[experts] = ABSENT
         self.expert_of[slots] = FREE
+        self.occupied -= len(slots)
         self.transient[slots] = False
-        self.retired[slots] = 0
+        self._unretire(slots)
 
     def retire(self, count: int) -> NDArray[np.int64]:
         """Choose up to ``count`` more unpinned experts that shall leave next, and return them.
@@ -181,13 +186,12 @@ class ExpertCache:
         They stay resident until their slots are given away or they are forgotten. Those asked for again stay for good.
         """
         slots = self._least_worth(count)
-        self.retired[slots] = np.arange(self._retirements + 1, self._retirements + 1 + len(slots))
-        self._retirements += len(slots)
+        self.retired.update(dict.fromkeys(slots.tolist()))
         return self.expert_of[slots].astype(np.int64)
 
     def keep(self, experts: IntArray) -> None:
         """``experts`` (resident) shall not leave after all."""
-        self.retired[self.slot_of[experts]] = 0
+        self._unretire(self.slot_of[experts])
 
     def cancel(self, experts: IntArray) -> None:
         """As ``forget``, whoever has pinned them: their pins are void."""
@@ -199,6 +203,7 @@ class ExpertCache:
         assert (self.slot_of[experts] == ABSENT).all() and (self.expert_of[slots] == FREE).all()
         self.slot_of[experts] = slots
         self.expert_of[slots] = experts
+        self.occupied += len(slots)
 
     def move(self, expert: int, slot: int) -> None:
         """``expert`` (resident, unpinned) changes to a free slot."""
@@ -218,29 +223,31 @@ class ExpertCache:
         assert (self.pins >= 0).all()
         assert (self.pins[self.expert_of == FREE] == 0).all(), "a free slot is pinned"
         assert not self.transient[self.expert_of == FREE].any(), "a free slot is transient"
-        assert not self.retired[(self.expert_of == FREE) | (self.pins > 0)].any(), "a free or pinned slot is retired"
+        retired = list(self.retired)
+        assert (self.expert_of[retired] != FREE).all() and not self.pins[retired].any(), "a retired slot is in use"
 
     def _cheapest_slots(self, experts: NDArray[np.int64], bias: FloatArray | None = None) -> NDArray[np.int32]:
         """Unpinned slots for up to all of ``experts`` (absent ones), in their order.
 
         Free ones first, then those retired, then the least worth keeping.
         """
-        taken = self._free_slots(experts)
-        wanted = len(experts) - len(taken)
-        if wanted:
-            retired = np.flatnonzero((self.retired > 0) & (self.pins == 0))
-            retired = retired[np.argsort(self.retired[retired])][:wanted]
-            taken = np.concatenate([taken, retired, self._least_worth(wanted - len(retired), bias)])
-        return taken.astype(np.int32)
+        free = self._free_slots(experts)
+        wanted = len(experts) - len(free)
+        unpinned = (slot for slot in self.retired if self.pins[slot] == 0)
+        retired = np.fromiter(islice(unpinned, wanted), dtype=np.int32)
+        if len(retired) == len(experts):
+            return retired
+        return np.concatenate([free, retired, self._least_worth(wanted - len(retired), bias)]).astype(np.int32)
 
     def _free_slots(self, experts: NDArray[np.int64]) -> NDArray[np.integer]:
         """Free slots within the limit for the first of ``experts``."""
+        room = min(self.limit, self.num_slots) - self.occupied
+        if room <= 0:
+            return _NO_SLOTS
         free = self.expert_of == FREE
-        slots = np.flatnonzero(free)
-        slots = slots[: max(0, self.limit - (self.num_slots - len(slots)))]
-        if not self.at_home or len(slots) == 0:
-            return slots[: len(experts)]
-        taken = experts[: len(slots)].copy()
+        if not self.at_home:
+            return np.flatnonzero(free)[: min(room, len(experts))]
+        taken = experts[:room].copy()
         elsewhere = ~free[taken]
         if elsewhere.any():
             free[taken] = False
@@ -251,7 +258,9 @@ class ExpertCache:
         """Up to ``count`` slots that are neither free nor pinned nor retired."""
         if count <= 0:
             return _NO_SLOTS
-        candidates = np.flatnonzero((self.expert_of != FREE) & (self.pins == 0) & (self.retired == 0))
+        candidate = (self.expert_of != FREE) & (self.pins == 0)
+        candidate[list(self.retired)] = False
+        candidates = np.flatnonzero(candidate)
         if len(candidates) <= count:
             return candidates
         residents = self.expert_of[candidates]
@@ -265,12 +274,18 @@ class ExpertCache:
         evicted = self.expert_of[slots]
         evicted = evicted[evicted != FREE].astype(np.int64)
         self.transient[slots] = False
-        self.retired[slots] = 0
+        self._unretire(slots)
+        self.occupied += len(experts) - len(evicted)
         self.slot_of[evicted] = ABSENT
         self.slot_of[experts] = slots
         self.expert_of[slots] = experts
         self.policy.load(experts)
         return evicted
+
+    def _unretire(self, slots: IntArray) -> None:
+        if self.retired:
+            for slot in slots.tolist():
+                self.retired.pop(slot, None)
 
 
 _NONE = np.empty(0, dtype=np.int64)

@@ -44,7 +44,7 @@ def adopt(pool: HostedPool, store: Store, fd: int, experts: NDArray[np.int32], s
 
 def _begin(pool: HostedPool, experts: NDArray[np.int32]) -> list[HostedLoad]:
     with pool.lock:
-        pool.observe()
+        pool.release_done()
         absent = experts[pool.cache.slot_of[experts] == ABSENT]
         room = max(0, pool.limit - pool.cache.occupied)
         return pool.under_way.begin(pool.cache.admit(absent[:room]), pinned=True)

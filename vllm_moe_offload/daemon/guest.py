@@ -43,11 +43,12 @@ class Guest:
         if not self._tickets:
             return False
         done = int(self._table.done[self.worker])
-        released = False
+        released = []
         while self._tickets and self._tickets[0][0] <= done:
-            cache.release(self._tickets.popleft()[1])
-            released = True
-        return released
+            released.append(self._tickets.popleft()[1])
+        if released:
+            cache.release_together(np.concatenate(released))
+        return bool(released)
 
     def release_all(self, cache: ExpertCache) -> None:
         """It is gone: so are its pins and its entry."""
@@ -59,22 +60,25 @@ class Guest:
         self._table.clear(self.worker)
 
     def tell_uses(self, policy: EvictionPolicy) -> IntArray:
-        """Tell the policy what the worker used since the last call; returns those experts, each once."""
+        """Tell the policy what the worker used since the last call; returns those experts."""
         noted = self._uses.drain()
         if len(noted) == 0:
             return noted
-        begins = noted == STEP
-        if not begins.any():
-            used = np.unique(noted)
-            policy.use(used)
-            return used
-        for number, step in enumerate(np.split(noted, np.flatnonzero(begins))):
-            if number:
+        step: dict[int, None] = {}
+        for one in noted.tolist():
+            if one != STEP:
+                step[one] = None
+            else:
+                _use(policy, step)
                 policy.begin_step()
-            used = np.unique(step[step != STEP])
-            if len(used):
-                policy.use(used)
-        return np.unique(noted[~begins])
+                step = {}
+        _use(policy, step)
+        return noted[noted != STEP]
+
+
+def _use(policy: EvictionPolicy, experts: dict[int, None]) -> None:
+    if experts:
+        policy.use(np.array(list(experts)))
 
 
 class SharedForesight(ForesightPolicy):

@@ -144,8 +144,8 @@ class HostedPool:
             self.counters.missed_bytes += (len(own) + len(joined)) * self.layout.payload_bytes
             self.occupancy.show_again(experts, self.under_way.loads)
             clear = self.occupancy.are_clear(acquired.missing_slots)
-        if own:
-            self._stir()
+            if own and self.occupancy.running_low:
+                self._stir()
         if own or joined:
             self.read(own, joined, clear)
         return self._supply(guest, ticket, experts, acquired.slots, own, joined)
@@ -160,7 +160,7 @@ class HostedPool:
         if len(experts) == 0:
             return 0
         with self.lock:
-            self.observe()
+            self.release_done()
             slots = self.cache.slot_of[experts]
             resident, absent = experts[slots != ABSENT], experts[slots == ABSENT]
             self.cache.keep(resident)
@@ -172,13 +172,15 @@ class HostedPool:
         if not clear and not self._await_clear(loads, _HINT_PATIENCE_SECONDS):
             loads = self._ready(self._drop_unwanted(loads))
         self.loader.start(self.under_way.allocate(loads))
-        self._stir()
+        if self.occupancy.running_low:
+            self._stir()
         return len(loads)
 
     def tend(self) -> bool:
         """Do what nobody waits for: hear of uses, keep slots clear, shrink. Returns whether something is left to do."""
         with self.lock:
-            self.observe()
+            self.release_done()
+            self._hear_of_uses()
             self.occupancy.make_room()
             return not self.occupancy.settled
 
@@ -197,16 +199,17 @@ class HostedPool:
         """Those of ``loads`` into whose slots something may be copied; the others have failed. Not under the lock."""
         return self.under_way.allocate(self._ready(loads), copying=True)
 
-    def observe(self) -> None:
-        """Take notice of what workers have done meanwhile. Under the lock."""
-        released = False
+    def release_done(self) -> None:
+        """Unpin what workers have finished computing on. Under the lock."""
+        released = [guest.release_done(self.cache) for guest in self.guests.values()]
+        if self._queue and any(released):
+            self._turn.notify_all()
+
+    def _hear_of_uses(self) -> None:
         for guest in self.guests.values():
-            released |= guest.release_done(self.cache)
             used = guest.tell_uses(self._policy)
             if len(used):
                 self.under_way.note_used(used)
-        if released and self._queue:
-            self._turn.notify_all()
 
     def check_ids(self, experts: NDArray[np.int32]) -> None:
         """Raises ``ValueError`` unless they are distinct experts of this pool."""
@@ -238,17 +241,19 @@ class HostedPool:
 
     def _acquire_in_turn(self, experts: NDArray[np.int32], stream: bool) -> Acquisition:
         """Pin ``experts``, waiting until others hold so little that they fit. Those who wait come in order."""
-        self.observe()
+        if stream:  # what has streamed through goes first, but not while it is pinned
+            self.release_done()
         acquired = None if self._queue else self._try_to_acquire(experts, stream)
         if acquired is not None:
             return acquired
+        self.release_done()
         turn = object()
         self._queue.append(turn)
         deadline = time.monotonic() + PATIENCE_SECONDS
         try:
             while time.monotonic() < deadline:
                 self._turn.wait(_POLL_SECONDS)
-                self.observe()
+                self.release_done()
                 if self._queue[0] is turn and (acquired := self._try_to_acquire(experts, stream)) is not None:
                     return acquired
         finally:
@@ -279,7 +284,9 @@ class HostedPool:
     def _note_evicted(self, acquired: Acquisition) -> None:
         if len(acquired.evicted):
             self.occupancy.hide(acquired.evicted)
-            self.under_way.note_evicted(acquired.evicted)
+            if self.under_way.any_unused(acquired.evicted):
+                self._hear_of_uses()
+                self.under_way.note_evicted(acquired.evicted)
 
     def _join(self, worker: int, experts: NDArray[np.int32]) -> list[HostedLoad]:
         """The loads under way of ``experts``; wrong guesses whose reading has not begun are taken back."""
@@ -327,7 +334,7 @@ class HostedPool:
         for expert, _ in failed:
             slots[experts == expert] = ABSENT
         with self.lock:
-            guest.keep(ticket, slots[slots != ABSENT])
+            guest.keep(ticket, slots[slots != ABSENT] if failed else slots)
         return Supply(slots, len(own), len(joined), failed)
 
     def _ready(self, loads: list[HostedLoad]) -> list[HostedLoad]:

@@ -43,7 +43,7 @@ def _pin_all(pool: HostedPool, worker: int) -> tuple[list[HostedLoad], list[Host
     deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
         with pool.lock:
-            pool.observe()
+            pool.release_done()
             if _everyone_is_home(pool):
                 joined = list(pool.under_way.loads.values())
                 acquired = pool.cache.acquire(everything, use=False)

@@ -49,23 +49,23 @@ class Occupancy:
 
     def show_again(self, experts: IntArray, loading: Container[int]) -> None:
         """Show those of ``experts`` that are resident, complete and hidden."""
-        hidden = experts[(self.shown_in[experts] == ABSENT) & (self._cache.slot_of[experts] != ABSENT)]
-        complete = [expert for expert in hidden.tolist() if expert not in loading]
+        hidden = experts[self.shown_in[experts] == ABSENT].tolist()
+        complete = [one for one in hidden if one not in loading and self._cache.slot_of[one] != ABSENT]
         if complete:
             self.show(np.array(complete))
 
     def hide(self, experts: IntArray) -> None:
         """Nobody shall begin to read ``experts``, as far as they are shown."""
-        slots = self.shown_in[experts]
-        shown = slots != ABSENT
-        if shown.any():
-            self._reclaimer.retire(experts[shown], slots[shown])
-            self.shown_in[experts] = ABSENT
-            self._being_read[slots[shown]] += 1
+        shown = [expert for expert in experts.tolist() if self.shown_in[expert] != ABSENT]
+        if shown:
+            slots = self.shown_in[shown]
+            self._reclaimer.retire(np.array(shown), slots)
+            self.shown_in[shown] = ABSENT
+            self._being_read[slots] += 1
 
     def are_clear(self, slots: IntArray) -> bool:
         """Whether all of ``slots``, which show no expert, may be written."""
-        if not self._being_read[slots].any():
+        if not any(self._being_read[slot] for slot in slots.tolist()):
             return True
         self._reclaim()
         return not self._being_read[slots].any()
@@ -73,7 +73,7 @@ class Occupancy:
     def clear_retired(self) -> int:
         """How many retired slots of the cache may be written."""
         self._reclaim()
-        return int(np.count_nonzero(self._being_read[self._cache.retired > 0] == 0))
+        return int(np.count_nonzero(self._being_read[list(self._cache.retired)] == 0))
 
     def holders(self) -> list[int]:
         """Workers that keep slots from becoming clear."""
@@ -102,6 +102,12 @@ class Occupancy:
         return min(max(_RESERVE_LEAST, limit // _RESERVE_SHARE), limit // _RESERVE_MOST_SHARE)
 
     @property
+    def running_low(self) -> bool:
+        """Whether demands will soon have to wait for slots to become clear."""
+        room = max(0, self._cache.limit - self._cache.occupied)
+        return room + len(self._cache.retired) <= self.reserve // 2
+
+    @property
     def held(self) -> int:
         """Slots that take memory."""
         return self._cache.occupied + sum(self._cache.expert_of[slot] == FREE for slot in self._soiled)
@@ -115,9 +121,9 @@ class Occupancy:
         """Retire what the reserve lacks or the limit forbids, and empty what may be emptied."""
         cache = self._cache
         surplus = max(0, cache.occupied - cache.limit)
-        retired = int(np.count_nonzero(cache.retired))
-        lacking = surplus + max(0, self.reserve - max(0, cache.limit - cache.occupied)) - retired
-        if lacking > (0 if surplus else self.reserve // 2):
+        room = max(0, cache.limit - cache.occupied)
+        lacking = surplus + max(0, self.reserve - room) - len(cache.retired)
+        if lacking > 0 and (surplus or self.running_low):
             self.hide(cache.retire(lacking))
         if surplus:
             self._empty(surplus)
@@ -125,8 +131,8 @@ class Occupancy:
 
     def _empty(self, count: int) -> None:
         self._reclaim()
-        retired = np.flatnonzero((self._cache.retired > 0) & (self._being_read == 0))
-        leaving = retired[np.argsort(self._cache.retired[retired])][:count]
+        retired = np.array(list(self._cache.retired), dtype=np.int32)
+        leaving = retired[self._being_read[retired] == 0][:count]
         self._cache.forget(self._cache.expert_of[leaving])
         self.soil(leaving)
 
@@ -152,5 +158,5 @@ class Occupancy:
         shown = np.flatnonzero(self.shown_in != ABSENT)
         assert (self._table.slot_of == self.shown_in).all()
         assert (self._cache.slot_of[shown] == self.shown_in[shown]).all()
-        assert not (self._cache.retired[self.shown_in[shown]]).any(), "a retired slot is shown"
+        assert not any(slot in self._cache.retired for slot in self.shown_in[shown].tolist()), "a retired slot is shown"
         assert not any(expert in loading for expert in shown.tolist()), "an incomplete record is shown"

@@ -10,7 +10,6 @@ import numpy as np
 
 from ..cache import Acquisition, ExpertCache
 from ..cache.base import IntArray
-from ..cache.cache import ABSENT
 from ..errors import ConfigError, LoadError
 from ..store.layout import ALIGNMENT
 from ..store.reader import Store
@@ -52,7 +51,7 @@ class UnderWay:
         self._record_bytes = arena.layout.payload_bytes
         # records whose parts are no whole blocks are read aside first
         self._copies = any(part.nbytes % ALIGNMENT for part in arena.layout.components)
-        self._unused = np.zeros(arena.slots, dtype=bool)
+        self._unused: set[int] = set()
         """Guesses that nobody has used yet."""
 
     def begin(self, acquired: Acquisition, guess_of: int | None = None, pinned: bool = False) -> list[HostedLoad]:
@@ -66,10 +65,10 @@ class UnderWay:
                 self.layer_of[expert], self._number_of[expert], parts, expert, slot, guess_of, pinned, self._arrived
             )
             self.loads[expert] = load
+            self._table.loading[expert] = 1
             begun.append(load)
-        self._table.loading[acquired.missing] = 1
         if guess_of is not None:
-            self._unused[acquired.missing] = True
+            self._unused.update(load.flat for load in begun)
             self.counters.prefetches += len(begun)
         return begun
 
@@ -105,7 +104,7 @@ class UnderWay:
         self._end(load)
         self._cache.cancel(np.array([load.flat]))
         self._occupancy.soil(np.array([load.slot]))
-        self._unused[load.flat] = False
+        self._unused.discard(load.flat)
 
     def take_back(self, load: HostedLoad) -> None:
         """As ``forget``, for a guess that turned out wrong before it was read."""
@@ -116,8 +115,8 @@ class UnderWay:
         """The loads of ``experts`` that are under way; guesses among them come late."""
         awaited = [self.loads[expert] for expert in experts.tolist() if expert in self.loads]
         for load in awaited:
-            self.counters.late += bool(self._unused[load.flat])
-            self._unused[load.flat] = False
+            self.counters.late += load.flat in self._unused
+            self._unused.discard(load.flat)
         return awaited
 
     def wrong_guesses(self, worker: int, experts: IntArray) -> list[HostedLoad]:
@@ -134,13 +133,19 @@ class UnderWay:
 
     def note_used(self, experts: IntArray) -> None:
         """Somebody used ``experts``, as far as they were there."""
-        found = experts[self._unused[experts] & (self._occupancy.shown_in[experts] != ABSENT)]
-        self._unused[found] = False
-        self.counters.useful += len(found)
+        if self._unused:
+            found = {one for one in self._unused.intersection(experts.tolist()) if one not in self.loads}
+            self._unused -= found
+            self.counters.useful += len(found)
+
+    def any_unused(self, experts: IntArray) -> bool:
+        """Whether there are guesses among ``experts`` that nobody is known to have used."""
+        return bool(self._unused) and not self._unused.isdisjoint(experts.tolist())
 
     def note_evicted(self, experts: IntArray) -> None:
-        self.counters.wasted += int(np.count_nonzero(self._unused[experts]))
-        self._unused[experts] = False
+        wasted = self._unused.intersection(experts.tolist())
+        self._unused -= wasted
+        self.counters.wasted += len(wasted)
 
     def _end(self, load: HostedLoad) -> None:
         del self.loads[load.flat]
