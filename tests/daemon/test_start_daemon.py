@@ -1,5 +1,6 @@
 """A daemon started by an engine: it outlives it, is one for all, leaves by itself, and says why it could not start."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -61,8 +62,17 @@ def test_engines_that_start_at_once_share_one(tmp_path: Path) -> None:
     for engine in engines:
         engine.join()
     assert len(pids) == 3 and len(set(pids)) == 1
-    assert Connection.connect(path, "control", 10).daemon_pid == pids[0]
+    assert log_path(path).read_text().count("serves 1.0 MiB") == 1
     end(path)
+    assert "already serves" not in log_path(path).read_text()
+
+
+def test_a_turn_that_never_comes_is_given_up(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with log_path(path).open("w") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        with pytest.raises(StartError, match=r"another engine has tried to start a daemon for .* for 0\.2 s"):
+            start_daemon(path, "1MiB", 600, timeout=0.2)
 
 
 def test_it_leaves_after_the_last_engine_and_can_be_started_again(tmp_path: Path) -> None:

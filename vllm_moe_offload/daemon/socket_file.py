@@ -138,7 +138,7 @@ def _lock(path: Path, patience: float) -> int:
         os.close(lock)
         raise ConfigError(f"--socket {path}: {file} is not a file of this user; name a socket elsewhere")
     deadline = time.monotonic() + patience
-    while not _try_lock(lock):
+    while not try_lock(lock):
         serving = _someone_listens(path)
         if serving or time.monotonic() > deadline:
             holder = os.pread(lock, 20, 0).decode(errors="replace") or "unknown"
@@ -154,7 +154,8 @@ def _lock(path: Path, patience: float) -> int:
     return lock
 
 
-def _try_lock(lock: int) -> bool:
+def try_lock(lock: int) -> bool:
+    """Lock an open file for this descriptor alone, if nobody else has; until it is closed everywhere."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

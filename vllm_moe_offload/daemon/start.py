@@ -1,6 +1,7 @@
 """Starts a daemon for an engine that found none. The daemon is nobody's child: it outlives the engine that started it.
 
-Engines may do this at the same moment: the socket's lock decides which of their daemons stays, and all use that one.
+Engines may do this at the same moment: they take turns, by a lock on the log, and the later ones find a daemon. Should
+someone else start one meanwhile, the socket's own lock decides which of them stays, and all use that one.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from .connection import Connection, DaemonGoneError
-from .socket_file import make_folder
+from .socket_file import make_folder, try_lock
 
 LAST_LINES = 8
 
@@ -51,14 +52,34 @@ def start_daemon(path: Path, cache: str, leave_after: float, options: Sequence[s
         ConfigError: the socket's folder cannot be made or written.
     """
     path = path.absolute()
-    with contextlib.suppress(DaemonGoneError):
-        return _ask(path, timeout)
     make_folder(path)
-    command = [sys.executable, "-P", "-m", "vllm_moe_offload", "daemon", "--socket", str(path), "--cache", cache]
-    command += ["--leave-after", str(leave_after), *options]
+    turn = _open_log(path)
+    try:
+        running = _wait_for_turn(path, turn, timeout)
+        return running or _start(path, ["--cache", cache, "--leave-after", str(leave_after), *options], timeout)
+    finally:
+        os.close(turn)
+
+
+def _wait_for_turn(path: Path, turn: int, timeout: float) -> int | None:
+    """Until a daemon answers, whose pid is returned, or until it is for this engine alone to start one."""
+    deadline = time.monotonic() + timeout
+    while True:
+        is_ours = try_lock(turn)
+        with contextlib.suppress(DaemonGoneError):
+            return _ask(path, timeout)
+        if is_ours:
+            return None
+        if time.monotonic() > deadline:
+            raise StartError(f"another engine has tried to start a daemon for {path} for {timeout:g} s")
+        time.sleep(_RETRY_SECONDS)
+
+
+def _start(path: Path, options: Sequence[str], timeout: float) -> int:
     log = _open_log(path)
     try:
         said_before = os.fstat(log).st_size
+        command = [sys.executable, "-P", "-m", "vllm_moe_offload", "daemon", "--socket", str(path), *options]
         alive = _launch(command, log)
     finally:
         os.close(log)
