@@ -182,7 +182,7 @@ class EmbeddedPool(SlotPool):
     def _start_ahead(self, ahead: Acquisition, guess: bool) -> None:
         loads = self._loads(ahead)
         self.ahead.add(loads, ahead.missing, ahead.missing_slots, guess)
-        self.loader.start(loads)
+        self.loader.start(loads, guesses=guess)
 
     def _await_under_way(self, layer: Span, needed: IntArray) -> None:
         """Wait for those of ``needed`` that are still being loaded, and unpin whatever has arrived.
