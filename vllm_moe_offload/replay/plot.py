@@ -43,9 +43,9 @@ def plot_sweep(points: Sequence[Point], path: Path, title: str) -> None:
                 panel.set_xlim(0, _BYTES_SHOWN * bound.loads_per_use)
         panel.set(title=f"{slots} slots", xlabel="loads per use", ylim=(0, None))
     panels[0][0].set_ylabel("demand misses per use")
-    labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(*labels, loc="lower center", ncol=len(labels[1]), fontsize=7, frameon=False)
-    _save(figure, path, f"{title}: stalls against bytes, eviction by {policy}", room_below=0.07)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncol=(len(labels) + 1) // 2, fontsize=7, frameon=False)
+    _save(figure, path, f"{title}: stalls against bytes, eviction by {policy}", room_below=0.1)
 
 
 def _lines(panel: Any, points: Sequence[Point]) -> None:
