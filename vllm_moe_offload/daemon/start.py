@@ -21,7 +21,13 @@ LAST_LINES = 8
 
 _RETRY_SECONDS = 0.05
 # Ends at once, so that its child belongs to init: engines are ended together with all their descendants.
-_LAUNCHER = "import os, sys\nif os.fork() == 0:\n    os.setsid()\n    os.execv(sys.argv[1], sys.argv[1:])"
+_LAUNCHER = """
+import os, sys
+if os.fork() == 0:
+    os.setsid()
+    os.sched_setaffinity(0, map(int, sys.argv[1].split(",")))
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 class StartError(ConfigError):
@@ -33,7 +39,14 @@ def log_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.log")
 
 
-def start_daemon(path: Path, cache: str, leave_after: float, options: Sequence[str] = (), timeout: float = 60) -> int:
+def start_daemon(
+    path: Path,
+    cache: str,
+    leave_after: float,
+    options: Sequence[str] = (),
+    timeout: float = 60,
+    cpus: set[int] | None = None,
+) -> int:
     """Make sure that a daemon serves at ``path``: the one that does already, or else a new one.
 
     Args:
@@ -42,6 +55,7 @@ def start_daemon(path: Path, cache: str, leave_after: float, options: Sequence[s
         leave_after: seconds without engines after which it leaves.
         options: more of what ``vllm-moe-offload daemon`` understands, with absolute paths.
         timeout: seconds until it must answer.
+        cpus: where a new daemon runs; None for where the caller does, which may be a single processor.
 
     Returns:
         The daemon's pid.
@@ -80,7 +94,7 @@ def _start(path: Path, options: Sequence[str], timeout: float) -> int:
     try:
         said_before = os.fstat(log).st_size
         command = [sys.executable, "-P", "-m", "vllm_moe_offload", "daemon", "--socket", str(path), *options]
-        alive = _launch(command, log)
+        alive = _launch(command, log, cpus or os.sched_getaffinity(0))
     finally:
         os.close(log)
     try:
@@ -105,12 +119,12 @@ def _open_log(path: Path) -> int:
         raise ConfigError(f"{file}: cannot write the log of a daemon there: {error.strerror}") from None
 
 
-def _launch(command: list[str], log: int) -> int:
+def _launch(command: list[str], log: int, cpus: set[int]) -> int:
     """Run a command detached; the descriptor returned comes to its end when the command does."""
     alive, held = os.pipe()
     try:
         subprocess.run(
-            [sys.executable, "-I", "-S", "-c", _LAUNCHER, *command],
+            [sys.executable, "-I", "-S", "-c", _LAUNCHER, ",".join(map(str, cpus)), *command],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
