@@ -15,7 +15,7 @@ _FITTED = {
     "coactivation": CoactivationPredictor,
     "frequency": FrequencyPredictor,
 }
-_MAX_CANDIDATES = 1000
+MAX_CANDIDATES = 1000
 """Neighbours only bridge the time until heads have been learned; more of them would slow the layers down."""
 _FIT_TOKENS = 20_000
 """Of the latest requests, so many tokens make a predictor ready: more would only make the start longer."""
@@ -30,7 +30,7 @@ def create_predictor(name: str, shape: ModelShape, history: HistoryStore, vector
     """
     if name == "history":
         make_vectors = (lambda: vectors) if vectors is not None else LearnedVectors
-        return HistoryPredictor(shape, history, make_vectors, max_candidates=_MAX_CANDIDATES)
+        return HistoryPredictor(shape, history, make_vectors, max_candidates=MAX_CANDIDATES)
     predictor = _FITTED[name](shape)
     latest, tokens = [], 0
     for past in reversed(history.requests):

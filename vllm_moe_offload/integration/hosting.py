@@ -43,19 +43,18 @@ def attach_to_daemon(
     """
     if config.daemon == "off":
         return None
-    named = config.daemon.startswith("unix:")
-    path = Path(config.daemon.removeprefix("unix:")) if named else default_socket_path()
+    path = daemon_socket(config)
     if config.daemon == "auto" and not path.exists():
         return None
     if config.daemon == "start":
-        start_daemon(path, f"{wanted_bytes}B", LEAVE_AFTER_SECONDS, ["--store", str(store.path.parent.absolute())])
-    parallel = vllm_config.parallel_config
+        options = ["--store", str(store.path.parent.absolute())]
+        start_daemon(path, f"{wanted_bytes}B", LEAVE_AFTER_SECONDS, options, cpus=io_cpus)
     request = Attach(
         store=store.path.name,
         pid=os.getpid(),
         wanted_bytes=wanted_bytes,
         lease=wants_all,
-        group=f"{vllm_config.instance_id}.{parallel.data_parallel_rank}",
+        group=f"{vllm_config.instance_id}.{vllm_config.parallel_config.data_parallel_rank}",
         rank=get_tensor_model_parallel_rank(),
     )
     try:
@@ -67,6 +66,20 @@ def attach_to_daemon(
         return None
     logger.info("moe-offload: experts are kept by the daemon (pid %d) at %s", client.daemon_pid, path)
     return client
+
+
+def daemon_socket(config: OffloadConfig) -> Path:
+    """Where the daemon of these settings serves."""
+    named = config.daemon.startswith("unix:")
+    return Path(config.daemon.removeprefix("unix:")) if named else default_socket_path()
+
+
+def another_rank_foretells(vllm_config: Any) -> bool:
+    """Whether what this worker will need is foretold by a rank that splits the same experts with it.
+
+    What that rank asks the daemon to prefetch, the daemon prefetches for all of its group.
+    """
+    return get_tensor_model_parallel_rank() > 0 and not vllm_config.parallel_config.enable_expert_parallel
 
 
 def _say(sentence: str) -> None:

@@ -11,9 +11,12 @@ from typing import Any
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
-from ..chronicle.keeper import HistoryKeeper
+from ..chronicle.keeper import HistoryKeeper, Keeper
+from ..chronicle.predictors import MAX_CANDIDATES
 from ..chronicle.trace_recording import TraceRecording
 from ..config import MODEL_EMBEDDING, OffloadConfig
+from ..daemon.protocol import OpenHistory
+from ..daemon.remote_history import RemoteKeeper
 from ..errors import ConfigError
 from ..history.archive import HistoryArchive
 from ..predict.base import ModelShape
@@ -56,22 +59,33 @@ def trace_recording(vllm_config: Any, config: OffloadConfig, shape: ModelShape, 
     return TraceRecording(path, shape, name, model_fingerprint(store, config))
 
 
-def history_keeper(vllm_config: Any, config: OffloadConfig, shape: ModelShape, store: Store) -> HistoryKeeper | None:
+def history_keeper(
+    vllm_config: Any, config: OffloadConfig, shape: ModelShape, store: Store, daemon: Path | None
+) -> Keeper | None:
     """What is remembered of this model; None where nothing is to be predicted.
+
+    Args:
+        daemon: socket of the daemon that keeps the experts, and the history with them unless the settings say where
+            else; None where this worker keeps its own.
 
     Raises:
         ConfigError: the folder that was named for histories cannot be written.
     """
     if config.predictor == "none":
         return None
-    first = vllm_config.parallel_config.data_parallel_rank == 0
     fingerprint = model_fingerprint(store, config)
-    keeper = HistoryKeeper(_archive(config), fingerprint, shape, _warn, first and writes_files())
+    keeper: Keeper
+    if daemon is not None and config.history is None:
+        request = OpenHistory(fingerprint, shape, store.path.name)
+        keeper = RemoteKeeper(daemon, request, MAX_CANDIDATES, writes_files(), _warn)
+    else:
+        first = vllm_config.parallel_config.data_parallel_rank == 0
+        keeper = HistoryKeeper(_archive(config), fingerprint, shape, _warn, first and writes_files())
     logger.info(
         "moe-offload: predicting by '%s', from %d tokens of %d earlier requests",
         config.predictor,
         keeper.history.num_tokens,
-        len(keeper.history.requests),
+        keeper.history.num_requests,
     )
     return keeper
 

@@ -19,7 +19,7 @@ from ..slots import Ledger, embedded_pools
 from ..store.layout import RecordLayout
 from ..store.reader import Store
 from ..store.root import StoreRoot
-from .hosting import attach_to_daemon
+from .hosting import another_rank_foretells, attach_to_daemon, daemon_socket
 from .kernel import attach_slots
 from .report import StatsReport
 from .watching import Layers, Watch, watch_if_possible
@@ -66,8 +66,11 @@ class ServedModel:
         if self._resident and config.predictor != "none":
             logger.info("moe-offload: every expert is resident: nothing to predict, and nothing is remembered")
             config = config.model_copy(update={"predictor": "none"})
+        if self._daemon is not None and another_rank_foretells(vllm_config):
+            config = config.model_copy(update={"predictor": "none"})
         if config.trace is not None or config.predictor != "none":
-            self._watch = watch_if_possible(vllm_config, config, model, layers, self.runtime, io_cpus)
+            socket = None if self._daemon is None else daemon_socket(config)
+            self._watch = watch_if_possible(vllm_config, config, model, layers, self.runtime, io_cpus, socket)
         self._report = StatsReport(self.runtime)
         if not store.direct:
             logger.warning(

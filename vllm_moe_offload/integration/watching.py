@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -62,6 +63,7 @@ class Watch:
         layers: Layers,
         runtime: OffloadRuntime,
         cpus: set[int],
+        daemon: Path | None,
     ):
         shape = model_shape(layers)
         _refuse_unknown_rows(vllm_config)
@@ -69,7 +71,7 @@ class Watch:
         self._embeddings = token_rows(model)
         embed = meaning_of(config.embedding, self._embeddings and self._embeddings[0])
         self._trace = trace_recording(vllm_config, config, shape, runtime.store)
-        self._keeper = history_keeper(vllm_config, config, shape, runtime.store)
+        self._keeper = history_keeper(vllm_config, config, shape, runtime.store, daemon)
         self._vectors = ModelVectors(*self._embeddings) if self._embeddings else None
         self._predictor = gate or self._create_predictor(config, shape)
         self._learning = self._start_learning(cpus)
@@ -163,13 +165,18 @@ def watch_if_possible(
     layers: Layers,
     runtime: OffloadRuntime,
     cpus: set[int],
+    daemon: Path | None,
 ) -> Watch | None:
     """The watch these settings need; None where it cannot be and nobody insists on it.
+
+    Args:
+        cpus: where threads that need not be here may run.
+        daemon: socket of the daemon that keeps the experts; None where this worker does.
 
     Raises what ``Watch`` raises.
     """
     try:
-        return Watch(vllm_config, config, model, layers, runtime, cpus)
+        return Watch(vllm_config, config, model, layers, runtime, cpus, daemon)
     except UnsupportedError as error:
         if config.insists_on_prediction or config.trace is not None:
             raise
