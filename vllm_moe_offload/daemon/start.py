@@ -70,7 +70,8 @@ def start_daemon(
     turn = _open_log(path)
     try:
         running = _wait_for_turn(path, turn, timeout)
-        return running or _start(path, ["--cache", cache, "--leave-after", str(leave_after), *options], timeout)
+        options = ["--cache", cache, "--leave-after", str(leave_after), *options]
+        return running or _start(path, options, timeout, cpus or os.sched_getaffinity(0))
     finally:
         os.close(turn)
 
@@ -89,12 +90,12 @@ def _wait_for_turn(path: Path, turn: int, timeout: float) -> int | None:
         time.sleep(_RETRY_SECONDS)
 
 
-def _start(path: Path, options: Sequence[str], timeout: float) -> int:
+def _start(path: Path, options: Sequence[str], timeout: float, cpus: set[int]) -> int:
     log = _open_log(path)
     try:
         said_before = os.fstat(log).st_size
         command = [sys.executable, "-P", "-m", "vllm_moe_offload", "daemon", "--socket", str(path), *options]
-        alive = _launch(command, log, cpus or os.sched_getaffinity(0))
+        alive = _launch(command, log, cpus)
     finally:
         os.close(log)
     try:
