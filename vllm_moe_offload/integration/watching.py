@@ -26,6 +26,7 @@ from ..predict.history import HistoryPredictor
 from ..predict.token_vectors import ModelVectors
 from ..prefetch.anticipation import Anticipation
 from ..prefetch.estimates import Estimates
+from ..prefetch.loader import CHUNK_BYTES, GUESS_READERS
 from ..runtime import OffloadRuntime
 from ..slots.looking_ahead import SlotsAhead
 from .gates import layer_routers
@@ -76,12 +77,12 @@ class Watch:
         self._predictor = gate or self._create_predictor(config, shape)
         self._learning = self._start_learning(cpus)
         anticipation = self._look_ahead(layers, runtime)
+        self._background = Background(self._round, SECONDS_BETWEEN_ROUNDS, _complain, cpus)
         recorder = Recorder(shape, MOST_TOKENS if self._trace is None else None)
-        self.witness = Witness(recorder, self._request_ended, embed, anticipation)
+        self.witness = Witness(recorder, self._request_ended, embed, anticipation, later=self._background.soon)
         for number, (_, method) in enumerate(layers.values()):
             method.witness, method.number = self.witness, number
         model.register_forward_pre_hook(lambda module, arguments: self.witness.begin_pass())
-        self._background = Background(self._round, SECONDS_BETWEEN_ROUNDS, _complain, cpus)
 
     def _create_predictor(self, config: OffloadConfig, shape: ModelShape) -> Predictor | None:
         if self._keeper is None:
@@ -102,7 +103,8 @@ class Watch:
         slots = SlotsAhead(spans, [_held(layer) for layer, _ in layers.values()])
         record = max(layer.pool.memory.layout.record_bytes for layer in pooled)
         load_seconds = 1e-4 + record / 2e9
-        estimates = Estimates(load_seconds, layer_seconds=1e-3, chunk_seconds=load_seconds)
+        in_the_way = load_seconds * min(1.0, GUESS_READERS * CHUNK_BYTES / record)
+        estimates = Estimates(load_seconds, layer_seconds=1e-3, chunk_seconds=in_the_way)
         runtime.anticipation = Anticipation(self._predictor, slots, estimates, time.perf_counter)
         return runtime.anticipation
 
@@ -128,9 +130,9 @@ class Watch:
 
     def close(self) -> None:
         """Write what is to be kept, and end."""
-        self._background.close()
         self.witness.end_step()
         self.witness.requests_ended(self.witness.recorder.running)
+        self._background.close()
         if self._learning is not None:
             self._learning.close()
         if self._keeper is not None:
