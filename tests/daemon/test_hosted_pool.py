@@ -9,9 +9,11 @@ import pytest
 
 from tests.daemon.pools import EXPERTS, N, Pool, Worker
 from tests.runtime.record_stores import LAYOUTS
+from vllm_moe_offload.daemon import hosted_pool
 from vllm_moe_offload.daemon.adoption import adopt
 from vllm_moe_offload.daemon.lease import lease
 from vllm_moe_offload.daemon.table import ABSENT
+from vllm_moe_offload.errors import LoadError
 
 
 def in_threads(*jobs) -> None:
@@ -357,3 +359,102 @@ def test_records_of_an_older_arena_are_taken_over_if_they_are_right(tmp_path: Pa
             adopt(new.pool, new.built.store, old.pool.table.mapping.reader_descriptor(), experts, slots)
         with pytest.raises(ValueError):
             adopt(new.pool, new.built.store, old.pool.arena.mapping.reader_descriptor(), experts, slots + N)
+
+
+def test_who_never_stops_reading_is_named_and_the_slots_are_used_when_it_has_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosted_pool, "PATIENCE_SECONDS", 0.05)
+    with Pool(tmp_path, limit=4) as it:
+        stuck, other = Worker(it, 3), Worker(it, 1)
+        stuck.use([0, 1, 2, 3])
+        stuck.reader.enter()
+        supply = it.pool.demand(1, 1, np.array([8, 9], np.int32))
+        assert [expert for expert, _ in supply.failed] == [8, 9]
+        assert "workers [3] have been reading its slot" in str(supply.failed[0][1])
+        it.pool.tend()
+        it.pool.check_integrity()
+        it.pool.dismiss(3)
+        other.ticket = 1
+        other.done()
+        other.demand([8, 9, 10, 11])
+        it.pool.check_integrity()
+
+
+def test_who_never_stops_computing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosted_pool, "PATIENCE_SECONDS", 0.05)
+    with Pool(tmp_path, limit=4) as it:
+        stuck, other = Worker(it, 3), Worker(it, 1)
+        stuck.demand([0, 1, 2])
+        with pytest.raises(LoadError, match=r"2 experts do not fit into 4 slots beside what workers \[3\]"):
+            other.demand([8, 9])
+        it.pool.check_integrity()
+        other.demand([10])
+
+
+def test_a_streaming_hint_gives_up_slots_that_are_being_read(tmp_path: Path) -> None:
+    with Pool(tmp_path, limit=8) as it:
+        reading, prefilling = Worker(it, 0), Worker(it, 1)
+        reading.use(list(range(EXPERTS)))
+        reading.reader.enter()
+        slots = it.pool.table.slot_of[:EXPERTS].copy()
+        assert it.pool.hint(1, np.arange(8, 16, dtype=np.int32), stream=True) == 0
+        reading.check(list(range(EXPERTS)), slots)
+        it.pool.check_integrity()
+        reading.reader.leave()
+        prefilling.demand(list(range(8, 16)), stream=True)
+        it.pool.check_integrity()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nothing_breaks_when_everything_happens_at_once(tmp_path: Path, seed: int) -> None:
+    """Damaged records, limits that move, workers that come and go, guesses, prefills, leases."""
+    with Pool(tmp_path) as it:
+        for damaged in (3, 12, 27):
+            it.built.flip(damaged // EXPERTS, damaged % EXPERTS)
+        stop = threading.Event()
+
+        def live(entry: int) -> None:
+            draw = np.random.default_rng([seed, entry])
+            for _ in range(6):
+                worker = Worker(it, entry)
+                for turn in range(40):
+                    layer = int(draw.integers(4))
+                    experts = layer * EXPERTS + draw.permutation(EXPERTS)[: draw.integers(1, 4)]
+                    if turn % 3 == 0:
+                        it.pool.hint(entry, experts.astype(np.int32), stream=turn % 2 == 0)
+                        continue
+                    worker.ticket += 1
+                    supply = it.pool.demand(entry, worker.ticket, experts.astype(np.int32), stream=turn % 5 == 0)
+                    assert {expert for expert, _ in supply.failed} == {3, 12, 27} & set(experts.tolist())
+                    there = supply.slots != ABSENT
+                    worker.check(experts[there].tolist(), supply.slots[there])
+                    if turn % 4:
+                        worker.done()
+                it.pool.dismiss(entry)
+
+        def disturb() -> None:
+            draw = np.random.default_rng(seed)
+            while not stop.is_set():
+                it.pool.limit = int(draw.integers(12, N + 1))
+                it.pool.tend()
+                it.pool.check_integrity()
+
+        disturber = threading.Thread(target=disturb)
+        disturber.start()
+        try:
+            in_threads(*(lambda entry=entry: live(entry) for entry in range(4)))
+        finally:
+            stop.set()
+            disturber.join()
+        it.tend()
+        it.pool.check_integrity()
+        assert not it.pool.cache.pins.any() and not it.pool.under_way.loads
+        assert it.pool.held <= it.pool.limit
+        for damaged in (3, 12, 27):
+            it.built.flip(damaged // EXPERTS, damaged % EXPERTS)
+        it.pool.limit = N
+        leasing = Worker(it, 9)
+        lease(it.pool, 9)
+        leasing.check(list(range(N)), np.arange(N))
+        it.pool.check_integrity()
