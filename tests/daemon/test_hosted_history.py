@@ -1,10 +1,12 @@
 """One history for all engines of a model: what comes is kept, what resembles is found, nobody spoils it for others."""
 
 import os
+import random
+import socket
 import subprocess
 import sys
 import threading
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from house import STORE, House
 from hypothesis import given
 from hypothesis import strategies as st
 from past import FINGERPRINT, SHAPE, WIDTH, past_request, same
-from wire import wait_until
+from wire import frame, wait_until
 
 from vllm_moe_offload.chronicle import keeper
 from vllm_moe_offload.daemon import hosted_histories
@@ -25,6 +27,7 @@ from vllm_moe_offload.daemon.hosted_history import HostedHistory
 from vllm_moe_offload.daemon.packed_trace import pack_embedding, pack_trace, unpack_trace
 from vllm_moe_offload.daemon.protocol import (
     GetStatus,
+    Hello,
     HistorySize,
     OpenHistory,
     Remember,
@@ -36,6 +39,7 @@ from vllm_moe_offload.history.store import HistoryStore
 from vllm_moe_offload.history.trace import Trace
 
 OPEN = OpenHistory(FINGERPRINT, SHAPE, STORE)
+FUZZED_CONNECTIONS = 2000
 SOMEWHERE = np.eye(WIDTH, dtype=np.float32)
 
 
@@ -301,3 +305,38 @@ def test_a_kill_loses_no_more_than_what_was_not_saved(tmp_path: Path) -> None:
             wait_until(lambda: (kept.outline(FINGERPRINT) or (0,))[0] == 25, "it is saved")
         process.kill()
     assert same(kept.read(FINGERPRINT).request(4), past_request(4))
+
+
+def test_messages_of_any_kind_cost_only_their_sender(tmp_path: Path) -> None:
+    """Sound messages with a few bytes changed, cut or doubled; meanwhile an engine is served."""
+    draw = random.Random(1)
+    sound = [frame(one) for one in (Hello(1, "history"), OPEN, Remember(pack_trace(past_request(1))), Search(b"", 9))]
+    with House(tmp_path / "socket") as house, closing(opened(house)) as bystander:
+        told = 0
+        for number in range(FUZZED_CONNECTIONS):
+            with socket.socket(socket.AF_UNIX) as peer, suppress(ConnectionError):
+                peer.connect(str(house.path))
+                for data in [*sound[:2], *draw.choices(sound[2:], k=3)]:
+                    peer.sendall(spoilt(draw, data) if draw.random() < 0.4 else data)
+                peer.shutdown(socket.SHUT_WR)
+                while peer.recv(65536):
+                    pass
+            if number % 50 == 0:
+                told += 1
+                assert bystander.request(Remember(pack_trace(past_request(told)))).size.requests >= told
+        history = house.histories.open(OPEN)
+        history._history.check_integrity()
+        assert unpack_trace(bystander.request(Search(b"", 100)).trace, SHAPE).num_tokens == 100
+        assert len(house.lines) > 0
+
+
+def spoilt(draw: random.Random, data: bytes) -> bytes:
+    place, kind = draw.randrange(4, len(data)), draw.randrange(4)
+    if kind == 0:
+        return data[:place]
+    if kind == 1:
+        return data[:place] + data[4:]
+    changed = bytearray(data)
+    for _ in range(kind):
+        changed[draw.randrange(4, len(data))] = draw.randrange(256)
+    return bytes(changed)
