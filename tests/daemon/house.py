@@ -62,6 +62,9 @@ class MemoryModels:
         counters = {"loads": 5}
         return [ModelStatus(STORE, "tiny", EXPERTS, EXPERTS, 8, 6400, 6400, 800, counters, workers)]
 
+    def freeze(self) -> None:
+        """Nothing ever changes here."""
+
     def close(self) -> None:
         os.close(self.arena)
         os.close(self.table)

@@ -22,9 +22,9 @@ from typing import Any
 from tests.daemon.processes import ANSWER_SECONDS, DaemonProcess
 from tests.runtime.record_stores import build_store, layout
 
-SMALL, LARGE = layout(8192, 4096), layout(30000, 100)
+SMALL, LARGE = layout(8192, 4096), layout(6000, 100)
 LAYERS = [(SMALL, 24), (LARGE, 10), (SMALL, 24), (SMALL, 24), (LARGE, 10), (SMALL, 24)]
-RECORDS = 0.4
+RECORDS = 0.7
 """Share of the experts that fit into the daemon."""
 STEPS = 20
 

@@ -32,7 +32,10 @@ class Reader:
         self.random = np.random.default_rng(seed)
         self.said: list[str] = []
         wanted = sum(entry.layout.payload_bytes * entry.experts for entry in self.store.layers)
-        request = Attach(store.name, os.getpid(), wanted if lease else wanted // 4, lease, f"engine {seed}", 0)
+        layouts = len({entry.layout for entry in self.store.layers})
+        request = Attach(
+            store.name, os.getpid(), wanted if lease else wanted // 4, lease, f"engine {seed}", 0, [TOP_K] * layouts
+        )
         self.ledger = Ledger()
         self.client = DaemonClient(socket, request, self.store, "lfu", None, self.ledger, self.said.append)
         self.runtime = OffloadRuntime(self.store, self.client.pools, self.ledger)

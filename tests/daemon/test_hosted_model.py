@@ -110,7 +110,7 @@ def test_two_workers_share_a_model_and_a_third_finds_it_warm(tmp_path: Path) -> 
         second.attachment.detach()
         second.attachment.detach()
         third = Engine(built, models.attach(ask(built)))
-        assert third.attachment.worker == 0
+        assert third.attachment.worker == 2, "the entry of one that may still read was given away at once"
         assert (third.tables[0].slot_of[[0, 5, 9, 11]] != ABSENT).all()
         assert third.demand([0, 5, 9, 11]).loaded == 0
         status = models.status()[0]
@@ -198,7 +198,7 @@ def test_a_lease_of_a_damaged_record_is_refused_and_leaves_nothing_behind(tmp_pa
             models.attach(ask(built, lease=True))
         assert models.status()[0].workers == []
         engine = Engine(built, models.attach(ask(built)))
-        assert engine.attachment.worker == 0
+        assert engine.attachment.worker == 1
         engine.demand([0, 1])
 
 

@@ -67,6 +67,9 @@ class AttachedPool(SlotPool):
         self._reader = Reader(table, worker)
         self._uses = UseWriter(table, worker)
         self._entry = table.entries[worker].data
+        self._admission = self._entry[ATTACHED]
+        if not self._admission:
+            raise DaemonGoneError("the daemon has given up this worker")
         self._expected = table.expected[worker]
         self._counters = table.counters[worker]
         self._foresees = False
@@ -75,6 +78,11 @@ class AttachedPool(SlotPool):
         self._asked: set[int] = set()
         """Guesses of the running step: the daemon may not have taken notice of them yet."""
         self._steps = 0
+
+    @property
+    def minded(self) -> bool:
+        """Whether the daemon still keeps what this worker reads."""
+        return bool(self._entry[ATTACHED] == self._admission)
 
     @property
     def capacity(self) -> int:
@@ -95,7 +103,7 @@ class AttachedPool(SlotPool):
         """The daemon has done it, or it would not have granted the lease."""
 
     def hold(self, layer: Span, experts: IntArray) -> Hold:
-        if not self._entry[ATTACHED]:
+        if not self.minded:
             raise DaemonGoneError("the daemon has given up this worker")
         self._reader.enter()
         slots = self.table.slot_of[experts]
@@ -130,10 +138,10 @@ class AttachedPool(SlotPool):
 
     def release(self, hold: Hold) -> None:
         assert isinstance(hold, _TicketHold)
-        if not self._entry[ATTACHED]:
+        if not self.minded:  # the entry may be another worker's by now
             error = LoadError("the daemon took back its slots while they were read")
             hold.failures = [Failure(expert, error) for expert in hold.experts.tolist()]
-        if hold.ticket:
+        elif hold.ticket:
             self._entry[DONE] = hold.ticket
         else:
             self._reader.leave()

@@ -77,6 +77,10 @@ class Attachment:
             raise
         return Adopted(adopt(pool, self.model.store, fd, experts, slots))
 
+    def keep(self) -> None:
+        """The daemon ends before the worker does: what it reads must stay for as long as there is a daemon."""
+        self._attached = False
+
     def detach(self) -> None:
         """The worker has left, or died. Idempotent."""
         if self._attached:

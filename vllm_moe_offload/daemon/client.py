@@ -29,7 +29,7 @@ from .connection import Connection, DaemonGoneError, RefusedError
 from .death import Death
 from .protocol import Adopt, Attach, Attached, pack_ids
 from .surviving_pool import SurvivingPool
-from .table import ATTACHED, ResidencyTable
+from .table import ResidencyTable
 
 CONNECT_SECONDS = 5.0
 ATTACH_SECONDS = 1800.0
@@ -59,11 +59,6 @@ class _Attachment(NamedTuple):
     arenas: list[int]
     """Descriptors."""
     tables: list[ResidencyTable]
-
-    @property
-    def minded(self) -> bool:
-        """Whether the daemon still keeps what this worker reads."""
-        return all(table.entries[self.reply.worker, ATTACHED] for table in self.tables)
 
     def leave(self) -> None:
         self.connection.close()
@@ -110,9 +105,10 @@ class DaemonClient:
             Arena.attach(fd, place.layout, place.experts)
             for fd, place in zip(attachment.arenas, self._places, strict=True)
         ]
+        self._attached = self._attached_pools(attachment)
+        """Pools of the daemon attached to last."""
         self._pools = [
-            SurvivingPool(arena, pool, self.fail_over)
-            for arena, pool in zip(self._arenas, self._attached_pools(attachment, self._arenas), strict=True)
+            SurvivingPool(arena, pool, self.fail_over) for arena, pool in zip(self._arenas, self._attached, strict=True)
         ]
         self._trusted = True
         """Whether what the tables say of the arenas is true, or was when the daemon died."""
@@ -137,7 +133,7 @@ class DaemonClient:
         if self._next is not None:
             self._come_back(self._next)
             self._next = None
-        elif self.lease and self._current is not None and not self._current.minded:
+        elif self.lease and self._current is not None and not all(pool.minded for pool in self._attached):
             self.fail_over(DaemonGoneError("the daemon has given up this worker"))
             if not self._trusted:
                 for pool in self._pools:
@@ -203,11 +199,11 @@ class DaemonClient:
                 f"instead of {ours}"
             )
 
-    def _attached_pools(self, attachment: _Attachment, arenas: list[Arena]) -> list[AttachedPool]:
+    def _attached_pools(self, attachment: _Attachment) -> list[AttachedPool]:
         worker, tickets = attachment.reply.worker, itertools.count(1)
         return [
             AttachedPool(attachment.connection, number, arena, table, worker, tickets, self._ledger)
-            for number, (arena, table) in enumerate(zip(arenas, attachment.tables, strict=True))
+            for number, (arena, table) in enumerate(zip(self._arenas, attachment.tables, strict=True))
         ]
 
     def _own_cache(self, place: _Place, limit: int) -> ExpertCache:
@@ -253,7 +249,8 @@ class DaemonClient:
     def _come_back(self, attachment: _Attachment) -> None:
         for arena, fd in zip(self._arenas, attachment.arenas, strict=True):
             arena.mapping.replace(fd)
-        for pool, behind in zip(self._pools, self._attached_pools(attachment, self._arenas), strict=True):
+        self._attached = self._attached_pools(attachment)
+        for pool, behind in zip(self._pools, self._attached, strict=True):
             pool.exchange(behind)
         if self._current is not None:
             self._current.leave()

@@ -8,6 +8,7 @@ import mmap
 import os
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import OffloadError
@@ -60,6 +61,7 @@ class HostedModel:
         """Bytes that the attached workers rely on, leases apart."""
         self.budget = 0
         self.workers: dict[int, Lodger] = {}
+        self._last_entry = -1
         self._departed: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._stirred = threading.Event()
@@ -69,9 +71,7 @@ class HostedModel:
         self.pools = [
             HostedPool(self.name[:8], store, layout, self._loader, policy, 0, self._stirred.set) for layout in layouts
         ]
-        self.sizes = [
-            PoolSize(pool.experts, pool.layout.payload_bytes, _slot_bytes(pool.layout)) for pool in self.pools
-        ]
+        self.sizes = [PoolSize(pool.experts, pool.layout.payload_bytes, slot_bytes(pool.layout)) for pool in self.pools]
         self.fds = [fd for pool in self.pools for fd in (pool.arena.mapping.reader_descriptor(), pool.table.mapping.fd)]
         """Arena, only to be read, and table of every pool; the model's."""
         self._keeper = threading.Thread(target=self._keep, name=f"moe-offload-{self.name[:8]}", daemon=True)
@@ -101,11 +101,28 @@ class HostedModel:
         """What workers have waited for since the model was opened."""
         return sum(pool.counters.missed_bytes for pool in self.pools)
 
-    def least_bytes(self, wanted: int) -> int:
-        """Less cannot serve a worker configured to use ``wanted``: a whole layer, or what it wanted if that is less."""
+    def least_bytes(self, wanted: int, least_slots: Sequence[int] = ()) -> int:
+        """Less cannot serve a worker configured to use ``wanted``: a whole layer, or what it wanted if that is less.
+
+        Args:
+            least_slots: per pool, what a single token of the worker needs.
+
+        Raises:
+            OffloadError: it speaks of other pools.
+        """
+        least_slots = least_slots or [1] * len(self.pools)
+        if len(least_slots) != len(self.pools) or not all(
+            1 <= least <= pool.largest_layer for least, pool in zip(least_slots, self.pools, strict=True)
+        ):
+            raise OffloadError(f"least_slots {list(least_slots)} does not fit the {len(self.pools)} pools of the model")
         slots = slots_within(self.sizes, wanted)
-        least = [max(1, min(pool.largest_layer, count)) for pool, count in zip(self.pools, slots, strict=True)]
-        return bytes_for(self.sizes, least)
+        return bytes_for(
+            self.sizes,
+            [
+                max(least, min(pool.largest_layer, count))
+                for least, pool, count in zip(least_slots, self.pools, slots, strict=True)
+            ],
+        )
 
     def set_budget(self, nbytes: int) -> None:
         """So many bytes may be taken from now on; taking less goes on until ``held_bytes`` shows it."""
@@ -121,10 +138,12 @@ class HostedModel:
             OffloadError: there is no entry left.
         """
         with self._lock:
-            free = [number for number in range(MAX_WORKERS) if number not in self.workers]
+            entries = (self._last_entry + 1 + number for number in range(MAX_WORKERS))
+            free = [number % MAX_WORKERS for number in entries if number % MAX_WORKERS not in self.workers]
             if not free:
                 raise OffloadError(f"{MAX_WORKERS} workers are attached to store {self.name}, as many as can be")
-            worker = free[0]
+            # one that was given up while it lived should find nobody else in its entry
+            worker = self._last_entry = free[0]
             self.workers[worker] = Lodger(request.pid, request.group, request.rank, leased, request.wanted_bytes)
             for pool in self.pools:
                 pool.admit(worker)
@@ -220,7 +239,7 @@ class HostedModel:
             self._stirred.wait(_BUSY_SECONDS if any(busy) else _LOOK_SECONDS if self.workers else None)
 
 
-def _slot_bytes(layout: RecordLayout) -> int:
+def slot_bytes(layout: RecordLayout) -> int:
     """Memory a slot among empty ones can take: of a part that is no whole number of pages, also where it ends."""
     page = mmap.PAGESIZE
     return sum(

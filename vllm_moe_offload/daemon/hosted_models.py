@@ -98,8 +98,14 @@ class HostedModels:
     def status(self) -> list[ModelStatus]:
         return [model.status() for model in list(self._models.values())]
 
+    def freeze(self) -> None:
+        """The daemon ends: nothing that a worker reads changes any more, though its connection does."""
+        with self._listing:
+            for attachment in self._attachments:
+                attachment.keep()
+
     def close(self) -> None:
-        """Everyone has been detached: close all stores."""
+        """Everyone has been detached, or kept: close all stores."""
         self._closing.set()
         self._looker.join()
         with self._dividing:
@@ -132,7 +138,10 @@ class HostedModels:
         """Divide the budget anew with another worker of ``model``. Returns whether it is held whole for the worker."""
         claims = self._claims()
         wanted = max(model.wanted_bytes, request.wanted_bytes, 1)
-        floor, ceiling = max(claims[file].floor, model.least_bytes(request.wanted_bytes)), claims[file].ceiling
+        floor, ceiling = (
+            max(claims[file].floor, model.least_bytes(request.wanted_bytes, request.least_slots)),
+            claims[file].ceiling,
+        )
         if floor > ceiling:
             raise ConfigError(
                 f"--share {self._share_of(model)}: {_size(ceiling)} is too little for {_name(model)}; the least that "

@@ -58,6 +58,8 @@ class Attach(Message, frozen=True):
     group: str
     """Ranks of one engine have one group; hints of one serve all."""
     rank: int
+    least_slots: list[int] = []
+    """Per pool, how many a single token needs; the daemon promises no fewer."""
 
 
 class PoolInfo(msgspec.Struct, frozen=True):

@@ -107,6 +107,7 @@ class DaemonServer:
                     self._stop_reason = f"no engine was attached for {self._leave_after:g} s"
         finally:
             self._socket_file.remove()
+            self.models.freeze()
             self._send_everybody_home()
         return self._stop_reason
 

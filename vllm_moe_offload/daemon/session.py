@@ -81,6 +81,9 @@ class Models(Protocol):
         """Raises ``OffloadError`` with the reason and the fix if the worker cannot be served."""
 
     def status(self) -> list[ModelStatus]: ...
+    def freeze(self) -> None:
+        """The daemon ends: what attached workers read stays as it is, whatever becomes of their connections."""
+
     def close(self) -> None: ...
 
 

@@ -26,6 +26,7 @@ _LINE = 64
 EPOCH = 8
 GENERATION = 16
 LIMIT = 24
+ARRIVALS = 25
 ACTIVE, DONE, HEAD, ATTACHED = 0, 1, 2, 3
 
 
@@ -141,9 +142,10 @@ class ResidencyTable:
         self.header[LIMIT] = slots
 
     def admit(self, worker: int) -> None:
-        """A worker comes: its entry is as new, and says that the daemon minds it."""
+        """A worker comes: its entry is as new, and shows a number no worker had before, for as long as it is minded."""
         self.clear(worker)
-        self.entries[worker, ATTACHED] = 1
+        self.header[ARRIVALS] += 1
+        self.entries[worker, ATTACHED] = self.header[ARRIVALS]
 
     def clear(self, worker: int) -> None:
         """Make the entry of a worker that is gone as new. Whoever still reads by it can see that it must not."""

@@ -1,5 +1,6 @@
 """Where a worker's slots come from: the daemon of this host, or this process itself."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from vllm.logger import init_logger
 from ..config import OffloadConfig
 from ..daemon.client import DaemonClient
 from ..daemon.connection import DaemonGoneError, RefusedError
+from ..daemon.hosted_model import slot_bytes
 from ..daemon.protocol import Attach
 from ..daemon.socket_file import default_socket_path
 from ..daemon.start import start_daemon
@@ -29,6 +31,7 @@ def attach_to_daemon(
     store: Store,
     wanted_bytes: int,
     wants_all: bool,
+    least_slots: list[int],
     io_cpus: set[int],
     ledger: Ledger,
 ) -> DaemonClient | None:
@@ -37,6 +40,7 @@ def attach_to_daemon(
     Args:
         wanted_bytes: fast memory this worker would use for experts.
         wants_all: whether that is every expert, so that the layers may rely on all being there.
+        least_slots: per record layout, how many experts a single token needs.
 
     Raises:
         ConfigError: the daemon that was named does not answer, will not serve this model, or could not be started.
@@ -48,7 +52,8 @@ def attach_to_daemon(
         return None
     if config.daemon == "start":
         options = ["--store", str(store.path.parent.absolute())]
-        start_daemon(path, f"{wanted_bytes}B", LEAVE_AFTER_SECONDS, options, cpus=io_cpus)
+        ranks = vllm_config.parallel_config.world_size
+        start_daemon(path, f"{ranks * _with_pages(wanted_bytes, store)}B", LEAVE_AFTER_SECONDS, options, cpus=io_cpus)
     request = Attach(
         store=store.path.name,
         pid=os.getpid(),
@@ -56,6 +61,7 @@ def attach_to_daemon(
         lease=wants_all,
         group=f"{vllm_config.instance_id}.{vllm_config.parallel_config.data_parallel_rank}",
         rank=get_tensor_model_parallel_rank(),
+        least_slots=least_slots,
     )
     try:
         client = DaemonClient(path, request, store, config.policy, io_cpus, ledger, _say)
@@ -80,6 +86,12 @@ def another_rank_foretells(vllm_config: Any) -> bool:
     What that rank asks the daemon to prefetch, the daemon prefetches for all of its group.
     """
     return get_tensor_model_parallel_rank() > 0 and not vllm_config.parallel_config.enable_expert_parallel
+
+
+def _with_pages(nbytes: int, store: Store) -> int:
+    """Memory that records of ``nbytes`` together take in a daemon, which gives every slot whole pages."""
+    layouts = {entry.layout for entry in store.layers}
+    return math.ceil(nbytes * max(slot_bytes(layout) / layout.payload_bytes for layout in layouts))
 
 
 def _say(sentence: str) -> None:

@@ -44,8 +44,9 @@ class ServedModel:
         budget, why = self._budget_bytes(config)
         io_cpus = _io_cpus()
         ledger = Ledger()
+        least_slots = [need.minimum for need in needs.values()]
         self._daemon = attach_to_daemon(
-            vllm_config, config, store, budget, budget >= self._expert_bytes, io_cpus, ledger
+            vllm_config, config, store, budget, budget >= self._expert_bytes, least_slots, io_cpus, ledger
         )
         if self._daemon is not None:
             self._resident = self._daemon.lease

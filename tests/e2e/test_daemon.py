@@ -1,0 +1,144 @@
+"""Engines that share a daemon: plain vLLM's tokens, one copy of the experts, and no end when the daemon ends."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.daemon.processes import DaemonProcess, running_daemon
+from tests.e2e.engines import EngineServer
+from tests.e2e.identity import ROUNDS, prompts
+from tests.e2e.live_engine import LiveEngine
+from tests.models import Checkpoint, build
+
+ROOM = 1.1
+"""What pages at the ends of records may add."""
+
+
+def store_root() -> Path:
+    return Path(os.environ["VLLM_MOE_OFFLOAD_STORE_ROOT"])
+
+
+def through(daemon: DaemonProcess, **settings: Any) -> dict[str, Any]:
+    offload = {"daemon": f"unix:{daemon.socket}", "predictor": "none"} | settings
+    return {"additional_config": {"moe_offload": offload}}
+
+
+def test_same_tokens_through_a_daemon(
+    checkpoint: Checkpoint, plain: EngineServer, offloaded: EngineServer, tmp_path: Path
+) -> None:
+    """With a quarter of the experts, and with all of them on a lease; each twice, so that one engine comes to a warm
+    daemon."""
+    engine = checkpoint.engine_args | {"enforce_eager": True}
+    expected = plain.run(checkpoint.path, engine, ROUNDS)["rounds"]
+    embedded = {"additional_config": {"moe_offload": {"cache": "100%", "daemon": "off"}}}
+    total = offloaded.run(checkpoint.path, engine | embedded, ROUNDS[:1])["stats"][0]["expert_bytes"]
+    for share in (0.25, 1.0):
+        with running_daemon(tmp_path / f"{share}.sock", int(total * share * ROOM), store_root()) as daemon:
+            for _ in range(2):
+                answer = offloaded.run(checkpoint.path, engine | through(daemon, cache=f"{share:.0%}"), ROUNDS)
+                assert answer["rounds"] == expected
+                stats = answer["stats"][0]
+                assert stats["daemon_pid"] == daemon.pid
+                assert stats["layers"] == checkpoint.routed_layers and stats["failed_loads"] == 0
+                assert (stats["misses"] > 0) == (share < 1)
+            (model,) = daemon.status().models
+            assert model.resident <= model.limit and not model.workers
+            if share == 1:
+                assert model.counters["loads"] == model.resident == model.experts, "the second engine read again"
+
+
+def test_two_models_in_one_daemon(
+    plain: EngineServer, offloaded: EngineServer, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    engines = [LiveEngine(tmp_path / f"{name}.log") for name in ("mixtral", "gpt-oss")]
+    models = [build(name, tmp_path_factory.mktemp(name)) for name in ("mixtral", "gpt-oss")]
+    texts = prompts(8, seed=5)
+    try:
+        with running_daemon(tmp_path / "daemon.sock", 3 << 19, store_root()) as daemon:
+            for engine, model in zip(engines, models, strict=True):
+                settings = through(daemon, cache="25%")["additional_config"]["moe_offload"]
+                engine.start(model.path, model.engine_args, **settings)
+            for _ in range(3):
+                for engine in engines:
+                    engine.begin("generate", texts, 8)
+                answers = [engine.end() for engine in engines]
+            assert len(daemon.status().models) == 2
+            assert all(engine.stats()["daemon_pid"] == daemon.pid for engine in engines)
+            assert sum(model.resident_bytes for model in daemon.status().models) <= 3 << 19
+            for engine in engines:
+                engine.close()
+    finally:
+        for engine in engines:
+            engine.process.kill()
+    for model, answer in zip(models, answers, strict=True):
+        rounds = [{"prompts": texts, "tokens": 8}]
+        expected = plain.run(model.path, model.engine_args | {"enforce_eager": True}, rounds)["rounds"][0]
+        assert [got.tokens for got in answer] == [wanted["tokens"] for wanted in expected]
+
+
+@pytest.fixture
+def living(tiny_moe: Path, tmp_path: Path) -> Iterator[LiveEngine]:
+    engine = LiveEngine(tmp_path / "engine.log")
+    yield engine
+    engine.process.kill()
+    engine.process.join()
+
+
+@pytest.mark.parametrize("cache", ["25%", "100%"])
+def test_the_daemon_may_die_and_return(
+    living: LiveEngine, plain: EngineServer, tiny_moe: Path, tmp_path: Path, cache: str
+) -> None:
+    """Killed and stopped while the engine generates; it goes on, and is attached to the next daemon."""
+    texts = prompts(4, seed=9)
+    arguments = {"dtype": "bfloat16", "skip_tokenizer_init": True}
+    (expected,) = plain.run(tiny_moe, arguments | {"enforce_eager": True}, [{"prompts": texts, "tokens": 32}])["rounds"]
+    budget = (40 if cache == "100%" else 10) << 20
+    daemons = [DaemonProcess(tmp_path / "daemon.sock", budget, store_root())]
+    try:
+        settings = through(daemons[0], cache=cache)["additional_config"]["moe_offload"]
+        living.start(tiny_moe, arguments, **settings)
+        for end in (DaemonProcess.kill, DaemonProcess.stop, DaemonProcess.kill):
+            assert living.stats()["daemon_pid"] == daemons[-1].pid
+            living.begin("generate", texts, 32)
+            living.answered(0.2)
+            end(daemons[-1])
+            assert [answer.tokens for answer in living.end()] == [one["tokens"] for one in expected]
+            daemons.append(DaemonProcess(tmp_path / "daemon.sock", budget, store_root()))
+            for _ in range(100):
+                answers = living.generate(texts, 32)
+                assert [answer.tokens for answer in answers] == [one["tokens"] for one in expected]
+                if living.stats()["daemon_pid"] == daemons[-1].pid:
+                    break
+            else:
+                pytest.fail("the engine did not come back to the daemon")
+        living.close()
+        daemons[-1].stop()
+    finally:
+        for daemon in daemons:
+            daemon.abandon()
+
+
+def test_a_daemon_started_on_demand_and_named_in_the_environment(
+    tiny_moe: Path, plain: EngineServer, tmp_path: Path
+) -> None:
+    texts = prompts(2, seed=4)
+    arguments = {"dtype": "bfloat16", "skip_tokenizer_init": True}
+    (expected,) = plain.run(tiny_moe, arguments | {"enforce_eager": True}, [{"prompts": texts, "tokens": 8}])["rounds"]
+    engine = LiveEngine(tmp_path / "engine.log", XDG_RUNTIME_DIR=str(tmp_path))
+    try:
+        engine.start(tiny_moe, arguments, cache="25%", daemon="start", predictor="none")
+        assert [answer.tokens for answer in engine.generate(texts, 8)] == [one["tokens"] for one in expected]
+        pid = engine.stats()["daemon_pid"]
+        assert pid > 0
+        engine.close()
+        os.kill(pid, 15)
+    finally:
+        engine.process.kill()
+
+
+def test_a_daemon_that_was_named_must_be_there(living: LiveEngine, tiny_moe: Path, tmp_path: Path) -> None:
+    with pytest.raises(Exception, match=r"no daemon answers at .*nobody\.sock"):
+        living.start(tiny_moe, {"dtype": "bfloat16"}, cache="25%", daemon=f"unix:{tmp_path}/nobody.sock")
