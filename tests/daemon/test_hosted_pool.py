@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.daemon.pools import EXPERTS, N, Pool, Worker
+from tests.daemon.wire import wait_until
 from tests.runtime.record_stores import LAYOUTS
 from vllm_moe_offload.daemon import hosted_pool
 from vllm_moe_offload.daemon.adoption import adopt
@@ -82,9 +83,10 @@ def test_many_workers_at_once_never_see_a_wrong_record(tmp_path: Path, limit: in
             tender.join()
         for entry in range(4):
             it.pool.dismiss(entry)
+        wait_until(lambda: not it.pool.under_way.loads, "the last guess had arrived")
         it.tend()
         it.pool.check_integrity()
-        assert not it.pool.cache.pins.any() and not it.pool.under_way.loads
+        assert not it.pool.cache.pins.any()
         assert it.pool.held <= limit
 
 
@@ -447,9 +449,10 @@ def test_nothing_breaks_when_everything_happens_at_once(tmp_path: Path, seed: in
         finally:
             stop.set()
             disturber.join()
+        wait_until(lambda: not it.pool.under_way.loads, "the last guess had arrived")
         it.tend()
         it.pool.check_integrity()
-        assert not it.pool.cache.pins.any() and not it.pool.under_way.loads
+        assert not it.pool.cache.pins.any()
         assert it.pool.held <= it.pool.limit
         for damaged in (3, 12, 27):
             it.built.flip(damaged // EXPERTS, damaged % EXPERTS)

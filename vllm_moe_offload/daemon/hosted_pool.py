@@ -171,7 +171,7 @@ class HostedPool:
             clear = self.occupancy.are_clear(started.missing_slots)
         if not clear and not self._await_clear(loads, _HINT_PATIENCE_SECONDS):
             loads = self._ready(self._drop_unwanted(loads))
-        self.loader.start(self.under_way.allocate(loads))
+        self.loader.start(self.under_way.allocate(loads), guesses=not stream)
         if self.occupancy.running_low:
             self._stir()
         return len(loads)
