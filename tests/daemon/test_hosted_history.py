@@ -56,7 +56,7 @@ def test_the_nearest_come_first_and_the_latest_have_their_share() -> None:
     for number in range(12):
         history.remember(past_request(number, tokens=10 + number, meaning=number % 3))
     found = history.search(SOMEWHERE[1], 100)
-    assert lengths(found) == [11, 14, 17, 20, 10, 21, 7], "the nearest within three quarters, then the latest"
+    assert lengths(found) == [11, 14, 17, 20, 10, 12, 16], "the nearest within nine tenths, then the latest"
     assert same(found.request(0), past_request(1, tokens=11, meaning=1))
     assert lengths(history.search(None, 30)) == [21, 9]
     assert lengths(history.search(SOMEWHERE[1], 0)) == lengths(history.search(None, -5)) == []

@@ -23,7 +23,7 @@ from .protocol import LARGE_FRAME_BYTES, HistorySize
 
 MOST_BYTES = LARGE_FRAME_BYTES // 2
 """Of traces in one answer."""
-LATEST_SHARE = 0.25
+LATEST_SHARE = 0.1
 """Of the tokens found by meaning, so many make room for those of the latest requests."""
 
 
