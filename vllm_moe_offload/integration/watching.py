@@ -100,7 +100,7 @@ class Watch:
             return None
         pooled = [runtime.layers[name] for name in layers]
         spans = [(layer.pool, layer.span) for layer in pooled]
-        slots = SlotsAhead(spans, [_held(layer) for layer, _ in layers.values()])
+        slots = SlotsAhead(spans, [_held(layer) for layer, _ in layers.values()], self._predictor.shape.experts)
         record = max(layer.pool.memory.layout.record_bytes for layer in pooled)
         load_seconds = 1e-4 + record / 2e9
         in_the_way = load_seconds * min(1.0, GUESS_READERS * CHUNK_BYTES / record)

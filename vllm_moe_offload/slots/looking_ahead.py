@@ -18,10 +18,12 @@ class SlotsAhead(Residency):
     Args:
         layers: pool and flat ids of each, in the order in which they run.
         held: per layer, the model's numbers of the experts this worker holds, in its own order; None for all.
+        experts: of the model, per layer.
     """
 
-    def __init__(self, layers: Sequence[tuple[SlotPool, Span]], held: Sequence[NDArray[np.int64] | None]):
+    def __init__(self, layers: Sequence[tuple[SlotPool, Span]], held: Sequence[NDArray[np.int64] | None], experts: int):
         self._layers = layers
+        self._experts = experts
         self._held = held
         self._pools = list({id(pool): pool for pool, _ in layers}.values())
         for pool in self._pools:
@@ -32,7 +34,7 @@ class SlotsAhead(Residency):
         here, held = pool.absent(span), self._held[layer]
         if held is None:
             return here
-        absent = np.zeros(int(held.max()) + 1, dtype=bool)
+        absent = np.zeros(self._experts, dtype=bool)
         absent[held] = here
         return absent
 
