@@ -29,7 +29,7 @@ from vllm_moe_offload.predict.neighbours import NeighboursPredictor
 from vllm_moe_offload.replay.forecast import Forecast
 from vllm_moe_offload.replay.hardware import hardware_profile, model_profile
 from vllm_moe_offload.replay.parallel import run_all
-from vllm_moe_offload.replay.report import Setup, forecast_trace, parse_slots, run_once
+from vllm_moe_offload.replay.report import Setup, forecast_trace, parse_slots, run_once, spread_requests
 from vllm_moe_offload.replay.schedule import steps
 from vllm_moe_offload.replay.timeline import Timeline, TimelineReport
 
@@ -116,8 +116,10 @@ def judge(engine: Engine, predictor: str, kind: str, history: Trace, setup: Setu
     """Replay what the engine serves now."""
     prediction, accuracy = forecast_trace(predictor_from(predictor, history), engine.judged)
     top_k = engine.judged.top_k
-    tally = run_once(engine.judged, setup, prediction, setup.threshold)
-    timing = time_on_hardware(engine.judged, setup, prediction)
+    sample = spread_requests(engine.judged, setup.frontier_tokens)
+    few, of_few = engine.judged.select(sample), prediction.select(engine.judged, sample)
+    tally = run_once(few, setup, of_few, setup.threshold)
+    timing = time_on_hardware(few, setup, of_few)
     return Outcome(
         engine.name,
         predictor,
@@ -177,6 +179,9 @@ def main() -> None:
     parser.add_argument("traces", nargs="+", type=Path)
     parser.add_argument("--requests", type=int, nargs="+", default=[10, 30, 100], help="of each engine's past")
     parser.add_argument("--judged", type=int, default=3000, help="tokens of each engine")
+    parser.add_argument(
+        "--simulated", type=int, default=1500, help="tokens of these whose misses and stalls are counted"
+    )
     parser.add_argument("--split", choices=["kind", "turn"], default="kind", help="of one trace into halves")
     parser.add_argument("--slots", default="25%")
     parser.add_argument("--hardware", default="rtx4090-pcie4")
@@ -188,6 +193,7 @@ def main() -> None:
     halves = {"kind": halves_by_kind, "turn": halves_in_turn}[options.split](traces[0]) if len(traces) == 1 else traces
     setup = Setup(
         slots=parse_slots(options.slots, halves[0]),
+        frontier_tokens=options.simulated,
         hardware=hardware_profile(options.hardware),
         model=model_profile(traces[0].model, options.record_bytes),
     )

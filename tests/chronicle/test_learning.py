@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vllm_moe_offload.chronicle.heads_file import LEARNED_VECTORS_HEADS_FILE, read_heads, write_heads
+from vllm_moe_offload.chronicle.heads_file import LEARNED_VECTORS_HEADS_FILE, LOCK_FILE, read_heads, write_heads
 from vllm_moe_offload.chronicle.keeper import HistoryKeeper, seconds_between_saves
-from vllm_moe_offload.chronicle.learning import LOCK_FILE, Learning
+from vllm_moe_offload.chronicle.learning import Learning
 from vllm_moe_offload.chronicle.predictors import create_predictor
 from vllm_moe_offload.errors import TraceError
 from vllm_moe_offload.history.archive import HistoryArchive

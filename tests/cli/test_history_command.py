@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from vllm_moe_offload.chronicle.heads_file import HEADS_FILE
+from vllm_moe_offload.chronicle.heads_file import LEARNED_FILES
 from vllm_moe_offload.cli import app
 from vllm_moe_offload.history.archive import HISTORY_FILE
 from vllm_moe_offload.history.trace import Trace
@@ -58,7 +58,8 @@ def test_what_cannot_be_used_is_listed_with_the_reason(folder):
 
 
 def test_removing_a_history_removes_what_was_learned_from_it(folder):
-    (folder / "feed01" / HEADS_FILE).write_bytes(b"heads")
+    for name in LEARNED_FILES:
+        (folder / "feed01" / name).write_bytes(b"learned")
     assert run("prune", "fee", "--megabytes", 0, "--dir", folder).output == "feed01: removed\n"
     assert list(folder.iterdir()) == []
 

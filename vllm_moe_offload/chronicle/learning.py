@@ -21,13 +21,12 @@ from ..predict.history import HistoryPredictor
 from ..predict.network import NetworkSize
 from ..predict.token_vectors import TokenVectors
 from ..store.lock import BuildLock
-from .heads_file import HEADS_FILE, LEARNED_VECTORS_HEADS_FILE, read_heads
+from .heads_file import HEADS_FILE, LEARNED_VECTORS_HEADS_FILE, LOCK_FILE, read_heads
 from .keeper import Keeper
 from .training import TrainingJob
 
 CPU_SHARE = 0.05
 """Of one core. What ``OffloadConfig`` promises."""
-LOCK_FILE = "learning.lock"
 _VECTORS_FILE = "vectors.npz"
 
 

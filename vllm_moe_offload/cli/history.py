@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_moe_offload.chronicle.heads_file import HEADS_FILE
+from vllm_moe_offload.chronicle.heads_file import LEARNED_FILES
 from vllm_moe_offload.errors import TraceError
 from vllm_moe_offload.history.archive import HISTORY_FILE, HistoryArchive
 from vllm_moe_offload.history.store import HistoryStore
@@ -181,7 +181,8 @@ def _save(archive: HistoryArchive, fingerprint: str, store: HistoryStore) -> Non
 
 def _remove(archive: HistoryArchive, fingerprint: str) -> None:
     folder = archive.path(fingerprint).parent
-    for path in (folder / HISTORY_FILE, folder / HEADS_FILE, *archive.directory.glob(_set_aside(fingerprint))):
+    ours = [folder / name for name in (HISTORY_FILE, *LEARNED_FILES)]
+    for path in (*ours, *archive.directory.glob(_set_aside(fingerprint))):
         path.unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()
