@@ -1,6 +1,10 @@
-"""Two ranks on one host: every rank has its own records, and the tokens are plain vLLM's."""
+"""Two ranks on one host: every rank has its own records, and the tokens are plain vLLM's.
+
+Data parallelism is not among them: vLLM 0.32's CPU build cannot exchange the rows of MoE layers between replicas.
+"""
 
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +17,10 @@ CORES = sorted(os.sched_getaffinity(0))
 ONE_CORE_EACH = {"VLLM_CPU_OMP_THREADS_BIND": f"{CORES[0]}|{CORES[-1]}"}
 ROUNDS = [{"prompts": [[7, 99, 300, 12, 45], [5, 6], list(range(20, 60))], "tokens": 12}]
 ENGINE = {"enforce_eager": True, "tensor_parallel_size": 2}
+DRAW = random.Random(1)
+TEXTS = [[DRAW.randrange(1, 8192) for _ in range(DRAW.randint(5, 50))] for _ in range(11)]
+LONG_ROUNDS = [{"prompts": TEXTS[:8], "tokens": 24}] + [{"prompts": [text], "tokens": 30} for text in TEXTS[8:]]
+"""Requests to remember, then some to predict for."""
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +75,48 @@ def test_expert_parallel(servers: tuple[EngineServer, EngineServer], tmp_path: P
     experts = checkpoint.routed_layers * checkpoint.experts
     for rank in answer["stats"]:
         assert rank["slots"] == int(experts // 2 * share) and rank["loads"] > 0
+
+
+def test_prediction_under_tensor_parallelism(
+    tiny_moe: Path, servers: tuple[EngineServer, EngineServer], tmp_path: Path
+) -> None:
+    plain, offloaded = servers
+    arguments = ENGINE | {"dtype": "bfloat16"}
+    expected = plain.run(tiny_moe, arguments, LONG_ROUNDS)["rounds"]
+    for predictor in ("history", "gate"):
+        settings = {"cache": "25%", "predictor": predictor, "history": str(tmp_path / predictor)}
+        answer = offloaded.run(tiny_moe, arguments | {"additional_config": {"moe_offload": settings}}, LONG_ROUNDS)
+        assert answer["rounds"] == expected
+        for rank in answer["stats"]:
+            assert rank["prefetches"] > 0 and rank["prefetch_useful"] + rank["prefetch_late"] > 0
+            assert rank["history_requests"] >= len(TEXTS) - 1
+        assert len(list((tmp_path / predictor).glob("*/history.npz"))) == 1, "one rank writes for all"
+
+
+def test_prediction_under_expert_parallelism(
+    tiny_moe: Path, servers: tuple[EngineServer, EngineServer], tmp_path: Path
+) -> None:
+    _, offloaded = servers
+    arguments = ENGINE | {"dtype": "bfloat16", "enable_expert_parallel": True}
+    tokens = []
+    for predictor in ("none", "history"):
+        settings = {"cache": "25%", "predictor": predictor, "history": str(tmp_path / predictor)}
+        answer = offloaded.run(tiny_moe, arguments | {"additional_config": {"moe_offload": settings}}, LONG_ROUNDS)
+        tokens.append(answer["rounds"])
+    assert tokens[0] == tokens[1]
+    assert sum(rank["prefetch_useful"] + rank["prefetch_late"] for rank in answer["stats"]) > 0
+
+
+def test_prediction_under_pipeline_parallelism(
+    tiny_moe: Path, servers: tuple[EngineServer, EngineServer], tmp_path: Path
+) -> None:
+    """Compiled, because the eager CPU build of vLLM 0.32 fails by itself with pipeline stages."""
+    plain, offloaded = servers
+    arguments = {"pipeline_parallel_size": 2, "dtype": "bfloat16"}
+    settings = {"cache": "25%", "predictor": "history", "history": str(tmp_path)}
+    expected = plain.run(tiny_moe, arguments, LONG_ROUNDS)["rounds"]
+    answer = offloaded.run(tiny_moe, arguments | {"additional_config": {"moe_offload": settings}}, LONG_ROUNDS)
+    assert answer["rounds"] == expected
+    assert [rank["layers"] for rank in answer["stats"]] == [4, 4]
+    assert all(rank["prefetch_useful"] + rank["prefetch_late"] > 0 for rank in answer["stats"])
+    assert len(list(tmp_path.glob("*/history.npz"))) == 2, "a history for each stage's layers"
