@@ -84,7 +84,9 @@ class OffloadConfig(BaseModel):
         "vllm-moe-offload/stores in the user's cache folder)",
     )
     predictor: Literal[ENGINE_PREDICTORS] = Field(  # type: ignore[valid-type]
-        "none", description="what foretells the experts of the layers ahead, to load them before they are asked for"
+        "history",
+        description="what foretells the experts of the layers ahead, to load them before they are asked for; asked for "
+        "by name, it is refused where it cannot work, instead of left out",
     )
     history: str | None = Field(
         None,
