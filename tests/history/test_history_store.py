@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -70,3 +72,34 @@ def test_to_trace_gives_back_what_was_added():
 def test_maps_of_another_model_are_refused():
     with pytest.raises(ValueError, match="shape"):
         HistoryStore((5, 8, 2)).add(request())
+
+
+def test_what_some_requests_lack_is_filled_up_and_the_others_keep_theirs():
+    bare = replace(request(tokens=3, seed=1), tokens=None, phase=None, embeddings=None)
+    known = request(np.eye(6)[2], tokens=2, seed=2)
+    store = HistoryStore(SHAPE)
+    store.extend([bare, known])
+    kept = store.to_trace()
+    assert kept.tokens.tolist() == [-1, -1, -1, *known.tokens.tolist()]
+    assert kept.phase.tolist() == [0, 0, 0, *known.phase.tolist()]
+    assert np.array_equal(kept.embeddings, [np.zeros(6), known.embeddings[0]])
+    store.check_integrity()
+    alone = HistoryStore(SHAPE)
+    alone.add(bare)
+    assert alone.to_trace().tokens is None and alone.to_trace().embeddings is None
+
+
+def test_a_request_without_meaning_does_not_hide_that_of_the_others():
+    store = HistoryStore(SHAPE)
+    axes = np.eye(6)
+    store.extend([request(axes[0]), request(axes[1]), replace(request(), embeddings=None)])
+    assert [past.number for past in store.nearest(axes[1], 3)] == [1, 0, 2]
+
+
+def test_embeddings_of_another_width_are_refused_and_never_compared():
+    store = HistoryStore(SHAPE)
+    store.extend([replace(request(), embeddings=None), request(np.eye(6)[0]), request(np.eye(6)[1])])
+    with pytest.raises(ValueError, match=r"embeddings: the request's has 3 numbers, those of the history 6"):
+        store.add(replace(request(), embeddings=np.ones((1, 3), np.float16)))
+    assert store.num_requests == 3
+    assert [past.number for past in store.nearest(np.ones(3), 2)] == [2, 1]

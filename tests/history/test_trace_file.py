@@ -1,4 +1,5 @@
 import re
+import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -74,7 +75,11 @@ def test_optional_fields_may_be_absent(tmp_path):
         ({"embeddings": np.zeros((2, 6), np.float16)}, "'embeddings' must be floats"),
         ({"embeddings": np.full((3, 6), np.nan, np.float16)}, "'embeddings' holds values that are not finite"),
         ({"group": np.zeros(3)}, "'group' must have shape"),
-        ({"version": 2}, "version is 2, this program reads version 1"),
+        ({"weights": np.full((8, 4, 2), np.nan, np.float16)}, "'weights' holds NaN"),
+        ({"version": 2}, "newer version 2, this release reads up to 1; update"),
+        ({"version": 2, "experts": None}, "newer version 2"),
+        ({"version": 0}, "version is 0"),
+        ({"tokens": np.array([None] * 8)}, "'tokens' cannot be read"),
     ],
 )
 def test_errors_name_the_file_and_the_field(tmp_path, change, words):
@@ -91,11 +96,14 @@ def test_unknown_fields_are_left_alone_but_not_in_silence(tmp_path):
         assert read_trace(tmp_path / "t.npz").num_tokens == 8
 
 
-@pytest.mark.parametrize("content", [b"", b"not a zip file", b"PK\x03\x04 cut short"])
+NPY = b"\x93NUMPY\x01\x00"
+
+
+@pytest.mark.parametrize("content", [b"", b"not a zip file", b"PK\x03\x04 cut short", NPY])
 def test_files_that_are_no_traces(tmp_path, content):
     path = tmp_path / "t.npz"
     path.write_bytes(content)
-    with pytest.raises(TraceError, match="not a readable npz"):
+    with pytest.raises(TraceError, match=r"t\.npz: .*not an npz, or cut short"):
         read_trace(path)
     with pytest.raises(TraceError, match="no such trace"):
         read_trace(tmp_path / "absent.npz")
@@ -108,6 +116,27 @@ def test_a_file_cut_anywhere_is_refused(tmp_path):
         (tmp_path / "cut.npz").write_bytes(whole[:length])
         with pytest.raises(TraceError):
             read_trace(tmp_path / "cut.npz")
+
+
+def test_an_array_on_its_own_is_no_trace(tmp_path):
+    np.save(tmp_path / "experts.npy", make_trace().experts)
+    with pytest.raises(TraceError, match="not an npz, or cut short"):
+        read_trace(tmp_path / "experts.npy")
+    with pytest.raises(TraceError, match="cannot be read"):
+        read_trace(tmp_path)
+
+
+@pytest.mark.parametrize("compress", [True, False])
+def test_a_damaged_file_is_refused_by_field(tmp_path, compress):
+    path = tmp_path / "t.npz"
+    write_trace(path, make_trace((30, 40)), compress)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        middle = archive.getinfo("weights.npy").header_offset + 300
+    for byte in range(middle, middle + 100, 7):
+        path.write_bytes(whole[:byte] + bytes([whole[byte] ^ 0xFF]) + whole[byte + 1 :])
+        with pytest.raises(TraceError, match="'weights' cannot be read"):
+            read_trace(path)
 
 
 def test_select_and_request_agree():

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .trace import Trace
+from .trace import DECODE, Trace
 
 DEFAULT_BUDGET_BYTES = 256 << 20
 _AGE_WEIGHT = 0.25
 """How much similarity to a newer request the oldest request's age is worth."""
 _MAX_SHARE = 1 / 16
 """No single request may hold more of the budget."""
+_UNKNOWN_TOKEN = -1
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class PastRequest:
 class HistoryStore:
     """Past requests within a byte budget.
 
-    Invariant (``check_integrity``): ``nbytes <= budget_bytes``, numbers rise, all traces have the same shape.
+    Invariant (``check_integrity``): ``nbytes <= budget_bytes``, numbers rise, all traces have the same shape, all
+    embeddings the same width.
     """
 
     def __init__(self, shape: tuple[int, int, int], budget_bytes: int = DEFAULT_BUDGET_BYTES):
@@ -70,16 +72,29 @@ class HistoryStore:
     def num_tokens(self) -> int:
         return sum(past.trace.num_tokens for past in list(self.requests))
 
+    @property
+    def width(self) -> int | None:
+        """Numbers in an embedding; None while no request has one."""
+        widths = (past.trace.embeddings.shape[1] for past in self.requests if past.trace.embeddings is not None)
+        return next(widths, None)
+
     def add(self, trace: Trace) -> None:
         """Remember a finished request (a trace of one request), forgetting others to make room.
 
         A request with more tokens than its share of the budget keeps its last ones. One without tokens is ignored.
 
         Raises:
-            ValueError: the trace is of another shape, or of more than one request.
+            ValueError: the trace is of another shape, of more than one request, or its embedding of another width than
+                those here.
         """
         if trace.shape != self.shape or trace.num_requests != 1:
             raise ValueError(f"expected one request of shape {self.shape}, got {trace.num_requests} of {trace.shape}")
+        width = None if trace.embeddings is None else trace.embeddings.shape[1]
+        if width is not None and self.width not in (None, width):
+            raise ValueError(
+                f"embeddings: the request's has {width} numbers, those of the history {self.width}; one function must "
+                "have made them all"
+            )
         if trace.num_tokens == 0:
             return
         past = PastRequest(_own(_last_tokens(trace, self._tokens_per_request(trace))), self._next_number)
@@ -97,10 +112,13 @@ class HistoryStore:
             self.add(trace)
 
     def nearest(self, embedding: NDArray[np.floating] | None, count: int) -> list[PastRequest]:
-        """The ``count`` requests most similar in meaning, best first; the most recent ones when meaning is unknown."""
-        if embedding is None or not self._all_have_embeddings():
+        """The ``count`` requests most similar in meaning, best first, those without an embedding last.
+
+        The most recent ones where meanings cannot be compared: ``embedding`` is None or of another width.
+        """
+        if embedding is None or self.width != len(embedding):
             return self.requests[::-1][:count]
-        similarity = self._embeddings() @ np.asarray(embedding, np.float32)
+        similarity = self._similarity(np.asarray(embedding, np.float32))
         return [self.requests[i] for i in np.argsort(-similarity, kind="stable")[:count]]
 
     def seek(
@@ -110,7 +128,11 @@ class HistoryStore:
         found(self.nearest(embedding, count))
 
     def to_trace(self) -> Trace:
-        """Everything as one trace, oldest request first."""
+        """Everything as one trace, oldest request first.
+
+        What only some requests have is kept, and filled up for the others: unknown tokens are -1, an unknown phase is
+        DECODE, an unknown meaning the zero vector, which is near to nothing.
+        """
         layers, experts, top_k = self.shape
         requests = list(self.requests)
         if not requests:
@@ -127,9 +149,9 @@ class HistoryStore:
             offsets=np.concatenate([[0], np.cumsum([trace.num_tokens for trace in traces])]).astype(np.int64),
             num_experts=experts,
             model=traces[-1].model,
-            tokens=_joined(traces, "tokens"),
-            phase=_joined(traces, "phase"),
-            embeddings=_joined(traces, "embeddings"),
+            tokens=_joined([(trace.tokens, (trace.num_tokens,)) for trace in traces], _UNKNOWN_TOKEN),
+            phase=_joined([(trace.phase, (trace.num_tokens,)) for trace in traces], DECODE),
+            embeddings=_joined([(trace.embeddings, (1, self.width or 0)) for trace in traces], 0),
         )
 
     def prune(self, budget_bytes: int) -> None:
@@ -144,6 +166,8 @@ class HistoryStore:
         assert numbers == sorted(set(numbers)) and len(numbers) == len(self._redundancy)
         assert self._nbytes == sum(past.nbytes for past in self.requests) <= self.budget_bytes
         assert all(past.trace.shape == self.shape for past in self.requests)
+        widths = {past.trace.embeddings.shape[1] for past in self.requests if past.trace.embeddings is not None}
+        assert len(widths) <= 1
 
     def _least_valuable(self) -> int:
         """Index of the request whose meaning a newer one repeats most, age counting too; never the newest."""
@@ -151,19 +175,21 @@ class HistoryStore:
         return int(np.argmax((np.array(self._redundancy) + ages)[:-1])) if len(self.requests) > 1 else 0
 
     def _note_likeness_to(self, newer: PastRequest) -> None:
-        if newer.embedding is not None and self._all_have_embeddings():
-            similarity = self._embeddings() @ newer.embedding
-            self._redundancy = np.maximum(self._redundancy, similarity).tolist()
-
-    def _all_have_embeddings(self) -> bool:
-        return bool(self.requests) and all(past.trace.embeddings is not None for past in self.requests)
+        if newer.embedding is not None and self.requests:
+            self._redundancy = np.maximum(self._redundancy, self._similarity(newer.embedding)).tolist()
 
     def _forget(self, index: int) -> None:
         self._nbytes -= self.requests.pop(index).nbytes
         self._redundancy.pop(index)
 
-    def _embeddings(self) -> NDArray[np.float32]:
-        return np.stack([past.trace.embeddings[0] for past in self.requests]).astype(np.float32)  # type: ignore[index]
+    def _similarity(self, embedding: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Cosine of each request's meaning and this one, both of the same width; -1 where it has none."""
+        known = [i for i, past in enumerate(self.requests) if past.trace.embeddings is not None]
+        similarity = np.full(len(self.requests), -1, np.float32)
+        if known:
+            rows = [self.requests[i].trace.embeddings[0] for i in known]  # type: ignore[index]
+            similarity[known] = np.stack(rows).astype(np.float32) @ embedding
+        return similarity
 
     def _tokens_per_request(self, trace: Trace) -> int:
         per_token = max(1, (trace.experts.nbytes + trace.weights.nbytes) // trace.num_tokens + 5)
@@ -192,6 +218,10 @@ def _own(trace: Trace) -> Trace:
     return trace.select([0])
 
 
-def _joined(traces: list[Trace], name: str) -> NDArray | None:
-    arrays = [getattr(trace, name) for trace in traces]
-    return None if any(array is None for array in arrays) else np.concatenate(arrays)
+def _joined(columns: list[tuple[NDArray | None, tuple[int, ...]]], filling: int) -> NDArray | None:
+    """The arrays one after the other, those that are None as ``filling`` in their shape; None if all are."""
+    known = [array for array, _ in columns if array is not None]
+    if not known:
+        return None
+    dtype = known[-1].dtype
+    return np.concatenate([np.full(shape, filling, dtype) if array is None else array for array, shape in columns])

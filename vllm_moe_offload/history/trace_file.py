@@ -7,7 +7,9 @@ alone with a warning.
 
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,13 +33,29 @@ def read_trace(path: str | Path) -> Trace:
     """
     path = Path(path)
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            fields = {name: archive[name] for name in archive.files}
+        with path.open("rb") as file:
+            if not zipfile.is_zipfile(file):
+                raise TraceError(f"{path}: not a readable npz trace file (not an npz, or cut short)")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as archive:
+                fields = {name: _read_field(path, archive, name) for name in archive.files}
     except FileNotFoundError:
         raise TraceError(f"{path}: no such trace file") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except OSError as error:
+        raise TraceError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise TraceError(f"{path}: not a readable npz trace file ({error})") from error
     return checked_trace(path, fields)
+
+
+def _read_field(path: Path, archive: Any, name: str) -> NDArray:
+    try:
+        value = archive[name]
+    except (ValueError, EOFError, OSError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        raise TraceError(f"{path}: field {name!r} cannot be read ({error})") from error
+    if not isinstance(value, np.ndarray):
+        raise TraceError(f"{path}: field {name!r} is no array")
+    return value
 
 
 def write_trace(path: str | Path, trace: Trace, compress: bool = True) -> None:
@@ -68,15 +86,13 @@ def checked_trace(path: Path | str, fields: dict[str, NDArray]) -> Trace:
     Raises:
         TraceError: a field is absent, unknown or contradictory.
     """
+    _check_version(path, fields)
     for name in _REQUIRED:
         if name not in fields:
             raise TraceError(f"{path}: field {name!r} is missing; a trace has {', '.join(_REQUIRED)}")
     unknown = sorted(set(fields) - set(_REQUIRED) - set(_OPTIONAL))
     if unknown:
         warnings.warn(f"{path}: ignoring unknown fields {', '.join(unknown)}", stacklevel=3)
-    version = _integer(path, fields, "version") if "version" in fields else VERSION
-    if version != VERSION:
-        raise TraceError(f"{path}: version is {version}, this program reads version {VERSION}")
     num_experts = _integer(path, fields, "num_experts")
     experts = _check_maps(path, fields["experts"], fields["weights"], num_experts)
     offsets = _check_offsets(path, fields["offsets"], len(experts))
@@ -94,6 +110,15 @@ def checked_trace(path: Path | str, fields: dict[str, NDArray]) -> Trace:
         group=_column(path, fields, "group", requests, "U", None),
         repetitive=_column(path, fields, "repetitive", requests, "b", np.bool_),
     )
+
+
+def _check_version(path: Path | str, fields: dict[str, NDArray]) -> None:
+    """Before anything else: a newer version may have other fields."""
+    version = _integer(path, fields, "version") if "version" in fields else VERSION
+    if version > VERSION:
+        raise TraceError(f"{path}: newer version {version}, this release reads up to {VERSION}; update it")
+    if version < 1:
+        raise TraceError(f"{path}: version is {version}, versions begin with 1")
 
 
 def _integer(path: Path | str, fields: dict[str, NDArray], name: str) -> int:
@@ -121,6 +146,8 @@ def _check_maps(path: Path | str, experts: NDArray, weights: NDArray, num_expert
     ordered = np.sort(experts, axis=2)
     if (ordered[:, :, 1:] == ordered[:, :, :-1]).any():
         raise TraceError(f"{path}: field 'experts' names an expert twice for one token and layer")
+    if not np.isfinite(weights).all():
+        raise TraceError(f"{path}: field 'weights' holds NaN or infinite values")
     sums = weights.sum(axis=2, dtype=np.float32)
     if not ((weights >= 0).all() and np.abs(sums - 1).max() <= _WEIGHT_SUM_TOLERANCE):
         raise TraceError(f"{path}: field 'weights' must be >= 0 and sum to 1 per token and layer")
