@@ -121,6 +121,11 @@ class Engine:
             raise self._failure() from None
         return self._answer(RUN_SECONDS)
 
+    @property
+    def pid(self) -> int:
+        """Of the process all others of the engine descend from."""
+        return self._process.pid
+
     def cpu_seconds(self) -> float:
         """Processor time of the whole tree so far."""
         tree = [psutil.Process(self._process.pid), *descendants(self._process.pid)]

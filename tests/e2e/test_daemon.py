@@ -26,28 +26,47 @@ def through(daemon: DaemonProcess, **settings: Any) -> dict[str, Any]:
     return {"additional_config": {"moe_offload": offload}}
 
 
+def expert_bytes(server: EngineServer, model: Path, engine: dict[str, Any]) -> int:
+    embedded = {"additional_config": {"moe_offload": {"cache": "100%", "daemon": "off"}}}
+    return server.run(model, engine | embedded, ROUNDS[:1])["stats"][0]["expert_bytes"]
+
+
 def test_same_tokens_through_a_daemon(
     checkpoint: Checkpoint, plain: EngineServer, offloaded: EngineServer, tmp_path: Path
 ) -> None:
-    """With a quarter of the experts, and with all of them on a lease; each twice, so that one engine comes to a warm
-    daemon."""
+    """With a quarter of the experts, and with all of them on a lease."""
     engine = checkpoint.engine_args | {"enforce_eager": True}
     expected = plain.run(checkpoint.path, engine, ROUNDS)["rounds"]
-    embedded = {"additional_config": {"moe_offload": {"cache": "100%", "daemon": "off"}}}
-    total = offloaded.run(checkpoint.path, engine | embedded, ROUNDS[:1])["stats"][0]["expert_bytes"]
+    total = expert_bytes(offloaded, checkpoint.path, engine)
     for share in (0.25, 1.0):
         with running_daemon(tmp_path / f"{share}.sock", int(total * share * ROOM), store_root()) as daemon:
-            for _ in range(2):
-                answer = offloaded.run(checkpoint.path, engine | through(daemon, cache=f"{share:.0%}"), ROUNDS)
-                assert answer["rounds"] == expected
-                stats = answer["stats"][0]
-                assert stats["daemon_pid"] == daemon.pid
-                assert stats["layers"] == checkpoint.routed_layers and stats["failed_loads"] == 0
-                assert (stats["misses"] > 0) == (share < 1)
+            answer = offloaded.run(checkpoint.path, engine | through(daemon, cache=f"{share:.0%}"), ROUNDS)
+            assert answer["rounds"] == expected
+            stats = answer["stats"][0]
+            assert stats["daemon_pid"] == daemon.pid
+            assert stats["layers"] == checkpoint.routed_layers and stats["failed_loads"] == 0
+            assert (stats["misses"] > 0) == (share < 1)
             (model,) = daemon.status().models
             assert model.resident <= model.limit and not model.workers
-            if share == 1:
-                assert model.counters["loads"] == model.resident == model.experts, "the second engine read again"
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_the_next_engine_finds_the_daemon_warm(
+    tiny_moe: Path, offloaded: EngineServer, tmp_path: Path, share: float
+) -> None:
+    engine = {"enforce_eager": True, "dtype": "bfloat16"}
+    total = expert_bytes(offloaded, tiny_moe, engine)
+    one_request = [{"prompts": prompts(1, seed=6), "tokens": 48}]
+    with running_daemon(tmp_path / "daemon.sock", int(total * share * ROOM), store_root()) as daemon:
+        first, second = (
+            offloaded.run(tiny_moe, engine | through(daemon, cache=f"{share:.0%}"), one_request) for _ in range(2)
+        )
+        assert first["rounds"] == second["rounds"]
+        (model,) = daemon.status().models
+        if share == 1:
+            assert model.counters["loads"] == model.resident == model.experts, "the second engine read again"
+        else:
+            assert second["stats"][0]["misses"] < first["stats"][0]["misses"], "the second engine started cold"
 
 
 def test_two_models_in_one_daemon(
