@@ -75,26 +75,31 @@ def test_an_engine_starts_with_what_another_has_left(
 def test_engines_that_run_together_remember_together_and_outlive_the_daemon(
     tiny_moe: Path, plain: EngineServer, engines: tuple[LiveEngine, LiveEngine], tmp_path: Path
 ) -> None:
-    first, second = engines
-    expected = [expect(plain, tiny_moe, texts, 24) for texts in (FIRST, SECOND)]
+    # All different: what a daemon may have had already is kept once, whoever brings it.
+    texts = [prompts(3, seed) for seed in (5, 6, 7, 8)]
+    expected = expect(plain, tiny_moe, [text for some in texts for text in some], 24)
+    total = len(expected) + 2
+    flush = iter([text] for text in PAST)
     options = ("--history", str(tmp_path / "kept"))
     daemons = [DaemonProcess(tmp_path / "daemon.sock", BUDGET, store_root(), *options)]
+
+    def serve(engine: LiveEngine, number: int) -> None:
+        answers = engine.generate(texts[number], 24)
+        assert [answer.tokens for answer in answers] == expected[3 * number : 3 * number + 3]
+
     try:
-        for engine in engines:
+        for number, engine in enumerate(engines):
             engine.start(tiny_moe, ARGUMENTS, **settings(daemons[0]))
-        for texts, engine, wanted in zip((FIRST, SECOND), engines, expected, strict=True):
-            assert [answer.tokens for answer in engine.generate(texts, 24)] == wanted
-        # Different ones: what a daemon may have had already is kept once, whoever brings it.
-        first.generate(PAST[:1], 1)
-        second.generate(PAST[1:2], 1)
-        remembered(daemons[0], len(FIRST) + len(SECOND))
+            serve(engine, number)
+            engine.generate(next(flush), 1)
+        remembered(daemons[0], 6)
         daemons[0].kill()
-        for texts, engine, wanted in zip((SECOND, FIRST), engines, reversed(expected), strict=True):
-            assert [answer.tokens for answer in engine.generate(texts, 24)] == wanted
+        for number, engine in enumerate(engines):
+            serve(engine, 2 + number)
         daemons.append(DaemonProcess(tmp_path / "daemon.sock", BUDGET, store_root(), *options))
         for engine in engines:
-            engine.generate(PAST[:1], 1)
-        remembered(daemons[1], 2 * (len(FIRST) + len(SECOND)) + 2)
+            engine.generate(next(flush), 1)
+        remembered(daemons[1], total)
         for engine in engines:
             engine.close()
         daemons[1].stop()
@@ -102,7 +107,7 @@ def test_engines_that_run_together_remember_together_and_outlive_the_daemon(
         for daemon in daemons:
             daemon.abandon()
     (kept,) = (tmp_path / "kept").glob("*/history.npz")
-    assert read_trace(kept).num_requests == 2 * (len(FIRST) + len(SECOND)) + 2
+    assert read_trace(kept).num_requests == total
 
 
 def test_one_rank_predicts_and_both_are_prefetched_for(tiny_moe: Path, tmp_path: Path) -> None:
