@@ -4,7 +4,7 @@ It forgets the request that is most like a newer one, or oldest, so that one cha
 not forgotten. It knows nothing of files (``archive``) and of how maps are matched (``predict``).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,8 +118,9 @@ class HistoryStore:
         """
         if embedding is None or self.width != len(embedding):
             return self.requests[::-1][:count]
-        similarity = self._similarity(np.asarray(embedding, np.float32))
-        return [self.requests[i] for i in np.argsort(-similarity, kind="stable")[:count]]
+        requests = list(self.requests)  # another thread may be adding
+        similarity = _similarity(requests, np.asarray(embedding, np.float32))
+        return [requests[i] for i in np.argsort(-similarity, kind="stable")[:count]]
 
     def seek(
         self, embedding: NDArray[np.floating] | None, count: int, found: Callable[[list[PastRequest]], None]
@@ -176,24 +177,25 @@ class HistoryStore:
 
     def _note_likeness_to(self, newer: PastRequest) -> None:
         if newer.embedding is not None and self.requests:
-            self._redundancy = np.maximum(self._redundancy, self._similarity(newer.embedding)).tolist()
+            self._redundancy = np.maximum(self._redundancy, _similarity(self.requests, newer.embedding)).tolist()
 
     def _forget(self, index: int) -> None:
         self._nbytes -= self.requests.pop(index).nbytes
         self._redundancy.pop(index)
 
-    def _similarity(self, embedding: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Cosine of each request's meaning and this one, both of the same width; -1 where it has none."""
-        known = [i for i, past in enumerate(self.requests) if past.trace.embeddings is not None]
-        similarity = np.full(len(self.requests), -1, np.float32)
-        if known:
-            rows = [self.requests[i].trace.embeddings[0] for i in known]  # type: ignore[index]
-            similarity[known] = np.stack(rows).astype(np.float32) @ embedding
-        return similarity
-
     def _tokens_per_request(self, trace: Trace) -> int:
         per_token = max(1, (trace.experts.nbytes + trace.weights.nbytes) // trace.num_tokens + 5)
         return max(1, int(self.budget_bytes * _MAX_SHARE) // per_token)
+
+
+def _similarity(requests: Sequence[PastRequest], embedding: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Cosine of each request's meaning and this one, both of the same width; -1 where it has none."""
+    known = [i for i, past in enumerate(requests) if past.trace.embeddings is not None]
+    similarity = np.full(len(requests), -1, np.float32)
+    if known:
+        rows = [requests[i].trace.embeddings[0] for i in known]  # type: ignore[index]
+        similarity[known] = np.stack(rows).astype(np.float32) @ embedding
+    return similarity
 
 
 def _last_tokens(trace: Trace, count: int) -> Trace:
