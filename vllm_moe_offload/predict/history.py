@@ -1,7 +1,8 @@
 """The predictor of this project: learned heads, and neighbours in their place while the history is young.
 
 It owns the history. Every request that closes is remembered; ``HeadsTrainer`` learns from the whole history when it has
-grown enough, at once (replay) or a little at a time in the background (engine), and takes over when it has finished.
+grown enough, at once (replay) or a little at a time in the background (engine). Heads predict from the start of a step
+as soon as there are any; what layers have shown is better understood by neighbours until heads have learned from much.
 """
 
 import threading
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..history.store import HistoryStore
 from ..history.trace import Trace
-from .base import ModelShape, Predictor, Step
+from .base import Experts, ModelShape, Predictor, Probabilities, Step, Weights
 from .context import RequestState, TokenContext, TokenMap
 from .heads import HeadsPredictor
 from .heads_training import HeadsTrainer
@@ -23,10 +24,14 @@ from .token_vectors import LearnedVectors, TokenVectors
 _FIRST_TRAINING_TOKENS = 512
 _GROWTH = 2.0
 """Train again when the history holds so many times the tokens it held last time."""
+_HEADS_ALONE_TOKENS = 30_000
+"""Heads that have learned from so many tokens see no less than neighbours."""
+_MOST_ROWS_OF_NEIGHBOURS = 4
+"""Neighbours take their time for every request of a step, heads for all of them together."""
 
 
 class HistoryPredictor(Predictor):
-    """Heads once trained, neighbours before.
+    """Neighbours first, then both, then heads.
 
     Args:
         vectors: makes the vectors of tokens, called at each training; learned ones when not given. A model's own
@@ -44,6 +49,8 @@ class HistoryPredictor(Predictor):
         max_candidates: int = MAX_CANDIDATES,
     ):
         super().__init__(shape)
+        self.learns_from_each_token = True
+        """Until heads do alone, and never again from then on."""
         self.history = history
         self.heads: HeadsPredictor | None = None
         self.trained_tokens = 0
@@ -66,6 +73,7 @@ class HistoryPredictor(Predictor):
     def use_heads(self, heads: HeadsPredictor, trained_tokens: int) -> None:
         """Predict with these heads from the next step on, as after loading them from a file."""
         self.heads, self.trained_tokens = heads, trained_tokens
+        self.learns_from_each_token &= trained_tokens < _HEADS_ALONE_TOKENS
 
     def train(self, budget_seconds: float, clock: Callable[[], float]) -> None:
         """Go on with the training that is due, for about ``budget_seconds`` by ``clock``.
@@ -81,14 +89,21 @@ class HistoryPredictor(Predictor):
 
     def open(self, embedding: NDArray[np.floating] | None = None) -> RequestState:
         state = super().open(embedding)
-        if self.heads is None:
+        if self.learns_from_each_token:
             self._neighbours.find_candidates(state)
         return state
 
     def begin(self, rows: Sequence[TokenContext]) -> Step:
-        if self.heads is not None:
-            return self.heads.begin(rows)
-        return self._neighbours.begin(rows)
+        if self.heads is None:
+            return self._neighbours.begin(rows)
+        at_start = self.heads.begin(rows)
+        if self.learns_from_each_token and len(rows) <= _MOST_ROWS_OF_NEIGHBOURS:
+            return _YoungStep(at_start, self._neighbours.begin(rows))
+        return at_start
+
+    def learn(self, row: TokenContext, token_map: TokenMap) -> None:
+        if self.learns_from_each_token:
+            self._neighbours.learn(row, token_map)
 
     def close(self, state: RequestState, trace: Trace) -> None:
         with self._lock:
@@ -124,3 +139,17 @@ class HistoryPredictor(Predictor):
         for place in np.argsort(latest):
             row = latest[place]
             self.memory.remember(int(tokens[place]), TokenMap(trace.experts[row].copy(), trace.weights[row].copy()))
+
+
+class _YoungStep(Step):
+    """Heads before the first layer, neighbours from then on."""
+
+    def __init__(self, at_start: Step, afterwards: Step):
+        self._asked, self._afterwards = at_start, afterwards
+
+    def observe(self, layer: int, experts: Experts, weights: Weights) -> None:
+        self._asked = self._afterwards
+        self._asked.observe(layer, experts, weights)
+
+    def predict(self, layer: int) -> Probabilities:
+        return self._asked.predict(layer)

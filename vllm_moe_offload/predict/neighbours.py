@@ -4,11 +4,15 @@ When a request arrives, the tokens of the requests nearest in meaning become its
 expert). Every layer then only adds one stored column per chosen expert to each candidate's running match. A prediction
 averages the candidates' own choices, weighted by ``exp(SHARPNESS * match)``, beside what the request has used lately.
 
+The request's own latest tokens are candidates too: nothing resembles a request more than itself, and without a history
+there is nothing else.
+
 A layer's map is the root of its routing weights: a vector of length one, so that two maps match by their inner product.
 Matches of earlier layers fade.
 """
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -17,7 +21,7 @@ from numpy.typing import NDArray
 from ..history.store import HistoryStore, PastRequest
 from ..history.trace import Trace
 from .base import Experts, ModelShape, Predictor, Probabilities, Step, Weights
-from .context import UNKNOWN_TOKEN, RequestState, TokenContext
+from .context import UNKNOWN_TOKEN, RequestState, TokenContext, TokenMap
 
 Array = NDArray[np.float32]
 
@@ -25,41 +29,85 @@ MAX_CANDIDATES = 8000
 _SHARPNESS = np.float32(30.0)
 _FADING = np.float32(0.8)
 """What an earlier layer's match counts beside the next one's."""
-_OWN_SHARE = np.float32(0.25)
-"""Weight of the request's own frequencies beside the neighbours."""
+_OWN_SHARE = np.float32(0.2)
+_OWN_SHARE_OF_DOUBT = np.float32(0.6)
+"""Weight of the request's own frequencies beside neighbours that match, and what it grows by where none does."""
 _OTHER_TOKEN = np.float32(0.01)
 """Weight of a candidate with another token, beside 1 for the same, while no layer has been seen."""
 _MAX_REQUESTS = 256
+_OWN_TOKENS = 512
+_OWN_ROOM = 0.25
+"""The request's own latest tokens may be so many of its candidates, and no larger a share of them."""
 
 
 class Candidates:
-    """The tokens a request is matched against, ``C`` of them. A layer is laid out when it is first asked for."""
+    """The tokens a request is matched against: ``C`` of others, and up to ``room`` of its own, the latest.
 
-    def __init__(self, shape: ModelShape, parts: list[tuple[Trace, int]]):
-        """``parts``: traces, and how many of each one's first tokens."""
-        self._shape, self._parts = shape, parts
-        self._columns: dict[int, Array] = {}
+    A layer of the others is laid out when it is first asked for.
+    """
+
+    def __init__(
+        self, shape: ModelShape, parts: list[tuple[Trace, int]], room: int = 0, own: Iterable[tuple[int, TokenMap]] = ()
+    ):
+        """
+        Args:
+            parts: traces of others, and how many of each one's first tokens.
+            own: tokens of the request itself, oldest first.
+        """
+        self._parts = parts
         starts = np.cumsum([0] + [length for _, length in parts]).tolist()
         self._places = [slice(*ends) for ends in pairwise(starts)]
-        self.tokens = np.full(starts[-1], UNKNOWN_TOKEN, np.int32)
-        """``[C]``, UNKNOWN_TOKEN where not known."""
+        self._others, self._room = starts[-1], room
+        self._columns = np.zeros((shape.layers, shape.experts, self._others + room), np.float32)
+        self._laid_out = np.zeros(shape.layers, bool)
+        self._layers = np.arange(shape.layers)[:, None]
+        self.own = deque(own, room)
+        """The request's latest tokens and their maps, oldest first."""
+        self._added, self._own_laid_out = len(self.own), 0
+        self.tokens = np.full(self._others + room, UNKNOWN_TOKEN, np.int32)
+        """``[C + room]``, UNKNOWN_TOKEN where not known."""
         for (trace, length), place in zip(parts, self._places, strict=True):
             if trace.tokens is not None:
                 self.tokens[place] = trace.tokens[:length]
 
+    def add(self, token: int, token_map: TokenMap) -> None:
+        """The request has run one more token: a candidate from the next step on, if need be in its oldest one's place.
+
+        Cheap, as it is called for every token of a prefill.
+        """
+        self.own.append((token, token_map))
+        self._added += 1
+
+    def count(self) -> int:
+        """Lay out what was added, and say how many candidates there are now: the first columns and tokens."""
+        fresh = min(self._added - self._own_laid_out, len(self.own))
+        if fresh:
+            latest = [self.own[i] for i in range(-fresh, 0)]
+            experts = np.stack([token_map.experts for _, token_map in latest], axis=2)
+            weights = np.stack([token_map.weights for _, token_map in latest], axis=2)
+            places = self._others + np.arange(self._added - fresh, self._added) % self._room
+            if self._added > self._room:
+                self._columns[:, :, places] = 0
+            self._columns[self._layers[:, :, None], experts, places] = np.sqrt(weights, dtype=np.float32)
+            self.tokens[places] = [token for token, _ in latest]
+            self._own_laid_out = self._added
+        return self._others + len(self.own)
+
     def columns(self, layer: int) -> Array:
-        """``[E, C]``: root of each expert's routing weight, zero where not chosen. One column is contiguous."""
-        columns = self._columns.get(layer)
-        if columns is None:
-            columns = self._columns[layer] = np.zeros((self._shape.experts, len(self.tokens)), np.float32)
+        """``[E, C + room]``: root of each expert's routing weight, zero where not chosen. One column is contiguous."""
+        columns = self._columns[layer]
+        if not self._laid_out[layer]:
             for (trace, length), place in zip(self._parts, self._places, strict=True):
                 roots = np.sqrt(trace.weights[:length, layer].T.astype(np.float32))
                 np.put_along_axis(columns[:, place], trace.experts[:length, layer].T.astype(np.int64), roots, axis=0)
+            self._laid_out[layer] = True
         return columns
 
 
 class NeighboursPredictor(Predictor):
-    """Kernel average over candidates found by meaning. With an empty history every expert is equally likely."""
+    """Kernel average over candidates found by meaning, and the request's own tokens."""
+
+    learns_from_each_token = True
 
     def __init__(self, shape: ModelShape, history: HistoryStore, max_candidates: int = MAX_CANDIDATES):
         super().__init__(shape)
@@ -73,14 +121,20 @@ class NeighboursPredictor(Predictor):
 
     def find_candidates(self, state: RequestState) -> None:
         """Lay out for ``state`` what resembles its request, and again whenever the history answers later."""
+        room = min(_OWN_TOKENS, int(_OWN_ROOM * self._max_candidates))
 
         def found(requests: list[PastRequest]) -> None:
-            state.notes = gather(self.shape, requests, self._max_candidates)
+            own = state.notes.own if isinstance(state.notes, Candidates) else ()
+            state.notes = Candidates(self.shape, parts_of(requests, self._max_candidates - room), room, own)
 
         self._history.seek(state.embedding, _MAX_REQUESTS, found)
 
     def begin(self, rows: Sequence[TokenContext]) -> "NeighboursStep":
         return NeighboursStep(self.shape, rows)
+
+    def learn(self, row: TokenContext, token_map: TokenMap) -> None:
+        assert isinstance(row.state.notes, Candidates)
+        row.state.notes.add(row.token, token_map)
 
     def close(self, state: RequestState, trace: Trace) -> None:
         self._history.add(trace)
@@ -115,16 +169,16 @@ class _Group:
         candidates = rows[0].state.notes
         assert isinstance(candidates, Candidates)
         self.indices = indices
-        self._candidates = candidates
+        self._candidates, self._count = candidates, candidates.count()
         frequency = np.stack([row.frequency for row in rows])
         unearned = 1 - frequency.sum(axis=2, keepdims=True) / shape.top_k
         self._own = frequency + unearned * np.float32(shape.top_k / shape.experts)
         self._tokens = np.array([row.token for row in rows])
-        self._matches = np.zeros((len(rows), len(candidates.tokens)), np.float32)
+        self._matches = np.zeros((len(rows), self._count), np.float32)
         self._full_match = np.float32(0)
 
     def observe(self, layer: int, experts: Experts, weights: Weights) -> None:
-        columns = self._candidates.columns(layer)
+        columns = self._candidates.columns(layer)[:, : self._count]
         roots = np.sqrt(weights.astype(np.float32))
         self._matches *= _FADING
         if len(experts) == 1:
@@ -137,29 +191,32 @@ class _Group:
         self._full_match = _FADING * self._full_match + 1
 
     def predict(self, layer: int) -> Probabilities:
-        if not len(self._candidates.tokens):
+        if not self._count:
             return self._own[:, layer].copy()
-        shares = self._shares()
-        chosen = (self._candidates.columns(layer) > 0).astype(np.float32)
+        shares, best = self._shares()
+        chosen = (self._candidates.columns(layer)[:, : self._count] > 0).astype(np.float32)
         average = (shares @ chosen.T) / shares.sum(axis=1, keepdims=True)
-        return (1 - _OWN_SHARE) * average + _OWN_SHARE * self._own[:, layer]
+        own_share = _OWN_SHARE + _OWN_SHARE_OF_DOUBT * (1 - best)
+        return average + own_share * (self._own[:, layer] - average)
 
-    def _shares(self) -> Array:
-        """Weight of every candidate ``[b, C]``, the best of each row having 1."""
+    def _shares(self) -> tuple[Array, Array]:
+        """Weight of every candidate ``[b, C]``, the best of each row having 1; and how well that one matches, of 1."""
         if self._full_match == 0:
-            same = (self._tokens[:, None] == self._candidates.tokens) & (self._tokens != UNKNOWN_TOKEN)[:, None]
-            return np.where(same, np.float32(1), _OTHER_TOKEN)
-        nearness = self._matches - self._matches.max(axis=1, keepdims=True)
+            tokens = self._candidates.tokens[: self._count]
+            same = (self._tokens[:, None] == tokens) & (self._tokens != UNKNOWN_TOKEN)[:, None]
+            return np.where(same, np.float32(1), _OTHER_TOKEN), np.ones((len(same), 1), np.float32)
+        most = self._matches.max(axis=1, keepdims=True)
+        nearness = self._matches - most
         nearness *= _SHARPNESS / self._full_match
-        return np.exp(nearness, out=nearness)
+        return np.exp(nearness, out=nearness), most / self._full_match
 
 
-def gather(shape: ModelShape, requests: list[PastRequest], most: int) -> Candidates:
-    """Up to ``most`` tokens of ``requests``, the first requests first."""
+def parts_of(requests: list[PastRequest], most: int) -> list[tuple[Trace, int]]:
+    """Up to ``most`` tokens of ``requests``, the first requests first: traces, and how many tokens of each."""
     parts, room = [], most
     for past in requests:
         if room == 0:
             break
         parts.append((past.trace, min(room, past.trace.num_tokens)))
         room -= parts[-1][1]
-    return Candidates(shape, parts)
+    return parts
