@@ -64,11 +64,15 @@ class Candidates:
         self.own = deque(own, room)
         """The request's latest tokens and their maps, oldest first."""
         self._added, self._own_laid_out = len(self.own), 0
-        self.tokens = np.full(self._others + room, UNKNOWN_TOKEN, np.int32)
-        """``[C + room]``, UNKNOWN_TOKEN where not known."""
+        self._tokens = np.full(self._others + room, UNKNOWN_TOKEN, np.int32)
         for (trace, length), place in zip(parts, self._places, strict=True):
             if trace.tokens is not None:
-                self.tokens[place] = trace.tokens[:length]
+                self._tokens[place] = trace.tokens[:length]
+
+    @property
+    def tokens(self) -> NDArray[np.int32]:
+        """Of the candidates that are laid out; UNKNOWN_TOKEN where not known."""
+        return self._tokens[: self._others + min(self._own_laid_out, self._room)]
 
     def add(self, token: int, token_map: TokenMap) -> None:
         """The request has run one more token: a candidate from the next step on, if need be in its oldest one's place.
@@ -79,7 +83,7 @@ class Candidates:
         self._added += 1
 
     def count(self) -> int:
-        """Lay out what was added, and say how many candidates there are now: the first columns and tokens."""
+        """Lay out what was added, and say how many candidates there are now: the first so many columns."""
         fresh = min(self._added - self._own_laid_out, len(self.own))
         if fresh:
             latest = [self.own[i] for i in range(-fresh, 0)]
@@ -89,7 +93,7 @@ class Candidates:
             if self._added > self._room:
                 self._columns[:, :, places] = 0
             self._columns[self._layers[:, :, None], experts, places] = np.sqrt(weights, dtype=np.float32)
-            self.tokens[places] = [token for token, _ in latest]
+            self._tokens[places] = [token for token, _ in latest]
             self._own_laid_out = self._added
         return self._others + len(self.own)
 
@@ -202,8 +206,7 @@ class _Group:
     def _shares(self) -> tuple[Array, Array]:
         """Weight of every candidate ``[b, C]``, the best of each row having 1; and how well that one matches, of 1."""
         if self._full_match == 0:
-            tokens = self._candidates.tokens[: self._count]
-            same = (self._tokens[:, None] == tokens) & (self._tokens != UNKNOWN_TOKEN)[:, None]
+            same = (self._tokens[:, None] == self._candidates.tokens) & (self._tokens != UNKNOWN_TOKEN)[:, None]
             return np.where(same, np.float32(1), _OTHER_TOKEN), np.ones((len(same), 1), np.float32)
         most = self._matches.max(axis=1, keepdims=True)
         nearness = self._matches - most
