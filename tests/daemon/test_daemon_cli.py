@@ -103,15 +103,25 @@ def test_top_follows_until_interrupted(tmp_path: Path, stored: RecordStore) -> N
         screen, terminal = os.openpty()
         command = [*COMMAND, "top", "--socket", str(tmp_path / "socket"), "--interval", "0.1"]
         wide = os.environ | {"COLUMNS": "200", "TERM": "xterm"}
-        with subprocess.Popen(command, stdout=terminal, stderr=subprocess.PIPE, text=True, env=wide) as process:
-            _read_until(screen, stored.store.path.name[:12])
-            engine.request(Demand(1, 0, pack_ids(np.array([2, 9, 23]))))
-            _read_until(screen, " 3 (")
-            process.send_signal(signal.SIGINT)
-            _, err = process.communicate(timeout=30)
+        with subprocess.Popen(
+            command, stdout=terminal, stderr=subprocess.PIPE, text=True, env=wide, preexec_fn=_heed_interrupts
+        ) as process:
+            try:
+                _read_until(screen, stored.store.path.name[:12])
+                engine.request(Demand(1, 0, pack_ids(np.array([2, 9, 23]))))
+                _read_until(screen, " 3 (")
+                process.send_signal(signal.SIGINT)
+                _, err = process.communicate(timeout=30)
+            finally:
+                process.kill()
         os.close(terminal)
         os.close(screen)
     assert (process.returncode, err) == (0, "")
+
+
+def _heed_interrupts() -> None:
+    """As on a terminal; what a shell starts in the background ignores them, tests included."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _read_until(screen: int, text: str) -> None:
