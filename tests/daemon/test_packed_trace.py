@@ -47,7 +47,7 @@ UNSOUND = {
     "expert twice": (msgspec.structs.replace(GOOD, experts=b"\1\1" + GOOD.experts[2:]), "an expert twice"),
     "weights not of one": (msgspec.structs.replace(GOOD, weights=halves(1, 1) + GOOD.weights[4:]), "sum to 1"),
     "negative weight": (msgspec.structs.replace(GOOD, weights=halves(2, -1) + GOOD.weights[4:]), "must be >= 0"),
-    "no number": (msgspec.structs.replace(GOOD, weights=halves(np.nan, 1) + GOOD.weights[4:]), "must be >= 0"),
+    "no number": (msgspec.structs.replace(GOOD, weights=halves(np.nan, 1) + GOOD.weights[4:]), "holds NaN"),
     "too few tokens": (msgspec.structs.replace(GOOD, tokens=b"\0\0\0\0"), "cannot reshape"),
     "a third phase": (msgspec.structs.replace(GOOD, phase=b"\2" * 5), "field 'phase'"),
     "an embedding for nobody": (msgspec.structs.replace(GOOD, lengths=GOOD.lengths * 2), "cannot reshape"),

@@ -187,8 +187,9 @@ def test_a_group_must_exist() -> None:
 @as_root
 def test_other_users_come_in_with_the_group_only(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("shared")
-    for each in (folder, folder.parent, folder.parent.parent):
-        each.chmod(0o755)
+    for each in (folder, *folder.parents):
+        if each.owner() == folder.owner() and each.stat().st_mode & 0o001 == 0:
+            each.chmod(0o755)
     group = 4321
     with House(folder / "socket", group=group) as house:
         status = house.path.stat()
