@@ -22,6 +22,7 @@ from ..slots.base import SlotPool
 from ..slots.embedded import EmbeddedPool
 from ..slots.ledger import Ledger
 from ..store.layout import RecordLayout
+from ..store.pools import PoolMembers, pools_of
 from ..store.reader import Store
 from .arena import Arena, arena_bytes
 from .attached_pool import AttachedPool
@@ -40,14 +41,6 @@ RETRY_SECONDS = 1.0
 GRUDGE_SECONDS = 30.0
 """How long a daemon that lives but did not serve is left alone."""
 _DYING_SECONDS = 2.0
-
-
-class _Place(NamedTuple):
-    """One pool: where it comes in the protocol, and what it holds."""
-
-    layout: RecordLayout
-    layers: list[int]
-    experts: int
 
 
 class _Attachment(NamedTuple):
@@ -94,7 +87,8 @@ class DaemonClient:
     ):
         self._path, self._request, self._store = path, request, store
         self._policy, self._io_cpus, self._ledger, self._say = policy, io_cpus, ledger, say
-        self._places = _places(store)
+        self._members = pools_of(store.layers)
+        """Of the pools, as the protocol numbers them."""
         attachment = self._attach()
         self._current: _Attachment | None = attachment
         self._tables = attachment.tables
@@ -102,8 +96,8 @@ class DaemonClient:
         self.lease = attachment.reply.lease
         """Whether every expert stays in the slot of its own number."""
         self._arenas = [
-            Arena.attach(fd, place.layout, place.experts)
-            for fd, place in zip(attachment.arenas, self._places, strict=True)
+            Arena.attach(fd, members.layout, members.experts)
+            for fd, members in zip(attachment.arenas, self._members, strict=True)
         ]
         self._attached = self._attached_pools(attachment)
         """Pools of the daemon attached to last."""
@@ -121,7 +115,7 @@ class DaemonClient:
     @property
     def pools(self) -> dict[RecordLayout, SlotPool]:
         """By record layout."""
-        return {place.layout: pool for place, pool in zip(self._places, self._pools, strict=True)}
+        return {members.layout: pool for members, pool in zip(self._members, self._pools, strict=True)}
 
     @property
     def daemon_pid(self) -> int:
@@ -149,13 +143,15 @@ class DaemonClient:
             arena.mapping.become_private()
         loader = RecordLoader(self._store, cpus=self._io_cpus)
         kept = 0
-        for place, arena, table, pool in zip(self._places, self._arenas, attachment.tables, self._pools, strict=True):
-            cache = self._own_cache(place, table.limit)
+        for members, arena, table, pool in zip(
+            self._members, self._arenas, attachment.tables, self._pools, strict=True
+        ):
+            cache = self._own_cache(members, table.limit)
             if self._trusted:
                 experts = np.flatnonzero(table.slot_of != ABSENT)
                 cache.adopt(experts, table.slot_of[experts])
                 kept += len(experts)
-            pool.exchange(EmbeddedPool(self._store, place.layers, arena, cache, loader, self._ledger))
+            pool.exchange(EmbeddedPool(members, arena, cache, loader, self._ledger))
         attachment.leave()
         if not self._trusted:
             self._not_before = time.monotonic() + GRUDGE_SECONDS
@@ -180,7 +176,7 @@ class DaemonClient:
             fds = connection.take_fds()
             self._check(reply, fds)
             tables = [
-                ResidencyTable.attach(fd, place.experts) for fd, place in zip(fds[1::2], self._places, strict=True)
+                ResidencyTable.attach(fd, members.experts) for fd, members in zip(fds[1::2], self._members, strict=True)
             ]
             connection.wait_at_most(ANSWER_SECONDS)
         except BaseException:
@@ -189,7 +185,7 @@ class DaemonClient:
         return _Attachment(connection, Death(connection.peer_pid), reply, fds[::2], tables)
 
     def _check(self, reply: Attached, fds: list[int]) -> None:
-        ours = [(place.experts, arena_bytes(place.layout, place.experts)) for place in self._places]
+        ours = [(members.experts, arena_bytes(members.layout, members.experts)) for members in self._members]
         theirs = [(pool.experts, pool.arena_bytes) for pool in reply.pools]
         if ours != theirs or len(fds) != 2 * len(ours):
             for fd in fds:
@@ -206,9 +202,9 @@ class DaemonClient:
             for number, (arena, table) in enumerate(zip(self._arenas, attachment.tables, strict=True))
         ]
 
-    def _own_cache(self, place: _Place, limit: int) -> ExpertCache:
-        layer_of = np.repeat(place.layers, [self._store.layers[layer].experts for layer in place.layers])
-        cache = ExpertCache(layer_of, place.experts, create_policy(self._policy, layer_of), at_home=True)
+    def _own_cache(self, members: PoolMembers, limit: int) -> ExpertCache:
+        policy = create_policy(self._policy, members.layer_of)
+        cache = ExpertCache(members.layer_of, members.experts, policy, at_home=True)
         cache.limit = limit
         return cache
 
@@ -256,12 +252,3 @@ class DaemonClient:
             self._current.leave()
         self._current, self._tables, self._trusted = attachment, attachment.tables, True
         self._say(f"attached to the daemon at {self._path} again")
-
-
-def _places(store: Store) -> list[_Place]:
-    layouts = list(dict.fromkeys(entry.layout for entry in store.layers))
-    layers = [[index for index, entry in enumerate(store.layers) if entry.layout == layout] for layout in layouts]
-    return [
-        _Place(layout, members, sum(store.layers[layer].experts for layer in members))
-        for layout, members in zip(layouts, layers, strict=True)
-    ]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from ..errors import OffloadError
 from ..prefetch.loader import RecordLoader
 from ..store.layout import RecordLayout
+from ..store.pools import pools_of
 from ..store.reader import Store
 from . import lease
 from .budget import PoolSize, bytes_for, slots_within
@@ -67,9 +68,9 @@ class HostedModel:
         self._stirred = threading.Event()
         self._closing = False
         self._loader = RecordLoader(store, cpus=io_cpus)
-        layouts = list(dict.fromkeys(entry.layout for entry in store.layers))
         self.pools = [
-            HostedPool(self.name[:8], store, layout, self._loader, policy, 0, self._stirred.set) for layout in layouts
+            HostedPool(self.name[:8], store, members.layout, self._loader, policy, 0, self._stirred.set)
+            for members in pools_of(store.layers)
         ]
         self.sizes = [PoolSize(pool.experts, pool.layout.payload_bytes, slot_bytes(pool.layout)) for pool in self.pools]
         self.fds = [fd for pool in self.pools for fd in (pool.arena.mapping.reader_descriptor(), pool.table.mapping.fd)]

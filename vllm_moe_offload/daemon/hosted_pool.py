@@ -18,6 +18,7 @@ from ..errors import LoadError
 from ..prefetch.loader import RecordLoader
 from ..slots.base import guess_room, stream_share
 from ..store.layout import RecordLayout
+from ..store.pools import PoolMembers
 from ..store.reader import Store
 from .arena import Arena
 from .guest import Guest, SharedForesight
@@ -56,22 +57,21 @@ class HostedPool:
         limit: int,
         stir: Callable[[], None],
     ):
-        layers = [index for index, entry in enumerate(store.layers) if entry.layout == layout]
-        self._size_of = {layer: store.layers[layer].experts for layer in layers}
-        layer_of = np.repeat(layers, list(self._size_of.values()))
+        members = PoolMembers.of(store.layers, layout)
+        self._size_of = dict(zip(members.layers, members.counts, strict=True))
         self.layout = layout
-        self.experts = len(layer_of)
+        self.experts = members.experts
         self.loader = loader
         self.lock = threading.Lock()
         self.arena = Arena.create(f"{name} experts", layout, self.experts)
         self.table = ResidencyTable.create(f"{name} table", self.experts, generation=time.time_ns())
-        self._policy = SharedForesight(create_policy(policy, layer_of), self.table)
-        self.cache = ExpertCache(layer_of, self.experts, self._policy, at_home=True)
+        self._policy = SharedForesight(create_policy(policy, members.layer_of), self.table)
+        self.cache = ExpertCache(members.layer_of, self.experts, self._policy, at_home=True)
         self.occupancy = Occupancy(self.cache, self.arena, self.table)
         self._turn = threading.Condition(self.lock)
         self._queue: deque[object] = deque()
         """Demands that wait for room, in the order in which they came."""
-        self.under_way = UnderWay(store, layers, self.cache, self.occupancy, self.arena, self.table, self._turn)
+        self.under_way = UnderWay(store, members, self.cache, self.occupancy, self.arena, self.table, self._turn)
         self.guests: dict[int, Guest] = {}
         self._stir = stir
         self.limit = limit

@@ -12,6 +12,7 @@ from ..cache import Acquisition, ExpertCache
 from ..cache.base import IntArray
 from ..errors import ConfigError, LoadError
 from ..store.layout import ALIGNMENT
+from ..store.pools import PoolMembers
 from ..store.reader import Store
 from .arena import Arena
 from .hosted_load import HostedLoad, PoolCounters
@@ -25,26 +26,25 @@ class UnderWay:
     Methods are called under the pool's lock unless they say otherwise.
 
     Args:
-        layers: indices in the store of the layers that share the pool, in its order.
+        members: the layers that share the pool.
         changed: over the pool's lock; told when a load has ended.
     """
 
     def __init__(
         self,
         store: Store,
-        layers: Sequence[int],
+        members: PoolMembers,
         cache: ExpertCache,
         occupancy: Occupancy,
         arena: Arena,
         table: ResidencyTable,
         changed: threading.Condition,
     ):
-        counts = [store.layers[layer].experts for layer in layers]
-        self.layer_of = np.repeat(layers, counts).tolist()
+        self.layer_of = members.layer_of.tolist()
         self.loads: dict[int, HostedLoad] = {}
         """By expert (flat id)."""
         self.counters = PoolCounters()
-        self._number_of = np.concatenate([np.arange(count) for count in counts]).tolist()
+        self._number_of = members.number_of.tolist()
         self._store = store
         self._cache, self._occupancy, self._arena, self._table = cache, occupancy, arena, table
         self._changed = changed

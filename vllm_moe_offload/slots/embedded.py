@@ -17,6 +17,7 @@ from ..prefetch.ahead import LoadsAhead
 from ..prefetch.foresight import ForesightPolicy
 from ..prefetch.loader import Load, RecordLoader
 from ..store.layout import RecordLayout
+from ..store.pools import PoolMembers
 from ..store.reader import Store
 from .base import Failure, Hold, SlotMemory, SlotPool, Span, guess_room, stream_share
 from .ledger import Ledger
@@ -34,14 +35,13 @@ class EmbeddedPool(SlotPool):
     """Wires cache, memory and loader together.
 
     Args:
-        layers: indices in the store of the layers that share the pool, in its order.
+        members: the layers that share the pool.
         memory: with a slot for every one the cache may give away.
     """
 
     def __init__(
         self,
-        store: Store,
-        layers: Sequence[int],
+        members: PoolMembers,
         memory: SlotMemory,
         cache: ExpertCache,
         loader: RecordLoader,
@@ -51,10 +51,9 @@ class EmbeddedPool(SlotPool):
         self.cache = cache
         self.ahead = LoadsAhead(cache)
         self.loader = loader
-        counts = [store.layers[layer].experts for layer in layers]
-        self.experts = sum(counts)
-        self._layer_of = np.repeat(layers, counts).tolist()
-        self._number_of = np.concatenate([np.arange(count) for count in counts]).tolist()
+        self.experts = members.experts
+        self._layer_of = members.layer_of.tolist()
+        self._number_of = members.number_of.tolist()
         self._record_bytes = memory.layout.payload_bytes
         self._ledger = ledger
         self._expected: NDArray[np.float32] | None = None
@@ -247,8 +246,7 @@ def embedded_pools(
     loader = RecordLoader(store, cpus=io_cpus)
     pools: dict[RecordLayout, SlotPool] = {}
     for layout, count in slots.items():
-        layers = [index for index, entry in enumerate(store.layers) if entry.layout == layout]
-        layer_of = np.repeat(layers, [store.layers[layer].experts for layer in layers])
-        cache = ExpertCache(layer_of, count, create_policy(policy, layer_of))
-        pools[layout] = EmbeddedPool(store, layers, HostPool(layout, count), cache, loader, ledger)
+        members = PoolMembers.of(store.layers, layout)
+        cache = ExpertCache(members.layer_of, count, create_policy(policy, members.layer_of))
+        pools[layout] = EmbeddedPool(members, HostPool(layout, count), cache, loader, ledger)
     return pools
