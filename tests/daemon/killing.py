@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.daemon.processes import ANSWER_SECONDS, DaemonProcess
+from tests.daemon.wire import wait_until
 from tests.runtime.record_stores import build_store, layout
 
 SMALL, LARGE = layout(8192, 4096), layout(6000, 100)
@@ -118,6 +119,13 @@ class Host:
         self.comebacks += sum("again" in line for line in said)
         self.steps += STEPS
 
+    def outlive_a_daemon(self) -> None:
+        """Everybody works on while there is no daemon, and joins the next one."""
+        self.daemon.kill()
+        self.work(kill=False)
+        self.start_daemon()
+        self.settle()
+
     def settle(self) -> None:
         """Work until every worker is with the daemon that lives."""
         deadline = time.monotonic() + ANSWER_SECONDS
@@ -135,10 +143,7 @@ class Host:
         """All leave; nothing is attached any more, and the daemon ends when told."""
         for worker in self.workers:
             assert worker.leave() == 0
-        deadline = time.monotonic() + ANSWER_SECONDS
-        while self.daemon.status().models[0].workers:
-            assert time.monotonic() < deadline, "workers that left are still attached"
-            time.sleep(0.02)
+        wait_until(lambda: not self.daemon.status().models[0].workers, "those who left are detached", ANSWER_SECONDS)
         self.daemon.stop()
 
     def abandon(self) -> None:
@@ -165,6 +170,7 @@ def run(folder: Path, kills: int, workers: int, seed: int) -> Host:
                 host.settle()
                 host.check()
         host.settle()
+        host.outlive_a_daemon()
         host.check()
         host.end()
     finally:
