@@ -19,8 +19,6 @@ from .trials import Trials
 MOST_ROWS = 32
 """Steps with more rows need nearly every expert of a layer: nothing to predict."""
 _MOST_AHEAD = 3
-_THINKING_SHARE = 0.1
-"""Looking farther than one layer ahead may take this share of a layer's time."""
 _REMEMBERED_PREFILL = 64
 """Of a prefill chunk, the last tokens count towards the request's frequency: earlier ones have decayed to nothing."""
 
@@ -177,7 +175,8 @@ class Anticipation:
     def _look_from(self, layer: int) -> None:
         assert self._step is not None
         estimates = self.planner.estimates
-        farthest = min(layer + self._distance(), self.predictor.shape.layers - 1)
+        distance = min(estimates.layers_worth_asking(max(self._ask_seconds, 1e-6)), _MOST_AHEAD)
+        farthest = min(layer + distance, self.predictor.shape.layers - 1)
         began = self._clock()
         for target in range(layer + 1, farthest + 1):
             absent = self._residency.absent(target)
@@ -191,13 +190,6 @@ class Anticipation:
             now = self._clock()
             self._ask_seconds += 0.05 * (now - began - self._ask_seconds)
             began = now
-
-    def _distance(self) -> int:
-        """As far as a load takes, if the thinking is cheap beside the layers."""
-        estimates = self.planner.estimates
-        layers = 1 + int(estimates.load_seconds / max(estimates.layer_seconds, 1e-6))
-        affordable = int(_THINKING_SHARE * estimates.layer_seconds / max(self._ask_seconds, 1e-6))
-        return max(1, min(layers, affordable, _MOST_AHEAD))
 
     def _context(self, part: RequestRows) -> Sequence[TokenContext]:
         state = self._states[part.request]

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 _MEMORY = 0.05
 """Weight of the newest measurement in a running mean."""
+_THINKING_SHARE = 0.1
+"""Looking farther than one layer ahead may take this share of a layer's time."""
 
 
 @dataclass
@@ -20,6 +22,12 @@ class Estimates:
     """Share of time the link moves anything."""
     demands_per_layer: float = 0.5
     """Demand loads per layer of a step."""
+
+    def layers_worth_asking(self, ask_seconds: float) -> int:
+        """How many layers ahead to ask about: as far as a load takes, if asking is cheap beside the layers."""
+        layers = 1 + int(self.load_seconds / max(self.layer_seconds, 1e-6))
+        affordable = int(_THINKING_SHARE * self.layer_seconds / ask_seconds) if ask_seconds else layers
+        return max(1, min(layers, affordable))
 
     def note_load(self, seconds: float) -> None:
         """A record took ``seconds`` of the link's time."""

@@ -10,7 +10,7 @@ from ..cache.base import IntArray
 from ..cache.cache import ABSENT
 from ..errors import ConfigError
 from ..prefetch.foresight import ForesightPolicy
-from ..slots.base import stream_share
+from ..slots.base import guess_room, stream_share
 
 
 @dataclass
@@ -87,8 +87,8 @@ class Residency:
 
         As in the engine, guesses hold at most half of what a whole layer leaves.
         """
-        room = (self.cache.num_slots - self.experts) // 2 - self._num_pinned
-        if room <= 0 or not len(ids):
+        room = guess_room(self.cache.num_slots, self.experts, self._num_pinned)
+        if room == 0 or not len(ids):
             return ids[:0]
         admitted = self.cache.admit(ids[:room])
         self._note_evicted(admitted.evicted)

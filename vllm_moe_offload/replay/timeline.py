@@ -18,9 +18,6 @@ from .hardware import HardwareProfile, ModelProfile
 from .link import Link
 from .residency import Residency, Tally
 
-THINKING_SHARE = 0.1
-"""Looking farther than one layer ahead may take this share of a layer's time, as in the engine."""
-
 
 @dataclass(frozen=True)
 class TimelineReport:
@@ -197,9 +194,10 @@ class Timeline:
         if self._forecast is None or merged is None:
             return
         residency = self._residency
+        farthest = self._planner.estimates.layers_worth_asking(self._hardware.thinking_seconds)
         for slot, distance in enumerate(self._forecast.distances):
             target = layer + distance
-            if target >= self._trace.num_layers or distance > self._farthest:
+            if target >= self._trace.num_layers or distance > farthest:
                 continue
             absent = residency.absent(target)
             if not absent.any():
@@ -213,14 +211,6 @@ class Timeline:
             loading = residency.prefetch(target, first + wanted).tolist()
             self._under_way[target] += loading
             self._link.prefetch(loading)
-
-    @property
-    def _farthest(self) -> int:
-        """Layers ahead that the engine would ask about: as far as a load takes, if thinking is cheap beside layers."""
-        estimates, thinking = self._planner.estimates, self._hardware.thinking_seconds
-        layers = 1 + int(estimates.load_seconds / max(estimates.layer_seconds, 1e-6))
-        affordable = int(THINKING_SHARE * estimates.layer_seconds / thinking) if thinking else layers
-        return max(1, min(layers, affordable))
 
     def _layer_seconds(self, distinct: int, rows: int) -> float:
         """A layer reads its dense weights and its distinct experts once, or computes for longer than that."""
