@@ -1,10 +1,49 @@
 """kill -9 at any moment: workers go on with the right records, come back, and leave nothing behind."""
 
+import os
+from contextlib import suppress
 from pathlib import Path
 
 from tests.daemon.killing import run
+from tests.daemon.processes import DaemonProcess
+from tests.daemon.reading_worker import Reader
+from tests.daemon.wire import wait_until
+from tests.runtime.record_stores import ALIGNED, build_store
 
 
 def test_whoever_dies_nobody_computes_on_a_wrong_record(tmp_path: Path) -> None:
     host = run(tmp_path, kills=12, workers=2, seed=1)
     assert host.failovers > 0 and host.comebacks > 0
+
+
+def shared_memory_held() -> int:
+    """Descriptors of arenas and tables in this process."""
+    links = (Path("/proc/self/fd") / fd for fd in os.listdir("/proc/self/fd"))  # noqa: PTH208 - names, before they go
+    held = 0
+    for link in links:
+        with suppress(FileNotFoundError):
+            held += "memfd:moe-offload" in os.readlink(link)  # noqa: PTH115 - it names no path
+    return held
+
+
+def test_a_daemon_too_small_for_a_lease_is_declined(tmp_path: Path) -> None:
+    made = build_store(tmp_path / "stores", [(ALIGNED, 12)] * 3)
+    total = 3 * 12 * ALIGNED.payload_bytes
+    socket, root = tmp_path / "daemon.sock", made.store.path.parent
+    daemon = DaemonProcess(socket, 2 * total, root)
+    try:
+        reader = Reader(socket, made.store.path, seed=1, lease=True)
+        assert reader.client.lease and shared_memory_held() == 2
+        daemon.kill()
+        daemon = DaemonProcess(socket, total // 2, root)
+        wait_until(lambda: any("no room for every expert" in line for line in reader.said), "it has been refused", 30)
+        wait_until(lambda: not daemon.status().models[0].workers, "the daemon is left alone")
+        assert shared_memory_held() == 2
+        for _ in range(5):
+            reader.step()
+        assert reader.ledger.counters.loads == 0, "what was loaded is still there"
+        reader.close()
+        assert shared_memory_held() == 0
+        daemon.stop()
+    finally:
+        daemon.abandon()

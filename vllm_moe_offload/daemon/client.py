@@ -50,12 +50,21 @@ class _Attachment(NamedTuple):
     death: Death
     reply: Attached
     arenas: list[int]
-    """Descriptors."""
+    """Descriptors, whoever maps them takes them over."""
     tables: list[ResidencyTable]
 
     def leave(self) -> None:
+        """After the arenas have been mapped; their slots must not be read any more."""
         self.connection.close()
         self.death.close()
+        for table in self.tables:
+            table.close()
+
+    def decline(self) -> None:
+        """Before the arenas have been mapped."""
+        self.leave()
+        for fd in self.arenas:
+            os.close(fd)
 
 
 class DaemonClient:
@@ -163,10 +172,13 @@ class DaemonClient:
         self._watcher.join()
         for pool in self._pools:
             pool.close()
-        for attachment in (self._current, self._next):
-            if attachment is not None:
-                attachment.leave()
+        if self._current is not None:
+            self._current.leave()
+        if self._next is not None:
+            self._next.decline()
         self._current = self._next = None
+        for arena in self._arenas:
+            arena.mapping.close()
 
     def _attach(self) -> _Attachment:
         connection = Connection.connect(self._path, "worker", CONNECT_SECONDS)
@@ -218,22 +230,28 @@ class DaemonClient:
             if current is not None and not current.death.known():
                 continue
             try:
-                attachment = self._attach()
-                self._offer_what_is_here(attachment)
+                self._next = self._attach_again()
             except DaemonGoneError:
                 continue
             except OffloadError as error:
+                self._not_before = time.monotonic() + GRUDGE_SECONDS
                 if told != str(error):
                     told = str(error)
                     self._say(f"a daemon is back, but this engine goes on without it: {told}")
-                continue
-            self._next = attachment
+
+    def _attach_again(self) -> _Attachment:
+        attachment = self._attach()
+        try:
+            if self.lease and not attachment.reply.lease:
+                raise RefusedError("it has no room for every expert, which this engine relies on")
+            self._offer_what_is_here(attachment)
+        except BaseException:
+            attachment.decline()
+            raise
+        return attachment
 
     def _offer_what_is_here(self, attachment: _Attachment) -> None:
         """Spare the new daemon reading what the last one had read."""
-        if self.lease and not attachment.reply.lease:
-            attachment.leave()
-            raise RefusedError("it has no room for every expert, which this engine relies on")
         if not self._trusted:
             return
         for number, (arena, table) in enumerate(zip(self._arenas, self._tables, strict=True)):
