@@ -1,7 +1,6 @@
 """Engines that share a daemon share what they remember: one starts with what the other left, and none ends with it."""
 
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.daemon.processes import DaemonProcess, running_daemon
+from tests.daemon.wire import wait_until
 from tests.e2e.engines import EngineServer
 from tests.e2e.identity import prompts
 from tests.e2e.live_engine import LiveEngine
@@ -44,10 +44,11 @@ def expect(plain: EngineServer, model: Path, texts: list[list[int]], tokens: int
 
 def remembered(daemon: DaemonProcess, requests: int) -> None:
     """Engines tell of a request when their next step begins, or when they end."""
-    deadline = time.monotonic() + 30
-    while (found := [model.history_requests for model in daemon.status().models]) != [requests]:
-        assert time.monotonic() < deadline, f"{found} requests are remembered, not {requests}"
-        time.sleep(0.05)
+    wait_until(
+        lambda: [model.history_requests for model in daemon.status().models] == [requests],
+        f"{requests} requests are remembered",
+        30,
+    )
 
 
 def test_an_engine_starts_with_what_another_has_left(
