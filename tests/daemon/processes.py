@@ -1,5 +1,7 @@
 """Daemons in processes of their own, as a user would run them."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -26,7 +28,8 @@ class DaemonProcess:
         command = [sys.executable, "-m", "vllm_moe_offload", "daemon", "--socket", str(socket), "--cache", f"{cache}B"]
         command += ["--store", str(store), "--history", "off", *options]
         with self.log_path.open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+            environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         deadline = time.monotonic() + ANSWER_SECONDS
         while True:
             try:
@@ -61,7 +64,12 @@ class DaemonProcess:
     def stop(self) -> None:
         """As systemd would; it must end well."""
         self._process.terminate()
-        assert self._process.wait(ANSWER_SECONDS) == 0, self.log_path.read_text()
+        try:
+            status = self._process.wait(ANSWER_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.send_signal(signal.SIGABRT)
+            status = self._process.wait()
+        assert status == 0, self.log_path.read_text()
 
     def abandon(self) -> None:
         """After a failure."""

@@ -234,8 +234,10 @@ class HostedModel:
 
     def _keep(self) -> None:
         """Look after the pools. Runs in a thread of its own."""
-        while not self._closing:
+        while True:
             self._stirred.clear()
+            if self._closing:
+                return
             busy = [pool.tend() for pool in self.pools]
             self._stirred.wait(_BUSY_SECONDS if any(busy) else _LOOK_SECONDS if self.workers else None)
 

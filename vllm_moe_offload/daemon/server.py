@@ -6,6 +6,7 @@ It decides who may come in and how many; what they may ask is ``session``'s, wha
 import contextlib
 import os
 import select
+import signal
 import socket
 import threading
 import time
@@ -71,6 +72,7 @@ class DaemonServer:
         self._say = say
         self._born = self._alone_since = time.monotonic()
         self._bell, self._ear = socket.socketpair()
+        self._bell.setblocking(False)
         self._lock = threading.Lock()
         self._guests: dict[int, _Guest] = {}
         self._arrivals = 0
@@ -95,6 +97,10 @@ class DaemonServer:
         events.register(listener, select.POLLIN)
         events.register(self._ear, select.POLLIN)
         self._alone_since = time.monotonic()
+        woken_by_signals = threading.current_thread() is threading.main_thread()
+        if woken_by_signals:
+            # a handler alone would not run for a signal that comes just before the wait
+            signal.set_wakeup_fd(self._bell.fileno(), warn_on_full_buffer=False)
         try:
             while not self._stop_reason:
                 left = self._seconds_left()
@@ -106,6 +112,8 @@ class DaemonServer:
                 elif not ready and left is not None and left <= 0:
                     self._stop_reason = f"no engine was attached for {self._leave_after:g} s"
         finally:
+            if woken_by_signals:
+                signal.set_wakeup_fd(-1)
             self._socket_file.remove()
             self.models.freeze()
             self._send_everybody_home()
@@ -208,4 +216,4 @@ class DaemonServer:
     def _ring(self) -> None:
         """Let ``serve`` look again. A bell too full to be rung rings already; one that is closed has nobody to wake."""
         with contextlib.suppress(OSError):
-            self._bell.send(b"!", socket.MSG_DONTWAIT)
+            self._bell.send(b"!")
