@@ -49,15 +49,6 @@ def test_damaged_and_foreign_files_are_set_aside_by_name(tmp_path):
     assert len(asides) == 3 and all(".unusable-" in aside.name for aside in asides)
 
 
-def test_a_history_whose_meanings_cannot_be_compared_is_set_aside(tmp_path):
-    archive = HistoryArchive(tmp_path)
-    path = archive.save("aa", filled())
-    assert archive.load("aa", SHAPE, width=6)[0].num_tokens == 10
-    store, trouble = archive.load("aa", SHAPE, width=192)
-    assert store.num_tokens == 0 and not path.exists()
-    assert "its embeddings have 6 numbers, those of new requests 192; set aside as" in trouble
-
-
 def test_a_killed_writer_leaves_the_old_history(tmp_path):
     archive, store = HistoryArchive(tmp_path), filled()
     path = archive.save("aa", store)

@@ -54,17 +54,9 @@ class HistoryArchive:
             yield HistoryEntry(path.parent.name, path, path.stat().st_size)
 
     def load(
-        self,
-        fingerprint: str,
-        shape: tuple[int, int, int],
-        budget_bytes: int = DEFAULT_BUDGET_BYTES,
-        width: int | None = None,
+        self, fingerprint: str, shape: tuple[int, int, int], budget_bytes: int = DEFAULT_BUDGET_BYTES
     ) -> tuple[HistoryStore, str | None]:
         """The history of a model, empty when there is none.
-
-        Args:
-            width: numbers in the embeddings of the requests to come. A history with others is of no use to them and is
-                set aside. None if there will be none, or nobody knows.
 
         Returns the store, and what was wrong with the file when it had to be set aside, else None.
         """
@@ -76,9 +68,6 @@ class HistoryArchive:
             trace = self._read(path, fingerprint)
             if trace.shape != shape:
                 raise TraceError(f"{path}: holds maps of shape {trace.shape}, the model has {shape}")
-            kept = None if trace.embeddings is None else trace.embeddings.shape[1]
-            if None not in (width, kept) and width != kept:
-                raise TraceError(f"{path}: its embeddings have {kept} numbers, those of new requests {width}")
         except TraceError as error:
             return store, f"{error}; set aside as {_set_aside(path)}"
         store.extend(trace.requests())

@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 from ..chronicle.keeper import HistoryKeeper, Keeper
 from ..chronicle.predictors import MAX_CANDIDATES
 from ..chronicle.trace_recording import TraceRecording
-from ..config import MODEL_EMBEDDING, OffloadConfig
+from ..config import OffloadConfig
 from ..daemon.protocol import OpenHistory
 from ..daemon.remote_history import RemoteKeeper
 from ..errors import ConfigError
@@ -22,19 +22,20 @@ from ..history.archive import HistoryArchive
 from ..predict.base import ModelShape
 from ..store.reader import Store
 from ..store.root import default_root
+from .meaning import Meaning, UserEmbedding
 
 logger = init_logger("vllm.moe_offload")
 
 
-def model_fingerprint(store: Store, config: OffloadConfig) -> str:
+def history_fingerprint(store: Store, embed: Meaning | None) -> str:
     """Of the weights and configuration of the model alone: histories outlive another vLLM, kernel or machine.
 
-    Embeddings of two functions cannot be compared, so each has a history of its own.
+    Embeddings of two functions cannot be compared, so each of the user's has a history of its own.
     """
     facts = {name: store.identity.facts[name] for name in ("checkpoint", "model")}
     facts["pipeline_stage"] = get_pp_group().rank_in_group if get_pp_group().world_size > 1 else 0
-    if config.embedding != MODEL_EMBEDDING:
-        facts["embedding"] = config.embedding
+    if isinstance(embed, UserEmbedding):
+        facts["embedding"] = [embed.setting, embed.width]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -43,7 +44,9 @@ def writes_files() -> bool:
     return get_tensor_model_parallel_rank() == 0
 
 
-def trace_recording(vllm_config: Any, config: OffloadConfig, shape: ModelShape, store: Store) -> TraceRecording | None:
+def trace_recording(
+    vllm_config: Any, config: OffloadConfig, shape: ModelShape, fingerprint: str
+) -> TraceRecording | None:
     """The trace file of this worker, or None if nobody wants one or another rank writes it.
 
     Raises:
@@ -56,11 +59,11 @@ def trace_recording(vllm_config: Any, config: OffloadConfig, shape: ModelShape, 
     path = config.trace.with_name(f"{config.trace.stem}{suffix}.npz")
     name = Path(vllm_config.model_config.model).name
     logger.info("moe-offload: recording a trace of every request in %s", path)
-    return TraceRecording(path, shape, name, model_fingerprint(store, config))
+    return TraceRecording(path, shape, name, fingerprint)
 
 
 def history_keeper(
-    vllm_config: Any, config: OffloadConfig, shape: ModelShape, store: Store, daemon: Path | None
+    vllm_config: Any, config: OffloadConfig, shape: ModelShape, fingerprint: str, store: Store, daemon: Path | None
 ) -> Keeper | None:
     """What is remembered of this model; None where nothing is to be predicted.
 
@@ -73,7 +76,6 @@ def history_keeper(
     """
     if config.predictor == "none":
         return None
-    fingerprint = model_fingerprint(store, config)
     keeper: Keeper
     if daemon is not None and config.history is None:
         request = OpenHistory(fingerprint, shape, store.path.name)

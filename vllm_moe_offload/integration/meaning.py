@@ -19,10 +19,12 @@ from .rows import TokenRows
 logger = init_logger("vllm.moe_offload")
 
 Vectors = NDArray[np.float32]
+Meaning = Callable[[NDArray[np.integer]], Vectors]
+"""Vectors ``[n, D]`` whose mean is the meaning of a prompt."""
 
 
-def meaning_of(setting: str, token_rows: TokenRows | None) -> Callable[[NDArray[np.integer]], Vectors] | None:
-    """Vectors ``[n, D]`` whose mean is the meaning of a prompt; None where the model's embeddings cannot be read.
+def meaning_of(setting: str, token_rows: TokenRows | None) -> Meaning | None:
+    """What a setting names; None where the model's embeddings cannot be read.
 
     Raises:
         ConfigError: the user's function cannot be imported, called, or used.
@@ -39,7 +41,7 @@ class UserEmbedding:
         Raises:
             ConfigError: naming the setting and what is wrong.
         """
-        self._setting = setting
+        self.setting = setting
         module, _, name = setting.partition(":")
         try:
             self._function: Any = functools.reduce(getattr, name.split("."), importlib.import_module(module))
@@ -51,7 +53,7 @@ class UserEmbedding:
         if not callable(self._function):
             raise ConfigError(f"embedding = {setting!r} is a {type(self._function).__name__}, not a function")
         try:
-            self._width = len(_vector(self._function([0])))
+            self.width = len(_vector(self._function([0])))
         except Exception as error:
             raise ConfigError(
                 f"embedding = {setting!r} fails on the prompt [0] ({type(error).__name__}: {error}); it must take a "
@@ -62,11 +64,11 @@ class UserEmbedding:
         """float32 ``[1, D]``. A prompt that the function fails on gets a zero vector, and a line in the log."""
         try:
             vector = _vector(self._function(prompt.tolist()))
-            if len(vector) != self._width:
-                raise ValueError(f"{len(vector)} numbers after {self._width} before")
+            if len(vector) != self.width:
+                raise ValueError(f"{len(vector)} numbers after {self.width} before")
         except Exception as error:
-            logger.error("moe-offload: embedding = %r: %s: %s", self._setting, type(error).__name__, error)
-            vector = np.zeros(self._width, np.float32)
+            logger.error("moe-offload: embedding = %r: %s: %s", self.setting, type(error).__name__, error)
+            vector = np.zeros(self.width, np.float32)
         return vector[None]
 
 

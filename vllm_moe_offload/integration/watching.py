@@ -26,11 +26,11 @@ from ..predict.history import HistoryPredictor
 from ..predict.token_vectors import ModelVectors
 from ..prefetch.anticipation import Anticipation
 from ..prefetch.estimates import Estimates
-from ..prefetch.loader import CHUNK_BYTES, GUESS_READERS
+from ..prefetch.loader import CHUNK_BYTES
 from ..runtime import OffloadRuntime
 from ..slots.looking_ahead import SlotsAhead
 from .gates import layer_routers
-from .keeping import history_keeper, trace_recording
+from .keeping import history_fingerprint, history_keeper, trace_recording
 from .meaning import meaning_of
 from .rows import RunnerStep, token_rows
 
@@ -71,8 +71,9 @@ class Watch:
         gate = _gate_predictor(model, layers, shape) if config.predictor == "gate" else None
         self._embeddings = token_rows(model)
         embed = meaning_of(config.embedding, self._embeddings and self._embeddings[0])
-        self._trace = trace_recording(vllm_config, config, shape, runtime.store)
-        self._keeper = history_keeper(vllm_config, config, shape, runtime.store, daemon)
+        fingerprint = history_fingerprint(runtime.store, embed)
+        self._trace = trace_recording(vllm_config, config, shape, fingerprint)
+        self._keeper = history_keeper(vllm_config, config, shape, fingerprint, runtime.store, daemon)
         self._vectors = ModelVectors(*self._embeddings) if self._embeddings else None
         self._predictor = gate or self._create_predictor(config, shape)
         self._learning = self._start_learning(cpus)
@@ -103,7 +104,7 @@ class Watch:
         slots = SlotsAhead(spans, [_held(layer) for layer, _ in layers.values()], self._predictor.shape.experts)
         record = max(layer.pool.memory.layout.record_bytes for layer in pooled)
         load_seconds = 1e-4 + record / 2e9
-        in_the_way = load_seconds * min(1.0, GUESS_READERS * CHUNK_BYTES / record)
+        in_the_way = load_seconds * min(1.0, CHUNK_BYTES / record)
         estimates = Estimates(load_seconds, layer_seconds=1e-3, chunk_seconds=in_the_way)
         runtime.anticipation = Anticipation(self._predictor, slots, estimates, time.perf_counter)
         return runtime.anticipation
