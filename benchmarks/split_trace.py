@@ -25,7 +25,7 @@ def split(trace: Trace, share: float, seed: int) -> tuple[NDArray[np.int64], NDA
         raise ValueError("the trace has no `group`, so that requests of one kind cannot be kept together")
     kinds, members = np.unique(trace.group, return_inverse=True)
     if len(kinds) < 2:
-        raise ValueError(f"all requests are of the kind {kinds[0]!r}")
+        raise ValueError(f"all requests are of the kind '{kinds[0]}'")
     order = np.random.default_rng(seed).permutation(len(kinds))
     total = np.cumsum(np.bincount(members)[order])
     count = min(int(np.searchsorted(total, share * len(members))) + 1, len(kinds) - 1)
