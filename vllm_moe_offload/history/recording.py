@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from .trace import DECODE, PREFILL, Trace
 
+_NEVER_ZERO = np.float32(1e-9)
+
 
 class RequestRows(NamedTuple):
     """The rows of one request in a step: consecutive tokens, in the order in which the forward pass reads them."""
@@ -56,8 +58,7 @@ class Recorder:
         self._requests: dict[str, _Running] = {}
         self._num_rows = 0
         self._noted = 0
-        self._experts = np.empty((0, 0, 0), np.uint8)
-        self._weights = np.empty((0, 0, 0), np.float32)
+        self._make_buffers(1)
 
     @property
     def running(self) -> list[str]:
@@ -69,17 +70,15 @@ class Recorder:
         self._rows = list(rows)
         self._num_rows = sum(len(part.tokens) for part in rows)
         self._noted = 0
-        layers, experts, top_k = self.shape
-        if self._experts.shape[1] < self._num_rows:
-            size = (layers, max(16, self._num_rows), top_k)
-            self._experts = np.empty(size, np.uint8 if experts <= 256 else np.uint16)
-            self._weights = np.empty(size, np.float32)
+        if len(self._experts) != self._num_rows:
+            self._make_buffers(self._num_rows)
 
     def note(self, layer: int, experts: NDArray[np.integer], weights: NDArray[np.floating]) -> None:
         """``layer`` routed the rows: ``[rows or more, K]``, rows beyond those of the step being padding."""
-        rows = self._num_rows
-        self._experts[layer, :rows] = experts[:rows]
-        self._weights[layer, :rows] = weights[:rows]
+        if len(experts) != self._num_rows:
+            experts, weights = experts[: self._num_rows], weights[: self._num_rows]
+        self._experts_of[layer][...] = experts
+        self._weights_of[layer][...] = weights
         self._noted += 1
 
     def end_step(self) -> list[RequestMaps]:
@@ -87,9 +86,9 @@ class Recorder:
         if not self._rows or self._noted != self.shape[0]:
             self._rows = []
             return []
-        experts = np.ascontiguousarray(self._experts[:, : self._num_rows].transpose(1, 0, 2))
-        weights = self._weights[:, : self._num_rows].transpose(1, 0, 2)
-        weights = (weights / np.maximum(weights.sum(axis=2, keepdims=True), 1e-9)).astype(np.float16)
+        experts = self._experts.copy()
+        totals = np.add.reduce(self._weights, axis=2, keepdims=True)
+        weights = (self._weights / np.maximum(totals, _NEVER_ZERO)).astype(np.float16)
         maps, start = [], 0
         for part in self._rows:
             stop = start + len(part.tokens)
@@ -106,6 +105,14 @@ class Recorder:
             start = stop
         self._rows = []
         return maps
+
+    def _make_buffers(self, rows: int) -> None:
+        """For the maps of a step over so many rows; steps mostly have as many as the one before."""
+        layers, experts, top_k = self.shape
+        self._experts = np.empty((rows, layers, top_k), np.uint8 if experts <= 256 else np.uint16)
+        self._weights = np.empty((rows, layers, top_k), np.float32)
+        self._experts_of = [self._experts[:, layer] for layer in range(layers)]
+        self._weights_of = [self._weights[:, layer] for layer in range(layers)]
 
     def trace(self, request: str) -> Trace | None:
         """A running request's trace so far, or None where nothing is known of it."""

@@ -68,28 +68,39 @@ class RequestState:
         self._memory = memory
         self._previous: TokenMap | None = None
         self._previous_token = UNKNOWN_TOKEN
-        self._frequency = np.zeros((layers, experts), np.float32)
+        self._decayed = np.zeros((layers, experts), np.float32)
+        self._news: list[TokenMap] = []
+        """Maps of tokens that ``_decayed`` does not know of yet."""
         self._first = np.arange(0, layers * experts, experts)[:, None]
 
     def context(self, token: int = UNKNOWN_TOKEN) -> TokenContext:
         """The row for a forward pass that reads ``token`` next."""
         same = self._memory.recall(token)
-        return TokenContext(self, token, self._previous_token, self._previous, same, self._frequency)
+        return TokenContext(self, token, self._previous_token, self._previous, same, self._frequency())
 
     def contexts_side_by_side(self, tokens: NDArray[np.integer]) -> list[TokenContext]:
         """Rows for tokens of a prefill chunk: none knows the map of the one before it."""
         before = [self._previous_token, *tokens[:-1].tolist()]
-        recall = self._memory.recall
+        recall, frequency = self._memory.recall, self._frequency()
         return [
-            TokenContext(self, token, previous, None, recall(token), self._frequency)
+            TokenContext(self, token, previous, None, recall(token), frequency)
             for token, previous in zip(tokens.tolist(), before, strict=True)
         ]
 
     def advance(self, token: int, token_map: TokenMap) -> None:
         """``token`` has run and was routed as ``token_map`` says. Contexts taken before stay as they were."""
-        frequency = self._frequency * _DECAY
-        frequency.reshape(-1)[token_map.experts + self._first] += 1 - _DECAY
-        self._frequency = frequency
+        self._news.append(token_map)
         self._previous = token_map
         self._previous_token = token
         self._memory.remember(token, token_map)
+
+    def _frequency(self) -> NDArray[np.float32]:
+        """``TokenContext.frequency`` now. Worked out when asked for: steps that are left alone never do."""
+        if self._news:
+            places = np.stack([news.experts for news in self._news]) + self._first
+            shares = (1 - _DECAY) * _DECAY ** np.arange(len(places) - 1, -1, -1, dtype=np.float32)
+            added = np.bincount(places.ravel(), np.repeat(shares, places[0].size), self._decayed.size)
+            decayed = self._decayed * _DECAY ** len(places)
+            self._decayed = decayed + added.astype(np.float32).reshape(decayed.shape)
+            self._news = []
+        return self._decayed

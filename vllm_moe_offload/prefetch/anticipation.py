@@ -201,6 +201,7 @@ class Anticipation:
         tokens = part.tokens.tolist()
         maps = [TokenMap(*one) for one in zip(part.experts, part.weights, strict=True)]
         if len(maps) > 1:
+            # what is kept of one token must not keep the whole step
             maps = [TokenMap(experts.copy(), weights.copy()) for experts, weights in maps]
         early = max(0, len(maps) - _REMEMBERED_PREFILL)
         for token, token_map in zip(tokens[:early], maps[:early], strict=True):
