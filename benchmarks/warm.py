@@ -36,7 +36,12 @@ SEATS = 16
 
 def record(model: Path, prompts: Sequence[Prompt], tokens: int, stored_tokens: int, trace: Path) -> Trace:
     """Serve the prompts, again and again until so many tokens are recorded: greedily at first, then sampled."""
-    arguments = {"model": str(model), "max_num_seqs": SEATS, "enable_prefix_caching": False}
+    arguments = {
+        "model": str(model),
+        "enforce_eager": True,
+        "max_num_seqs": SEATS,
+        "enable_prefix_caching": False,
+    }
     offload = {"cache": "100%", "predictor": "none", "trace": str(trace)}
     engine = Engine.start(Variant("recording", offload, arguments))
     try:

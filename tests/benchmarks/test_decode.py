@@ -17,10 +17,10 @@ def _decode(tmp_path: Path, *arguments: str) -> tuple[int, dict]:
     return done.returncode, json.loads(out.read_text())
 
 
-def test_plain_and_ours_take_turns_and_agree(tmp_path: Path) -> None:
-    code, result = _decode(tmp_path, "--budgets", "25%", "--batch", "2", "--rounds", "2", "--prompt-tokens", "40")
+def test_plain_and_ours_take_turns_and_agree_and_who_fails_is_named(tmp_path: Path) -> None:
+    code, result = _decode(tmp_path, "--budgets", "25%,1KiB", "--batch", "2", "--rounds", "2", "--prompt-tokens", "40")
     (comparison,) = result["comparisons"]
-    assert code == 0, comparison["failures"]
+    assert code == 1 and list(comparison["failures"]) == ["1KiB"], comparison["failures"]
     summary = comparison["batches"]["2"]["summary"]
     assert set(summary) == {"plain", "25%"}
     ours = summary["25%"]
@@ -30,14 +30,6 @@ def test_plain_and_ours_take_turns_and_agree(tmp_path: Path) -> None:
     assert ours["loaded_bytes"]["low"] > 0
     runs = [run for results in comparison["batches"]["2"]["rounds"] for run in results.values()]
     assert all(run["prompt_tokens"] == 80 and all(len(tokens) == 4 for tokens in run["tokens"]) for run in runs)
-
-
-def test_a_failed_engine_is_a_result(tmp_path: Path) -> None:
-    code, result = _decode(tmp_path, "--budgets", "1KiB", "--batch", "1", "--rounds", "1", "--no-plain")
-    (comparison,) = result["comparisons"]
-    assert code == 1
-    assert list(comparison["failures"]) == ["1KiB"]
-    assert comparison["batches"]["1"]["rounds"] == [{}]
 
 
 def test_arms_start_with_copies_of_a_warm_history_and_leave_it_as_it_was(tmp_path: Path, tiny_moe: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.daemon.wire import wait_until
 from tests.e2e.live_engine import EngineError, LiveEngine
 
 CACHE = {"cache": "25%"}
@@ -53,7 +54,9 @@ def test_heads_that_finish_while_the_engine_runs_are_taken_over(
     before = engine.stats()
     assert before["history_tokens"] == before["learned_tokens"] == 0
     engine.generate(prompts(12, seed=1), tokens=40)
-    deadline = time.monotonic() + 300
+    # learning has the lowest priority: while the engine runs it hardly gets on
+    wait_until(lambda: any(tmp_path.glob("history/*/heads.npz")), "heads have been learned", 300)
+    deadline = time.monotonic() + 60
     while not (young := engine.stats())["learned_tokens"]:
         assert time.monotonic() < deadline, engine.log.read_text()[-3000:]
         engine.generate(prompts(1, seed=2), tokens=2)
