@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tests.runtime.record_stores import ALIGNED, LAYOUTS, MIXED, ODD, RecordStore, build_store, layout
 from vllm_moe_offload.devices import HostPool
 from vllm_moe_offload.errors import LoadError
-from vllm_moe_offload.prefetch.loader import GUESS_READERS, PIECE_BYTES, DamagedRecordError, Load, RecordLoader
+from vllm_moe_offload.prefetch.loader import CHUNK_BYTES, GUESS_READERS, DamagedRecordError, Load, RecordLoader
 from vllm_moe_offload.store import Store
 
 EXPERTS = 6
@@ -164,7 +164,7 @@ class Reads:
             self.began[expert], self.may_go[expert] = threading.Event(), threading.Event()
 
 
-BIG = layout(2 * PIECE_BYTES + 8192, 100, PIECE_BYTES // 2)
+BIG = layout(2 * CHUNK_BYTES + 8192, 100, CHUNK_BYTES // 2)
 
 
 def test_a_demand_goes_before_the_next_piece_of_a_guess(
@@ -185,7 +185,7 @@ def test_a_demand_goes_before_the_next_piece_of_a_guess(
         reads.may_go[1].set()
         demanded.result(30)
     wait_for(loads[:1])
-    assert reads.order == [0, 1, 2, 3, 4, 0, 0] and max(reads.sizes[:1] + reads.sizes[5:]) == PIECE_BYTES
+    assert reads.order == [0, 1, 2, 3, 4, 0, 0] and max(reads.sizes[:1] + reads.sizes[5:]) == CHUNK_BYTES
     assert all(load.error is None for load in loads[:5])
     assert all(made.holds(pool, expert, 0, expert) for expert in range(5))
 

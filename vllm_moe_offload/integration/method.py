@@ -73,15 +73,16 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
         """``apply`` where Python has to look at the routing: what the opaque op runs."""
         if self.show is not None:
             self.show(lambda: x.float().numpy())
+        experts = topk_ids.numpy()
         if self.witness is not None:
-            self.witness.routed(self.number, topk_ids.numpy(), topk_weights.float().numpy())
+            self.witness.routed(self.number, experts, topk_weights.float().numpy())
         if self.pooled is None:
             return self.real.apply(layer, x, topk_weights, topk_ids, None, None)
         runtime, pooled_layer = self.pooled
         expert_map = layer._expert_map
-        chosen = topk_ids if expert_map is None else expert_map[topk_ids.long()]
+        chosen = experts if expert_map is None else expert_map[topk_ids.long()].numpy()
         output = torch.empty_like(x)
-        for wave in runtime.serve(pooled_layer, chosen.numpy()):
+        for wave in runtime.serve(pooled_layer, chosen):
             slots = torch.from_numpy(wave.slots).to(topk_ids.dtype)
             if wave.rows is None:
                 output = self._compute_wave(layer, x, topk_weights, slots)

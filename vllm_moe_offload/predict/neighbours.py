@@ -59,6 +59,7 @@ class Candidates:
         self._places = [slice(*ends) for ends in pairwise(starts)]
         self._others, self._room = starts[-1], room
         self._columns = np.zeros((shape.layers, shape.experts, self._others + room), np.float32)
+        self._experts = np.zeros((shape.layers, self._others + room, shape.top_k), np.intp)
         self._laid_out = np.zeros(shape.layers, bool)
         self._layers = np.arange(shape.layers)[:, None]
         self.own = deque(own, room)
@@ -93,19 +94,29 @@ class Candidates:
             if self._added > self._room:
                 self._columns[:, :, places] = 0
             self._columns[self._layers[:, :, None], experts, places] = np.sqrt(weights, dtype=np.float32)
+            self._experts[:, places] = experts.transpose(0, 2, 1)
             self._tokens[places] = [token for token, _ in latest]
             self._own_laid_out = self._added
         return self._others + len(self.own)
 
     def columns(self, layer: int) -> Array:
         """``[E, C + room]``: root of each expert's routing weight, zero where not chosen. One column is contiguous."""
-        columns = self._columns[layer]
-        if not self._laid_out[layer]:
-            for (trace, length), place in zip(self._parts, self._places, strict=True):
-                roots = np.sqrt(trace.weights[:length, layer].T.astype(np.float32))
-                np.put_along_axis(columns[:, place], trace.experts[:length, layer].T.astype(np.int64), roots, axis=0)
-            self._laid_out[layer] = True
-        return columns
+        self._lay_out(layer)
+        return self._columns[layer]
+
+    def experts(self, layer: int) -> NDArray[np.intp]:
+        """``[C + room, K]``: what each candidate chose."""
+        self._lay_out(layer)
+        return self._experts[layer]
+
+    def _lay_out(self, layer: int) -> None:
+        if self._laid_out[layer]:
+            return
+        for (trace, length), place in zip(self._parts, self._places, strict=True):
+            self._experts[layer, place] = trace.experts[:length, layer]
+            roots = np.sqrt(trace.weights[:length, layer].T.astype(np.float32))
+            np.put_along_axis(self._columns[layer][:, place], self._experts[layer, place].T, roots, axis=0)
+        self._laid_out[layer] = True
 
 
 class NeighboursPredictor(Predictor):
@@ -172,7 +183,7 @@ class _Group:
     def __init__(self, shape: ModelShape, rows: list[TokenContext], indices: NDArray[np.int64]):
         candidates = rows[0].state.notes
         assert isinstance(candidates, Candidates)
-        self.indices = indices
+        self.indices, self._experts = indices, shape.experts
         self._candidates, self._count = candidates, candidates.count()
         frequency = np.stack([row.frequency for row in rows])
         unearned = 1 - frequency.sum(axis=2, keepdims=True) / shape.top_k
@@ -180,6 +191,8 @@ class _Group:
         self._tokens = np.array([row.token for row in rows])
         self._matches = np.zeros((len(rows), self._count), np.float32)
         self._full_match = np.float32(0)
+        self._asked: tuple[Array, Array] | None = None
+        """Shares since the last layer was observed; several layers are asked about then."""
 
     def observe(self, layer: int, experts: Experts, weights: Weights) -> None:
         columns = self._candidates.columns(layer)[:, : self._count]
@@ -193,25 +206,31 @@ class _Group:
             np.put_along_axis(dense, experts, roots, axis=1)
             self._matches += dense @ columns
         self._full_match = _FADING * self._full_match + 1
+        self._asked = None
 
     def predict(self, layer: int) -> Probabilities:
         if not self._count:
             return self._own[:, layer].copy()
-        shares, best = self._shares()
-        chosen = (self._candidates.columns(layer)[:, : self._count] > 0).astype(np.float32)
-        average = (shares @ chosen.T) / shares.sum(axis=1, keepdims=True)
+        self._asked = self._asked or self._shares()
+        shares, best = self._asked
+        experts = self._candidates.experts(layer)[: self._count]
+        uses = [np.bincount(experts.reshape(-1), np.repeat(row, experts.shape[1]), self._experts) for row in shares]
+        average = np.array(uses, np.float32)
         own_share = _OWN_SHARE + _OWN_SHARE_OF_DOUBT * (1 - best)
         return average + own_share * (self._own[:, layer] - average)
 
     def _shares(self) -> tuple[Array, Array]:
-        """Weight of every candidate ``[b, C]``, the best of each row having 1; and how well that one matches, of 1."""
+        """Weight of every candidate ``[b, C]``, 1 together; and how well the best of each row matches, of 1."""
         if self._full_match == 0:
             same = (self._tokens[:, None] == self._candidates.tokens) & (self._tokens != UNKNOWN_TOKEN)[:, None]
-            return np.where(same, np.float32(1), _OTHER_TOKEN), np.ones((len(same), 1), np.float32)
-        most = self._matches.max(axis=1, keepdims=True)
-        nearness = self._matches - most
-        nearness *= _SHARPNESS / self._full_match
-        return np.exp(nearness, out=nearness), most / self._full_match
+            shares, best = np.where(same, np.float32(1), _OTHER_TOKEN), np.ones((len(same), 1), np.float32)
+        else:
+            most = self._matches.max(axis=1, keepdims=True)
+            nearness = self._matches - most
+            nearness *= _SHARPNESS / self._full_match
+            shares, best = np.exp(nearness, out=nearness), most / self._full_match
+        shares /= shares.sum(axis=1, keepdims=True)
+        return shares, best
 
 
 def parts_of(requests: list[PastRequest], most: int) -> list[tuple[Trace, int]]:

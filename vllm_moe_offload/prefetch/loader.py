@@ -17,12 +17,10 @@ from ..store.layout import ALIGNMENT
 from ..store.reader import Store
 
 ATTEMPTS = 2
-GUESS_READERS = 2
-"""So many threads read guesses at a time, so that a demand finds the disk nearly idle and threads that are free."""
-CHUNK_BYTES = 1 << 20
-"""So many bytes of guesses are read at a time, and a demand that comes meanwhile goes before the next ones."""
-PIECE_BYTES = CHUNK_BYTES // GUESS_READERS
-"""What can wait is read in pieces of so many bytes."""
+CHUNK_BYTES = 2 << 20
+"""What can wait is read in pieces of so many bytes; a demand that comes meanwhile goes before the next piece."""
+GUESS_READERS = 1
+"""So many threads read guesses at a time, so that a demand meets one piece at most and threads that are free."""
 
 
 class DamagedRecordError(LoadError):
@@ -243,7 +241,7 @@ class RecordLoader:
             else:
                 buffers.append(part)
         position, count = self._store.offset(load.layer, load.expert), 0
-        for piece in _pieces(buffers, layout.record_bytes if waited_for else PIECE_BYTES):
+        for piece in _pieces(buffers, layout.record_bytes if waited_for else CHUNK_BYTES):
             if count:
                 self._make_way(load)
             wanted = sum(buffer.nbytes for buffer in piece)
