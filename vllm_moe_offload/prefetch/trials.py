@@ -20,6 +20,8 @@ _LONG_BLOCK = 56
 """Steps that are predicted in a row while there is no doubt."""
 _MEMORY = 1 / 16
 """Weight of the newest step in a running mean."""
+_SAVABLE = 0.5
+"""Of the stalls, what prediction may save at best: with every step predicted, half were left where it did best."""
 _OUTLIER = 2.0
 """A step that took more than so many times the usual was held up by something else."""
 
@@ -56,7 +58,7 @@ class _Usual:
 
     def is_hopeless(self) -> bool:
         """Whether thinking takes longer than all the stalls it could save."""
-        return self.steps_alone >= _BLOCK // 2 and self.stalled < self.thinking
+        return self.steps_alone >= _BLOCK // 2 and _SAVABLE * self.stalled < self.thinking
 
 
 @dataclass
