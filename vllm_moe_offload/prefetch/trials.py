@@ -20,8 +20,8 @@ _LONG_BLOCK = 56
 """Steps that are predicted in a row while there is no doubt."""
 _MEMORY = 1 / 16
 """Weight of the newest step in a running mean."""
-_SAVABLE = 0.5
-"""Of the stalls, what prediction may save at best: with every step predicted, half were left where it did best."""
+_SAVABLE = 1 / 3
+"""Of the stalls, what prediction is counted on to save: with every step predicted it was a third to a half."""
 _OUTLIER = 2.0
 """A step that took more than so many times the usual was held up by something else."""
 
@@ -57,7 +57,7 @@ class _Usual:
         return thinking + min(seconds - thinking - self.alone, _OUTLIER * self.alone)
 
     def is_hopeless(self) -> bool:
-        """Whether thinking takes longer than all the stalls it could save."""
+        """Whether thinking takes longer than the stalls it can be counted on to save."""
         return self.steps_alone >= _BLOCK // 2 and _SAVABLE * self.stalled < self.thinking
 
 
