@@ -10,6 +10,7 @@ UNKNOWN_TOKEN = -1
 FREQUENCY_HALF_LIFE = 16.0
 """Tokens after which a use counts half in ``RequestState.frequency``."""
 _DECAY = np.float32(0.5 ** (1 / FREQUENCY_HALF_LIFE))
+_MOST_NEWS = 64
 
 
 class TokenMap(NamedTuple):
@@ -90,6 +91,8 @@ class RequestState:
     def advance(self, token: int, token_map: TokenMap) -> None:
         """``token`` has run and was routed as ``token_map`` says. Contexts taken before stay as they were."""
         self._news.append(token_map)
+        if len(self._news) == _MOST_NEWS:
+            self._frequency()
         self._previous = token_map
         self._previous_token = token
         self._memory.remember(token, token_map)
