@@ -36,8 +36,8 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 	$(BIN)/python patches/name_vllm.py
 	@touch $@
 
-test: $(STAMP) ## run all tests, PYTEST_ARGS="-k words" for some
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+test: $(STAMP) ## run the tests, PYTEST_ARGS="-k words" for some, "--exhaustive" to compile every model
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 demo: $(STAMP) ## serve the bundled model with 25 % of its experts in fast memory
 	$(BIN)/python examples/demo.py

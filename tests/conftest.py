@@ -20,6 +20,10 @@ def _core_of_this_worker() -> str:
     return str(cores[int(worker.removeprefix("gw")) % len(cores)])
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="compile every model, not one of each kind")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Set the environment before any test module imports vLLM; workers share the controller's folder."""
     if "MOE_OFFLOAD_TEST_ROOT" not in os.environ:

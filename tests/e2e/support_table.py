@@ -1,6 +1,6 @@
 """Writes docs/support.md from the outcome of the identity tests.
 
-python -m pytest tests/e2e/test_identity.py tests/e2e/test_identity_compiled.py --junitxml=identity.xml
+python -m pytest tests/e2e/test_identity.py tests/e2e/test_identity_compiled.py --exhaustive --junitxml=identity.xml
 python -m tests.e2e.support_table identity.xml > docs/support.md
 """
 
