@@ -15,7 +15,6 @@ from tests.models import Checkpoint, build
 
 ROOM = 1.1
 """What pages at the ends of records may add."""
-PLENTY = 64 << 20
 
 
 def store_root() -> Path:
@@ -35,12 +34,12 @@ def expert_bytes(server: EngineServer, model: Path, engine: dict[str, Any]) -> i
 def test_same_tokens_through_a_daemon(
     checkpoint: Checkpoint, plain: EngineServer, offloaded: EngineServer, tmp_path: Path
 ) -> None:
-    """With all of the experts on a lease, and with a quarter of them."""
+    """With a quarter of the experts, and with all of them on a lease."""
     engine = checkpoint.engine_args | {"enforce_eager": True}
     expected = plain.run(checkpoint.path, engine, ROUNDS)["rounds"]
-    memory = PLENTY
-    for share in (1.0, 0.25):
-        with running_daemon(tmp_path / f"{share}.sock", memory, store_root()) as daemon:
+    total = expert_bytes(offloaded, checkpoint.path, engine)
+    for share in (0.25, 1.0):
+        with running_daemon(tmp_path / f"{share}.sock", int(total * share * ROOM), store_root()) as daemon:
             answer = offloaded.run(checkpoint.path, engine | through(daemon, cache=f"{share:.0%}"), ROUNDS)
             assert answer["rounds"] == expected
             stats = answer["stats"][0]
@@ -49,7 +48,6 @@ def test_same_tokens_through_a_daemon(
             assert (stats["misses"] > 0) == (share < 1)
             (model,) = daemon.status().models
             assert model.resident <= model.limit and not model.workers
-            memory = int(stats["expert_bytes"] * 0.25 * ROOM)
 
 
 @pytest.mark.parametrize("share", [0.25, 1.0])

@@ -114,3 +114,4 @@ def test_prediction_under_pipeline_parallelism(
     answer = offloaded.run(tiny_moe, arguments | {"additional_config": {"moe_offload": settings}}, LONG_ROUNDS)
     assert answer["rounds"] == expected
     assert [rank["layers"] for rank in answer["stats"]] == [4, 4]
+    assert len(list(tmp_path.glob("*/history.npz"))) == 2, "a history for each stage's layers"

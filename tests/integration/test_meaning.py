@@ -1,7 +1,9 @@
 """A user's own embedding function: errors at the start name the setting; errors later cost a vector, not a request."""
 
 import logging
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +18,9 @@ def lengths(prompt):
     if 13 in prompt:
         raise RuntimeError("unlucky")
     return [float(len(prompt))] + [0.0] * (1 if 14 in prompt else 2)
+
+def ones(prompt):
+    return [1.0] * width
 
 class Nested:
     @staticmethod
@@ -53,6 +58,22 @@ def test_the_function_is_asked_for_a_prompt(module: str) -> None:
 
     assert UserEmbedding(f"{module}:lengths")(np.array([5, 6, 7], np.int32)).tolist() == [[3, 0, 0]]
     assert UserEmbedding(f"{module}:Nested.half")(np.array([5], np.int32)).tolist() == [[0.5]]
+
+
+def test_vectors_that_cannot_be_compared_are_in_different_histories(
+    module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_moe_offload.integration import keeping
+    from vllm_moe_offload.integration.meaning import UserEmbedding
+
+    monkeypatch.setattr(keeping, "get_pp_group", lambda: SimpleNamespace(world_size=1))
+    store = SimpleNamespace(identity=SimpleNamespace(facts={"checkpoint": "c", "model": "m"}))
+    functions = [None, *(UserEmbedding(f"{module}:{name}") for name in ("lengths", "Nested.half", "ones"))]
+    monkeypatch.setattr(import_module(module), "width", 5)
+    functions.append(UserEmbedding(f"{module}:ones"))
+    histories = [keeping.history_fingerprint(store, function) for function in functions]
+    assert len(set(histories)) == 5
+    assert histories == [keeping.history_fingerprint(store, function) for function in functions]
 
 
 @pytest.mark.parametrize(

@@ -12,16 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..history.embedding import mean_embedding
-from ..history.recording import Recorder, RequestRows
+from ..history.recording import Recorder, RequestRows, routing_shares
 from ..history.trace import Trace
 from ..predict.context import RequestState
 from ..prefetch.anticipation import Anticipation
 from .blas import use_one_thread
 
 Vector = NDArray[np.float32]
-
-
-_NEVER_ZERO = np.float32(1e-9)
 
 
 def _at_once(job: Callable[[], None]) -> None:
@@ -96,8 +93,7 @@ class Witness:
             return
         self.recorder.note(layer, experts, weights)
         if self._anticipation is not None and self._anticipation.looks_ahead:
-            weights = weights[: self._num_rows]
-            shares = weights / (np.add.reduce(weights, axis=1, keepdims=True) + _NEVER_ZERO)
+            shares = routing_shares(weights[: self._num_rows])
             self._anticipation.observe(layer, experts[: self._num_rows], shares)
 
     def end_step(self) -> None:

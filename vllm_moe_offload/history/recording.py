@@ -14,6 +14,13 @@ from .trace import DECODE, PREFILL, Trace
 _NEVER_ZERO = np.float32(1e-9)
 
 
+def routing_shares(weights: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Routing weights ``[..., K]`` as a trace holds them, whatever the router's scale: 1 together, or all zero."""
+    totals = np.add.reduce(weights, axis=-1, keepdims=True)
+    shares: NDArray[np.float32] = weights / np.maximum(totals, _NEVER_ZERO)
+    return shares
+
+
 class RequestRows(NamedTuple):
     """The rows of one request in a step: consecutive tokens, in the order in which the forward pass reads them."""
 
@@ -87,8 +94,7 @@ class Recorder:
             self._rows = []
             return []
         experts = self._experts.copy()
-        totals = np.add.reduce(self._weights, axis=2, keepdims=True)
-        weights = (self._weights / np.maximum(totals, _NEVER_ZERO)).astype(np.float16)
+        weights = routing_shares(self._weights).astype(np.float16)
         maps, start = [], 0
         for part in self._rows:
             stop = start + len(part.tokens)
@@ -106,14 +112,6 @@ class Recorder:
         self._rows = []
         return maps
 
-    def _make_buffers(self, rows: int) -> None:
-        """For the maps of a step over so many rows; steps mostly have as many as the one before."""
-        layers, experts, top_k = self.shape
-        self._experts = np.empty((rows, layers, top_k), np.uint8 if experts <= 256 else np.uint16)
-        self._weights = np.empty((rows, layers, top_k), np.float32)
-        self._experts_of = [self._experts[:, layer] for layer in range(layers)]
-        self._weights_of = [self._weights[:, layer] for layer in range(layers)]
-
     def trace(self, request: str) -> Trace | None:
         """A running request's trace so far, or None where nothing is known of it."""
         running = self._requests.get(request)
@@ -123,6 +121,14 @@ class Recorder:
         """The trace of a request that has ended, which is then forgotten; None where nothing is known of it."""
         running = self._requests.pop(request, None)
         return None if running is None else running.trace(self.shape[1])
+
+    def _make_buffers(self, rows: int) -> None:
+        """For the maps of a step over so many rows; steps mostly have as many as the one before."""
+        layers, experts, top_k = self.shape
+        self._experts = np.empty((rows, layers, top_k), np.uint8 if experts <= 256 else np.uint16)
+        self._weights = np.empty((rows, layers, top_k), np.float32)
+        self._experts_of = [self._experts[:, layer] for layer in range(layers)]
+        self._weights_of = [self._weights[:, layer] for layer in range(layers)]
 
 
 class _Running:
