@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_moe_offload.predict.base import ModelShape
-from vllm_moe_offload.predict.calibration import MarginCalibration
+from vllm_moe_offload.predict.calibration import margin_calibration
 from vllm_moe_offload.predict.gate import GatePredictor
 from vllm_moe_offload.predict.routers import SCORINGS, Router
 
@@ -113,7 +113,7 @@ def test_probabilities_come_to_mean_what_they_say(drift: float) -> None:
 
 
 def test_calibration_forgets_what_has_changed() -> None:
-    calibration = MarginCalibration()
+    calibration = margin_calibration()
     random = np.random.default_rng(3)
     for line in (1, -1):
         for _ in range(4000):

@@ -67,8 +67,10 @@ def test_training_sees_exactly_what_a_running_step_sees(past, trainer):
     def difference(frequency_counts):
         parameters = Parameters(trainer.parameters.size, trainer.parameters.flat.copy())
         parameters.views["C"][:, -32:] *= frequency_counts
-        stepping = HeadsPredictor(SHAPE, parameters, trainer.vectors).hidden_from_context([rows[i] for i in picked])
-        return np.abs(context @ parameters.views["C"] + parameters.views["b"] - stepping)
+        predictor = HeadsPredictor(SHAPE, parameters, trainer.vectors)
+        known = predictor.known_before([rows[i] for i in picked])
+        stepping = [predictor.weights.hidden_before(layer, known) for layer in range(24)]
+        return np.abs(context @ parameters.views["C"] + parameters.views["b"] - np.stack(stepping))
 
     assert difference(0).max() < 1e-4
     # Frequencies are summed over a window in training: what lies before it weighs less than an eighth.

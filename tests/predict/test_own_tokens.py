@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 from vllm_moe_offload.history.store import HistoryStore
 from vllm_moe_offload.history.trace import Trace
 from vllm_moe_offload.predict.base import ModelShape
+from vllm_moe_offload.predict.calibration import share_calibration
 from vllm_moe_offload.predict.context import TokenMap
 from vllm_moe_offload.predict.finemoe import FineMoEPredictor
 from vllm_moe_offload.predict.heads import HeadsPredictor
 from vllm_moe_offload.predict.history import HistoryPredictor
-from vllm_moe_offload.predict.neighbours import Candidates, NeighboursPredictor
+from vllm_moe_offload.predict.neighbours import Calibrations, Candidates, NeighboursPredictor
 from vllm_moe_offload.predict.network import NetworkSize, Parameters
 from vllm_moe_offload.predict.token_vectors import LearnedVectors
 from vllm_moe_offload.replay.accuracy import Accuracy
@@ -144,3 +145,18 @@ def test_heads_that_know_enough_predict_alone_and_for_good(past, unseen, heads):
         assert type(predictor.begin([state.context()])) is type(heads.begin([state.context()]))
     predictor.use_heads(heads, 600)
     assert not predictor.learns_from_each_token
+
+
+def test_what_neighbours_say_is_how_often_it_comes_true(past, example):
+    """Even where the first guess is wrong: some requests put it right."""
+    predictor = NeighboursPredictor(SHAPE, filled(past))
+    predictor.calibrations = Calibrations(*(share_calibration([0, 1], [0.5, 0.5]) for _ in range(2)))
+    first, later = (calibration_errors(predictor, example.select(requests)) for requests in ([1], [5, 7, 9]))
+    assert min(first) > 0.02
+    assert max(later) < 0.02
+
+
+def calibration_errors(predictor, trace):
+    accuracy = Accuracy(24, 4, (0, 2))
+    forecast(predictor, trace, (), accuracy)
+    return [accuracy.calibration_error(distance) for distance in (0, 2)]

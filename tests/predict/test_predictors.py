@@ -6,9 +6,10 @@ from vllm_moe_offload.history.store import HistoryStore
 from vllm_moe_offload.predict.base import ModelShape, union_probability
 from vllm_moe_offload.predict.context import TokenMap
 from vllm_moe_offload.predict.finemoe import FineMoEPredictor
-from vllm_moe_offload.predict.fitting import PREDICTOR_NAMES, fit_predictor
+from vllm_moe_offload.predict.fitting import fit_predictor
 from vllm_moe_offload.predict.history import HistoryPredictor
 from vllm_moe_offload.predict.moe_infinity import MoEInfinityPredictor
+from vllm_moe_offload.predict.names import REPLAY_PREDICTORS
 from vllm_moe_offload.predict.neighbours import NeighboursPredictor
 from vllm_moe_offload.replay.accuracy import Accuracy
 from vllm_moe_offload.replay.forecast import forecast
@@ -32,7 +33,7 @@ def walk(predictor, request, row, layers):
     return step
 
 
-@pytest.mark.parametrize("name", [name for name in PREDICTOR_NAMES if name != "history"])
+@pytest.mark.parametrize("name", [name for name in REPLAY_PREDICTORS if name != "history"])
 def test_every_predictor_gives_probabilities_with_and_without_history(name, past, unseen):
     for history in (past, past.select([])):
         prediction = forecast(fit_predictor(name, SHAPE, store_of(history)), unseen, (1, 2)).probabilities

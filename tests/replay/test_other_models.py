@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from replay_traces import random_trace
 
-from vllm_moe_offload.predict.fitting import PREDICTOR_NAMES
+from vllm_moe_offload.predict.names import REPLAY_PREDICTORS
 from vllm_moe_offload.replay.bounds import perfect_forecast
 from vllm_moe_offload.replay.hardware import ModelProfile, hardware_profile
 from vllm_moe_offload.replay.report import DISTANCES, Setup, replay, run_once
@@ -29,7 +29,7 @@ def replays(draw):
     )
     setup = Setup(
         slots=draw(st.integers(experts, layers * experts)),
-        predictor=draw(st.sampled_from(PREDICTOR_NAMES)),
+        predictor=draw(st.sampled_from(REPLAY_PREDICTORS)),
         batch=draw(st.integers(1, 3)),
         threshold=draw(st.sampled_from((0.0, 0.3, 1.0))),
         hardware=hardware_profile("l4-pcie4"),
@@ -64,7 +64,7 @@ def test_a_quarter_of_few_layers_leaves_room_for_guesses():
     assert tally.demand_miss_rate < 0.2 and tally.useful > 0
 
 
-@pytest.mark.parametrize("predictor", PREDICTOR_NAMES)
+@pytest.mark.parametrize("predictor", REPLAY_PREDICTORS)
 def test_one_token_without_a_history_can_be_replayed(predictor):
     report = replay(random_trace(3, 8, 2, lengths=(1,), tokens=False, width=0), Setup(slots=12, predictor=predictor))
     assert report["demand_miss_rate"] == 1 and report["accesses"] == 6

@@ -30,4 +30,4 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def keep_scores(self, experts: IntArray) -> FloatArray:
-        """Worth of keeping each expert, float64 of the same length. The lowest is evicted first."""
+        """Worth of keeping each expert, a new float64 array of the same length. The lowest is evicted first."""

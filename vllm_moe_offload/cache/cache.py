@@ -156,13 +156,16 @@ class ExpertCache:
             protect: flat ids that must stay.
         """
         slots = self.slot_of[experts]
-        absent = np.flatnonzero(slots == ABSENT)
-        guarded = slots if protect is None else np.concatenate([slots, self.slot_of[protect]])
-        guarded = np.unique(guarded[guarded != ABSENT])
-        self.pins[guarded] += 1
+        absent = (slots == ABSENT).nonzero()[0]
         missing = np.asarray(experts, dtype=np.int64)[absent]
-        taken = self._cheapest_slots(missing, bias)
-        self.pins[guarded] -= 1
+        if len(missing) == len(slots) and protect is None:
+            taken = self._cheapest_slots(missing, bias)
+        else:
+            guarded = slots if protect is None else np.concatenate([slots, self.slot_of[protect]])
+            guarded = np.unique(guarded[guarded != ABSENT])
+            self.pins[guarded] += 1
+            taken = self._cheapest_slots(missing, bias)
+            self.pins[guarded] -= 1
 
         placed = absent[: len(taken)]
         missing = missing[: len(taken)]
@@ -234,10 +237,9 @@ class ExpertCache:
         free = self._free_slots(experts)
         wanted = len(experts) - len(free)
         unpinned = (slot for slot in self.retired if self.pins[slot] == 0)
-        retired = np.fromiter(islice(unpinned, wanted), dtype=np.int32)
-        if len(retired) == len(experts):
-            return retired
-        return np.concatenate([free, retired, self._least_worth(wanted - len(retired), bias)]).astype(np.int32)
+        retired = list(islice(unpinned, wanted))
+        least = self._least_worth(wanted - len(retired), bias)
+        return np.concatenate([free, retired, least], dtype=np.int32, casting="unsafe")
 
     def _free_slots(self, experts: NDArray[np.int64]) -> NDArray[np.integer]:
         """Free slots within the limit for the first of ``experts``."""
@@ -258,17 +260,19 @@ class ExpertCache:
         """Up to ``count`` slots that are neither free nor pinned nor retired."""
         if count <= 0:
             return _NO_SLOTS
-        candidate = (self.expert_of != FREE) & (self.pins == 0)
-        candidate[list(self.retired)] = False
-        candidates = np.flatnonzero(candidate)
+        candidate = self.pins == 0
+        candidate &= self.expert_of != FREE
+        if self.retired:
+            candidate[list(self.retired)] = False
+        candidates = candidate.nonzero()[0]
         if len(candidates) <= count:
             return candidates
         residents = self.expert_of[candidates]
         scores = self.policy.keep_scores(residents)
         if bias is not None:
             scores = scores + bias[residents]
-        scores = np.where(self.transient[candidates], -np.inf, scores)
-        return candidates[np.argpartition(scores, count - 1)[:count]]
+        scores[self.transient[candidates]] = -np.inf
+        return candidates[scores.argpartition(count - 1)[:count]]
 
     def _place(self, experts: NDArray[np.int64], slots: NDArray[np.int32]) -> NDArray[np.int64]:
         evicted = self.expert_of[slots]

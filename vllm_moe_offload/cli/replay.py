@@ -12,7 +12,7 @@ from vllm_moe_offload.cli.replay_output import print_report, print_sweep
 from vllm_moe_offload.errors import ConfigError, TraceError
 from vllm_moe_offload.history.trace import Trace
 from vllm_moe_offload.history.trace_file import read_trace
-from vllm_moe_offload.predict.fitting import PREDICTOR_NAMES
+from vllm_moe_offload.predict.names import REPLAY_PREDICTORS
 from vllm_moe_offload.replay.hardware import PROFILE_NAMES, hardware_profile, model_profile
 from vllm_moe_offload.replay.plot import plot_report, plot_sweep, require_plotting
 from vllm_moe_offload.replay.report import Setup, parse_slots
@@ -29,8 +29,8 @@ def replay(
         str | None,
         typer.Option(help="Slots, as a number or a share of all experts.", show_default="25%"),
     ] = None,
-    predictor: Annotated[str | None, typer.Option(help=f"{', '.join(PREDICTOR_NAMES)}", show_default="history")] = None,
-    policy: Annotated[str | None, typer.Option(help=f"{', '.join(POLICY_NAMES)}", show_default="lfu")] = None,
+    predictor: Annotated[str | None, typer.Option(help=", ".join(REPLAY_PREDICTORS), show_default="history")] = None,
+    policy: Annotated[str | None, typer.Option(help=", ".join(POLICY_NAMES), show_default="lfu")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Requests that run at a time.")] = 1,
     threshold: Annotated[float, typer.Option(help="Prefetch what is given a greater probability.")] = 0.5,
     hardware: Annotated[
@@ -87,7 +87,7 @@ def replay(
             earlier,
             setup,
             policies=POLICY_NAMES if policy is None else (policy,),
-            predictors=PREDICTOR_NAMES if predictor is None else (predictor,),
+            predictors=REPLAY_PREDICTORS if predictor is None else (predictor,),
             sizes=SWEEP_SLOTS if slots is None else (slots,),
         )
         _sweep(trace.stem, recorded, cells, plot, as_json)

@@ -5,34 +5,58 @@ from numpy.typing import NDArray
 
 from .base import Probabilities
 
-_CENTRES = 6 * np.sinh(np.linspace(-3, 3, 25)) / np.sinh(3)
-"""Margins at which it is counted: densest around zero, where the choice falls."""
-_EDGES = (_CENTRES[1:] + _CENTRES[:-1]) / 2
-_FIRST_GUESS = 1 / (1 + np.exp(-2 * _CENTRES))
-_GUESS_WORTH = 4.0
-"""Observations per centre that the first guess counts for."""
 _FADING = 0.999
 """Per update, so that about the last thousand steps count."""
+_GUESS_WORTH = 4.0
+"""Observations per centre that the first guess counts for."""
+_KEEPS_ORDER = 1e-6
+"""What the curve rises by at least, all in all: what was ranked stays ranked."""
+
+Numbers = NDArray[np.floating]
 
 
-class MarginCalibration:
-    """How often an expert was used whose score lay so far above, or below, what it takes to be chosen.
+class Calibration:
+    """How often an expert was used that had such a score: a rising curve through counts that fade.
 
-    A rising curve through counts that fade; it needs a few dozen tokens.
+    Args:
+        centres: scores at which is counted, ascending.
+        first_guess: the curve before anything has been learned. A few dozen tokens replace it.
     """
 
-    def __init__(self) -> None:
-        self._seen = np.full(len(_CENTRES), _GUESS_WORTH)
-        self._used = _GUESS_WORTH * _FIRST_GUESS
-        self._curve = _FIRST_GUESS
+    def __init__(self, centres: Numbers, first_guess: Numbers):
+        self._centres = centres
+        self._edges = (centres[1:] + centres[:-1]) / 2
+        self._seen = np.full(len(centres), _GUESS_WORTH)
+        self._used = _GUESS_WORTH * first_guess
+        self.curve = first_guess.astype(np.float32)
+        """Probability at each centre."""
 
-    def probabilities(self, margins: NDArray[np.floating]) -> Probabilities:
-        """float32, of the shape of ``margins``."""
-        return np.interp(margins, _CENTRES, self._curve).astype(np.float32)
+    def probabilities(self, scores: Numbers) -> Probabilities:
+        """float32, of the shape of ``scores``."""
+        return np.interp(scores, self._centres, self.curve).astype(np.float32)
 
-    def learn(self, margins: NDArray[np.floating], used: NDArray[np.bool_]) -> None:
-        """What became of experts that had these margins: arrays of one shape."""
-        places = np.searchsorted(_EDGES, margins.ravel())
-        self._seen = _FADING * self._seen + np.bincount(places, minlength=len(_CENTRES))
-        self._used = _FADING * self._used + np.bincount(places[used.ravel()], minlength=len(_CENTRES))
-        self._curve = np.maximum.accumulate(self._used / self._seen)
+    def learn(self, scores: Numbers, used: NDArray[np.bool_]) -> None:
+        """What became of experts that had these scores: arrays of one shape."""
+        places, count = np.searchsorted(self._edges, scores.ravel()), len(self._seen)
+        self._seen = _FADING * self._seen + np.bincount(places, minlength=count)
+        self._used = _FADING * self._used + np.bincount(places[used.ravel()], minlength=count)
+        rising = np.maximum.accumulate(self._used / self._seen) + _KEEPS_ORDER * np.linspace(0, 1, count)
+        self.curve = rising.astype(np.float32)
+
+
+_MARGINS = 6 * np.sinh(np.linspace(-3, 3, 25)) / np.sinh(3)
+"""Densest around zero, where the choice falls."""
+_SHARES = np.linspace(0, 1, 33) ** 2
+
+
+def margin_calibration() -> Calibration:
+    """Of how far an expert's score lies above or below what it takes to be chosen, in spreads of the scores."""
+    return Calibration(_MARGINS, 1 / (1 + np.exp(-2 * _MARGINS)))
+
+
+def share_calibration(likely_said: list[float], likely_used: list[float]) -> Calibration:
+    """Of what candidates say together. Counted at the squares of ``0, 1/32, … 1``, as ``kernels.vote`` expects.
+
+    ``likely_used``: of experts of whom so much was ``likely_said``, how many were used elsewhere.
+    """
+    return Calibration(_SHARES, np.interp(_SHARES, likely_said, likely_used))

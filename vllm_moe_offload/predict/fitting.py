@@ -8,6 +8,7 @@ from .finemoe import FineMoEPredictor
 from .frequency import FrequencyPredictor
 from .history import HistoryPredictor
 from .moe_infinity import MoEInfinityPredictor
+from .names import REPLAY_PREDICTORS
 from .neighbours import NeighboursPredictor
 from .none import NonePredictor
 
@@ -17,8 +18,6 @@ _FITTED = {
     "coactivation": CoactivationPredictor,
     "frequency": FrequencyPredictor,
 }
-PREDICTOR_NAMES = ("history", "neighbours", *_FITTED, "none")
-"""Predictors that need nothing but traces. ``gate`` exists beside them but needs an engine's hidden states."""
 
 
 def fit_predictor(name: str, shape: ModelShape, history: HistoryStore) -> Predictor:
@@ -41,7 +40,7 @@ def fit_predictor(name: str, shape: ModelShape, history: HistoryStore) -> Predic
     if name == "gate":
         raise ConfigError("predictor: 'gate' reads hidden states, which no trace holds; it works in the engine only")
     if name not in _FITTED:
-        raise ConfigError(f"predictor: {name!r} is unknown; choose one of {', '.join(PREDICTOR_NAMES)}")
+        raise ConfigError(f"predictor: {name!r} is unknown; choose one of {', '.join(REPLAY_PREDICTORS)}")
     fitted = _FITTED[name](shape)
     fitted.fit(history.to_trace())
     return fitted

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from .base import Experts, ModelShape, Predictor, Probabilities, Step, Weights
-from .calibration import MarginCalibration
+from .calibration import Calibration, margin_calibration
 from .context import TokenContext
 from .routers import Array, Router
 
@@ -23,7 +23,7 @@ class GatePredictor(Predictor):
     def __init__(self, shape: ModelShape, routers: Sequence[Router]):
         super().__init__(shape)
         self.routers = routers
-        self.calibrations = [[MarginCalibration() for _ in range(_FARTHEST)] for _ in routers]
+        self.calibrations = [[margin_calibration() for _ in range(_FARTHEST)] for _ in routers]
         self._read: Callable[[], Array] | None = None
 
     def see(self, read: Callable[[], Array]) -> None:
@@ -36,7 +36,7 @@ class GatePredictor(Predictor):
     def begin(self, rows: Sequence[TokenContext]) -> "GateStep":
         return GateStep(self, len(rows))
 
-    def calibration(self, layer: int, distance: int) -> MarginCalibration:
+    def calibration(self, layer: int, distance: int) -> Calibration:
         """Of predictions for ``layer`` made ``distance`` layers before it."""
         return self.calibrations[layer][min(distance, _FARTHEST) - 1]
 

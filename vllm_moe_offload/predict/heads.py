@@ -5,13 +5,15 @@ made of maps are sums over their rows of the weights; what a token alone contrib
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from . import kernels
 from .base import Experts, ModelShape, Predictor, Probabilities, Step, Weights
 from .context import TokenContext, TokenMap
-from .network import Array, Parameters, sigmoid
+from .network import Array, Parameters
 from .token_vectors import TokenVectors
 
 _KEPT_TOKENS = 4096
@@ -26,31 +28,22 @@ class HeadsPredictor(Predictor):
         self.vectors = vectors
         self.weights = HeadWeights(parameters)
         self._token_states: dict[int, Array] = {}
+        layers, _, top_k = shape
+        self._no_map = TokenMap(np.full((layers, top_k), -1), np.zeros((layers, top_k), np.float32))
 
     def begin(self, rows: Sequence[TokenContext]) -> "HeadsStep":
         self._know([token for row in rows for token in (row.token, row.previous_token)])
         known = self._token_states
         state = np.array([known[row.token][0] + known[row.previous_token][1] for row in rows])
-        return HeadsStep(self.weights, state, self.hidden_from_context(rows))
+        return HeadsStep(self.weights, state, self.known_before(rows))
 
-    def hidden_from_context(self, rows: Sequence[TokenContext]) -> Array:
-        """What is known before the step, as far as every head's hidden units: ``[L, B, hidden]``."""
-        frequency = np.array([row.frequency for row in rows]).transpose(1, 0, 2)
-        hidden = np.matmul(frequency, self.weights.frequency)
-        hidden += self.weights.hidden_bias
-        for row, context in enumerate(rows):
-            if context.previous is not None:
-                self._add_previous(hidden[:, row], context.previous)
-            if context.same is not None:
-                hidden[:, row] += self.weights.of_maps(3, slice(None), context.same)
-        return hidden
-
-    def _add_previous(self, hidden: Array, previous: TokenMap) -> None:
-        """A head reads the previous token's map at its own layer and at those beside it."""
-        experts, weights = previous
-        hidden[1:] += self.weights.of_maps(0, slice(1, None), TokenMap(experts[:-1], weights[:-1]))
-        hidden += self.weights.of_maps(1, slice(None), previous)
-        hidden[:-1] += self.weights.of_maps(2, slice(None, -1), TokenMap(experts[1:], weights[1:]))
+    def known_before(self, rows: Sequence[TokenContext]) -> "KnownBefore":
+        """What the heads know of ``rows`` before the step."""
+        return KnownBefore(
+            *_stacked([row.previous or self._no_map for row in rows]),
+            *_stacked([row.same or self._no_map for row in rows]),
+            np.array([row.frequency for row in rows]),
+        )
 
     def _know(self, tokens: list[int]) -> None:
         new = list({token for token in tokens if token not in self._token_states})
@@ -61,6 +54,16 @@ class HeadsPredictor(Predictor):
             new = list(set(tokens))
         states = self.vectors.look_up(np.array(new)) @ self.weights.tokens
         self._token_states.update(zip(new, states.reshape(len(new), 2, -1), strict=True))
+
+
+class KnownBefore(NamedTuple):
+    """Arguments of ``kernels.add_context``: maps ``[B, L, K]``, and the requests' frequencies ``[B, L, E]``."""
+
+    previous: NDArray[np.int64]
+    previous_weights: Array
+    same: NDArray[np.int64]
+    same_weights: Array
+    frequency: Array
 
 
 class HeadWeights:
@@ -74,46 +77,48 @@ class HeadWeights:
         views = parameters.views
         self.tokens = np.concatenate([views["P"][:vector], views["P"][vector:]], axis=1)
         self.maps = list(_by_expert(views["U"].reshape(layers, 2, experts, state)))
-        contexts = views["C"][:, : 8 * experts].reshape(layers, 4, 2, experts, hidden)
-        self._contexts = [_by_expert(contexts[:, place]).reshape(layers * experts, -1) for place in range(4)]
-        self._first = np.arange(0, layers * experts, experts)[:, None]
-        self.frequency = 4 * views["C"][:, 8 * experts :]
+        self.contexts = list(_by_expert(views["C"][:, : 8 * experts].reshape(layers, 4, 2, experts, hidden)))
+        self.frequency = list(4 * views["C"][:, 8 * experts :])
         self.hidden_bias = views["b"]
-        # a few rows times a matrix is twice as fast from this side
         self.heads = list(_transposed(views["A"]))
         self.outputs = list(_transposed(views["O"]))
-        self.output_bias = list(_transposed(views["c"]))
+        self.output_bias = list(views["c"][:, 0])
 
-    def of_maps(self, place: int, layers: slice, maps: TokenMap) -> Array:
-        """``[l, hidden]``: what ``maps`` ``[l, K]`` contribute to the heads of ``layers`` as their ``place``-th map."""
-        rows = self._contexts[place].take(maps.experts + self._first[layers], axis=0)
-        count, top_k, _ = rows.shape
-        return np.matmul(_scale(maps.weights), rows.reshape(count, 2 * top_k, -1))[:, 0]
+    def hidden_before(self, layer: int, known: KnownBefore) -> Array:
+        """``[B, hidden]``: what is ``known`` before the step, as far as the hidden units of ``layer``."""
+        hidden = np.repeat(self.hidden_bias[layer], len(known.frequency), axis=0)
+        kernels.add_context(layer, *known, self.contexts[layer], self.frequency[layer], hidden)
+        return hidden
 
 
 class HeadsStep(Step):
     """The running state ``[B, state]`` of every row."""
 
-    def __init__(self, weights: HeadWeights, state: Array, hidden_from_context: Array):
+    def __init__(self, weights: HeadWeights, state: Array, known: KnownBefore):
         self._weights = weights
         self._state = state
-        self._hidden_from_context = np.ascontiguousarray(hidden_from_context.transpose(0, 2, 1))
-        self._hidden = np.empty(self._hidden_from_context.shape[1:], np.float32)
+        self._known = known
+        self._hidden: dict[int, Array] = {}
+        """Of the layers asked about so far."""
 
     def observe(self, layer: int, experts: Experts, weights: Weights) -> None:
-        rows = self._weights.maps[layer].take(experts, axis=0)
-        count, top_k = experts.shape
-        added = np.matmul(_scale(weights), rows.reshape(count, 2 * top_k, -1))
-        self._state += added[:, 0]
+        kernels.add_map(*kernels.as_map(experts, weights), self._weights.maps[layer], self._state)
 
     def predict(self, layer: int) -> Probabilities:
         weights = self._weights
-        hidden = np.dot(weights.heads[layer], self._state.T, out=self._hidden)
-        hidden += self._hidden_from_context[layer]
-        np.maximum(hidden, 0, out=hidden)
-        outputs = np.dot(weights.outputs[layer], hidden)
-        outputs += weights.output_bias[layer]
-        return sigmoid(outputs).T
+        if layer not in self._hidden:
+            self._hidden[layer] = weights.hidden_before(layer, self._known)
+        bias = weights.output_bias[layer]
+        probabilities = np.empty((len(self._state), len(bias)), np.float32)
+        kernels.ask_head(
+            self._state, self._hidden[layer], weights.heads[layer], weights.outputs[layer], bias, probabilities
+        )
+        return probabilities
+
+
+def _stacked(maps: Sequence[TokenMap]) -> tuple[NDArray[np.int64], Array]:
+    experts, weights = zip(*maps, strict=True)
+    return np.array(experts, np.int64), np.array(weights, np.float32)
 
 
 def _transposed(matrices: Array) -> Array:
@@ -124,11 +129,3 @@ def _by_expert(halves: Array) -> Array:
     """``[..., 2, E, n]`` as contiguous ``[..., E, 2 * n]``."""
     swapped = np.ascontiguousarray(np.swapaxes(halves, -3, -2))
     return swapped.reshape(*swapped.shape[:-2], -1)
-
-
-def _scale(weights: NDArray[np.floating]) -> Array:
-    """``[n, 1, 2K]`` from routing weights ``[n, K]``: for each expert one for its presence, then its weight times K."""
-    count, top_k = weights.shape
-    scale = np.ones((count, 1, 2 * top_k), np.float32)
-    np.multiply(weights, top_k, out=scale[:, 0, 1::2], casting="same_kind")
-    return scale

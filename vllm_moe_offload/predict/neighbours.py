@@ -14,13 +14,16 @@ Matches of earlier layers fade.
 from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..history.store import HistoryStore, PastRequest
 from ..history.trace import Trace
+from . import kernels
 from .base import Experts, ModelShape, Predictor, Probabilities, Step, Weights
+from .calibration import Calibration, share_calibration
 from .context import UNKNOWN_TOKEN, RequestState, TokenContext, TokenMap
 
 Array = NDArray[np.float32]
@@ -34,6 +37,12 @@ _OWN_SHARE_OF_DOUBT = np.float32(0.6)
 """Weight of the request's own frequencies beside neighbours that match, and what it grows by where none does."""
 _OTHER_TOKEN = np.float32(0.01)
 """Weight of a candidate with another token, beside 1 for the same, while no layer has been seen."""
+_LIKELY_SAID = [0, 0.01, 0.07, 0.13, 0.19, 0.25, 0.31, 0.37, 0.43, 0.49, 0.55, 0.61, 0.67, 0.73, 0.79, 0.85, 0.97, 1]
+_LIKELY_USED_AT_START = [0, 0, 0.03, 0.08, 0.16, 0.27, 0.45, 0.59, 0.70, 0.77, 0.83, 0.87, 0.93, 0.96, 0.98, 0.99, 1, 1]
+_LIKELY_USED = [0, 0, 0.03, 0.08, 0.16, 0.27, 0.35, 0.43, 0.51, 0.57, 0.65, 0.73, 0.80, 0.88, 0.94, 0.97, 0.99, 1]
+"""Averages are too timid on both sides: what became of them in traces of gpt-oss-20b, until counted anew."""
+_STEPS_PER_LESSON = 8
+"""Between steps whose outcome is counted."""
 _MAX_REQUESTS = 256
 _OWN_TOKENS = 512
 _OWN_ROOM = 0.25
@@ -128,6 +137,10 @@ class NeighboursPredictor(Predictor):
         super().__init__(shape)
         self._history = history
         self._max_candidates = max_candidates
+        self.calibrations = Calibrations(
+            share_calibration(_LIKELY_SAID, _LIKELY_USED_AT_START), share_calibration(_LIKELY_SAID, _LIKELY_USED)
+        )
+        self._steps = 0
 
     def open(self, embedding: NDArray[np.floating] | None = None) -> RequestState:
         state = super().open(embedding)
@@ -145,7 +158,8 @@ class NeighboursPredictor(Predictor):
         self._history.seek(state.embedding, _MAX_REQUESTS, found)
 
     def begin(self, rows: Sequence[TokenContext]) -> "NeighboursStep":
-        return NeighboursStep(self.shape, rows)
+        self._steps += 1
+        return NeighboursStep(self.shape, rows, self.calibrations, learns=self._steps % _STEPS_PER_LESSON == 0)
 
     def learn(self, row: TokenContext, token_map: TokenMap) -> None:
         assert isinstance(row.state.notes, Candidates)
@@ -155,32 +169,60 @@ class NeighboursPredictor(Predictor):
         self._history.add(trace)
 
 
-class NeighboursStep(Step):
-    """Running matches of the rows, grouped by request: rows of one request share their candidates."""
+class Calibrations(NamedTuple):
+    """What averages over candidates are worth as probabilities."""
 
-    def __init__(self, shape: ModelShape, rows: Sequence[TokenContext]):
+    at_start: Calibration
+    """While no layer has been seen."""
+    afterwards: Calibration
+
+
+class NeighboursStep(Step):
+    """Running matches of the rows, grouped by request: rows of one request share their candidates.
+
+    Args:
+        learns: what is said is compared with what is observed, for the next steps' sake.
+    """
+
+    def __init__(self, shape: ModelShape, rows: Sequence[TokenContext], calibrations: Calibrations, learns: bool):
         members: dict[int, list[int]] = {}
         for index, row in enumerate(rows):
             members.setdefault(id(row.state), []).append(index)
         self._experts = shape.experts
         self._rows = len(rows)
-        self._groups = [_Group(shape, [rows[i] for i in indices], np.array(indices)) for indices in members.values()]
+        self._calibrations = calibrations
+        self._calibration = calibrations.at_start
+        self._learns = learns
+        self._said: dict[int, list[tuple[Calibration, Array]]] = {}
+        self._groups = [
+            _Group(shape, [rows[i] for i in indices], slice(None) if len(members) == 1 else np.array(indices))
+            for indices in members.values()
+        ]
 
     def observe(self, layer: int, experts: Experts, weights: Weights) -> None:
+        if said := self._said.pop(layer, None):
+            used = np.zeros((self._rows, self._experts), bool)
+            np.put_along_axis(used, experts.astype(np.intp), True, axis=1)
+            for calibration, shares in said:
+                calibration.learn(shares, used)
+        self._calibration = self._calibrations.afterwards
         for group in self._groups:
             group.observe(layer, experts[group.indices], weights[group.indices])
 
     def predict(self, layer: int) -> Probabilities:
         probabilities = np.empty((self._rows, self._experts), np.float32)
+        said = np.empty_like(probabilities)
         for group in self._groups:
-            probabilities[group.indices] = group.predict(layer)
+            said[group.indices], probabilities[group.indices] = group.predict(layer, self._calibration.curve)
+        if self._learns:
+            self._said.setdefault(layer, []).append((self._calibration, said))
         return probabilities
 
 
 class _Group:
     """Rows of one request."""
 
-    def __init__(self, shape: ModelShape, rows: list[TokenContext], indices: NDArray[np.int64]):
+    def __init__(self, shape: ModelShape, rows: list[TokenContext], indices: slice | NDArray[np.int64]):
         candidates = rows[0].state.notes
         assert isinstance(candidates, Candidates)
         self.indices, self._experts = indices, shape.experts
@@ -191,46 +233,44 @@ class _Group:
         self._tokens = np.array([row.token for row in rows])
         self._matches = np.zeros((len(rows), self._count), np.float32)
         self._full_match = np.float32(0)
-        self._asked: tuple[Array, Array] | None = None
-        """Shares since the last layer was observed; several layers are asked about then."""
+        self._asked: _Shares | None = None
+        """Since the last layer was observed; several layers are asked about then."""
 
     def observe(self, layer: int, experts: Experts, weights: Weights) -> None:
-        columns = self._candidates.columns(layer)[:, : self._count]
-        roots = np.sqrt(weights.astype(np.float32))
-        self._matches *= _FADING
-        if len(experts) == 1:
-            for expert, root in zip(experts[0], roots[0], strict=True):
-                self._matches[0] += root * columns[expert]
-        else:
-            dense = np.zeros((len(experts), len(columns)), np.float32)
-            np.put_along_axis(dense, experts, roots, axis=1)
-            self._matches += dense @ columns
+        chosen, shares = kernels.as_map(experts, weights)
+        kernels.follow(chosen, np.sqrt(shares), self._candidates.columns(layer), _FADING, self._matches)
         self._full_match = _FADING * self._full_match + 1
         self._asked = None
 
-    def predict(self, layer: int) -> Probabilities:
+    def predict(self, layer: int, curve: Array) -> tuple[Array, Probabilities]:
+        """What is said of the rows, ``[b, E]``, and the same bent by ``curve``."""
+        own = np.ascontiguousarray(self._own[:, layer])
         if not self._count:
-            return self._own[:, layer].copy()
+            return own, own
         self._asked = self._asked or self._shares()
-        shares, best = self._asked
-        experts = self._candidates.experts(layer)[: self._count]
-        uses = [np.bincount(experts.reshape(-1), np.repeat(row, experts.shape[1]), self._experts) for row in shares]
-        average = np.array(uses, np.float32)
-        own_share = _OWN_SHARE + _OWN_SHARE_OF_DOUBT * (1 - best)
-        return average + own_share * (self._own[:, layer] - average)
+        said, probabilities = np.empty_like(own), np.empty_like(own)
+        kernels.vote(
+            self._asked.of_candidates, self._candidates.experts(layer), own, self._asked.own, curve, said, probabilities
+        )
+        return said, probabilities
 
-    def _shares(self) -> tuple[Array, Array]:
-        """Weight of every candidate ``[b, C]``, 1 together; and how well the best of each row matches, of 1."""
+    def _shares(self) -> "_Shares":
         if self._full_match == 0:
             same = (self._tokens[:, None] == self._candidates.tokens) & (self._tokens != UNKNOWN_TOKEN)[:, None]
-            shares, best = np.where(same, np.float32(1), _OTHER_TOKEN), np.ones((len(same), 1), np.float32)
-        else:
-            most = self._matches.max(axis=1, keepdims=True)
-            nearness = self._matches - most
-            nearness *= _SHARPNESS / self._full_match
-            shares, best = np.exp(nearness, out=nearness), most / self._full_match
-        shares /= shares.sum(axis=1, keepdims=True)
-        return shares, best
+            shares = np.where(same, np.float32(1), _OTHER_TOKEN)
+            return _Shares(shares / shares.sum(axis=1, keepdims=True), np.full(len(same), _OWN_SHARE))
+        shares, best = np.empty_like(self._matches), np.empty(len(self._matches), np.float32)
+        kernels.weigh(self._matches, _SHARPNESS / self._full_match, best, shares)
+        return _Shares(shares, _OWN_SHARE + _OWN_SHARE_OF_DOUBT * (1 - best / self._full_match))
+
+
+class _Shares(NamedTuple):
+    """Who is listened to, and how much."""
+
+    of_candidates: Array
+    """``[b, C]``, 1 together."""
+    own: Array
+    """``[b]``: of the request's frequencies beside all candidates."""
 
 
 def parts_of(requests: list[PastRequest], most: int) -> list[tuple[Trace, int]]:

@@ -17,6 +17,7 @@ class ForesightPolicy(EvictionPolicy):
 
     def __init__(self, policy: EvictionPolicy, num_experts: int):
         self._policy = policy
+        self._ranks = np.arange(num_experts)
         self.expected: NDArray[np.float32] = np.zeros(num_experts, np.float32)
         """Per flat id, the probability that the running step will still use it. Written by whoever predicts."""
 
@@ -31,6 +32,8 @@ class ForesightPolicy(EvictionPolicy):
         self._policy.load(experts)
 
     def keep_scores(self, experts: IntArray) -> FloatArray:
-        rank = np.empty(len(experts))
-        rank[np.argsort(self._policy.keep_scores(experts), kind="stable")] = np.arange(len(experts))
-        return rank / max(1, len(experts)) + _FORESIGHT_WEIGHT * self.expected[experts]
+        scores = np.empty(len(experts))
+        scores[self._policy.keep_scores(experts).argsort(kind="stable")] = self._ranks[: len(experts)]
+        scores /= max(1, len(experts))
+        scores += _FORESIGHT_WEIGHT * self.expected[experts]
+        return scores

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ..cache import POLICY_NAMES
 from ..errors import ConfigError
 from ..history.trace import Trace
-from ..predict.fitting import PREDICTOR_NAMES
+from ..predict.names import REPLAY_PREDICTORS
 from .bounds import belady_miss_rate, lru_per_layer_miss_rate, perfect_forecast
 from .forecast import Forecast
 from .parallel import run_all
@@ -29,7 +29,7 @@ class Point(NamedTuple):
     policy: str
     """One of POLICY_NAMES; BELADY and LRU_PER_LAYER where nothing is prefetched and no policy is asked."""
     predictor: str
-    """One of PREDICTOR_NAMES, or PERFECT."""
+    """One of REPLAY_PREDICTORS, or PERFECT."""
     threshold: float
     demand_miss_rate: float
     loads_per_use: float
@@ -40,7 +40,7 @@ def sweep(
     history: Trace | None,
     setup: Setup,
     policies: Sequence[str] = POLICY_NAMES,
-    predictors: Sequence[str] = PREDICTOR_NAMES,
+    predictors: Sequence[str] = REPLAY_PREDICTORS,
     sizes: Sequence[str] = SWEEP_SLOTS,
 ) -> Iterator[list[Point]]:
     """Replay every combination on a sample of whole requests, ``setup.frontier_tokens`` long.
