@@ -43,6 +43,21 @@ def _compiled(signature: str) -> Callable[[Callable[..., None]], Callable[..., N
     return compile_function
 
 
+@_compiled("void(i8[:,:,::1], f4[:,:,::1], i8[::1], i8[:,:,::1], f4[:,:,::1])")
+def lay_out(maps, roots, places, experts, columns):  # type: ignore[no-untyped-def]
+    """Put candidates with ``maps`` ``[n, L, K]`` and ``roots`` of their weights into ``experts`` ``[L, C, K]`` and
+    ``columns`` ``[L, E, C]`` at ``places`` ``[n]``, instead of who was there.
+    """
+    top_k = maps.shape[2]
+    for n in range(maps.shape[0]):
+        for layer in range(maps.shape[1]):
+            for k in range(top_k):
+                columns[layer, experts[layer, places[n], k], places[n]] = 0
+            for k in range(top_k):
+                experts[layer, places[n], k] = maps[n, layer, k]
+                columns[layer, maps[n, layer, k], places[n]] = roots[n, layer, k]
+
+
 @_compiled("void(i8[:,::1], f4[:,::1], f4[:,::1], f4[:,::1])")
 def add_map(experts, weights, rows, state):  # type: ignore[no-untyped-def]
     """Add a layer's map ``[B, K]`` to the running ``state`` ``[B, S]``.

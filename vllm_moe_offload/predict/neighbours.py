@@ -13,7 +13,7 @@ Matches of earlier layers fade.
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -70,7 +70,6 @@ class Candidates:
         self._columns = np.zeros((shape.layers, shape.experts, self._others + room), np.float32)
         self._experts = np.zeros((shape.layers, self._others + room, shape.top_k), np.intp)
         self._laid_out = np.zeros(shape.layers, bool)
-        self._layers = np.arange(shape.layers)[:, None]
         self.own = deque(own, room)
         """The request's latest tokens and their maps, oldest first."""
         self._added, self._own_laid_out = len(self.own), 0
@@ -96,15 +95,12 @@ class Candidates:
         """Lay out what was added, and say how many candidates there are now: the first so many columns."""
         fresh = min(self._added - self._own_laid_out, len(self.own))
         if fresh:
-            latest = [self.own[i] for i in range(-fresh, 0)]
-            experts = np.stack([token_map.experts for _, token_map in latest], axis=2)
-            weights = np.stack([token_map.weights for _, token_map in latest], axis=2)
+            tokens, maps = zip(*islice(self.own, len(self.own) - fresh, None), strict=True)
+            experts = np.array([one.experts for one in maps], np.int64)
+            roots = np.sqrt(np.array([one.weights for one in maps], np.float32))
             places = self._others + np.arange(self._added - fresh, self._added) % self._room
-            if self._added > self._room:
-                self._columns[:, :, places] = 0
-            self._columns[self._layers[:, :, None], experts, places] = np.sqrt(weights, dtype=np.float32)
-            self._experts[:, places] = experts.transpose(0, 2, 1)
-            self._tokens[places] = [token for token, _ in latest]
+            kernels.lay_out(experts, roots, places, self._experts, self._columns)
+            self._tokens[places] = tokens
             self._own_laid_out = self._added
         return self._others + len(self.own)
 

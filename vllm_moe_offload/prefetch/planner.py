@@ -64,10 +64,10 @@ class Planner:
         if phase is Phase.PREFILL and outlook.probabilities.mean() >= _WHOLE_LAYER_SHARE:
             return np.flatnonzero(outlook.absent)
         least = self._least_probability(outlook.layers_ahead, queue_seconds, restraint.caution)
-        likely = np.flatnonzero((outlook.probabilities > least) & outlook.absent)
-        if not len(likely):
-            return _NONE
-        ranked = likely[np.argsort(-outlook.probabilities[likely], kind="stable")]
+        likely = ((outlook.probabilities > least) & outlook.absent).nonzero()[0]
+        if len(likely) <= 1:
+            return likely
+        ranked = likely[(-outlook.probabilities[likely]).argsort(kind="stable")]
         load = self.estimates.load_seconds
         for place, probability in enumerate(outlook.probabilities[ranked].tolist()):
             ahead = queue_seconds + load * place
