@@ -44,10 +44,9 @@ def token_maps(trace):
 def run(predictor, trace, state):
     """Let ``trace`` pass as a request of one token per step."""
     for token, token_map in zip(trace.tokens.tolist(), token_maps(trace), strict=True):
-        context = state.context(token)
-        predictor.begin([context])
+        predictor.begin([state.context(token)])
         state.advance(token, token_map)
-        predictor.learn(context, token_map)
+        predictor.learn(state, token, token_map)
 
 
 def passed(predictor, state, trace, row, layers):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .base import EvictionPolicy, FloatArray, IntArray
+from .base import EvictionPolicy, IntArray
 
 ABSENT = -1
 FREE = -1
@@ -142,7 +142,6 @@ class ExpertCache:
     def admit(
         self,
         experts: IntArray,
-        bias: FloatArray | None = None,
         protect: IntArray | None = None,
     ) -> Acquisition:
         """Give slots to ``experts`` (distinct) on a guess, pinning them while they are loaded.
@@ -152,19 +151,18 @@ class ExpertCache:
         touched.
 
         Args:
-            bias: added to the keep score of every expert, float64 ``[N]``; what is about to be used can be guarded so.
             protect: flat ids that must stay.
         """
         slots = self.slot_of[experts]
         absent = (slots == ABSENT).nonzero()[0]
         missing = np.asarray(experts, dtype=np.int64)[absent]
         if len(missing) == len(slots) and protect is None:
-            taken = self._cheapest_slots(missing, bias)
+            taken = self._cheapest_slots(missing)
         else:
             guarded = slots if protect is None else np.concatenate([slots, self.slot_of[protect]])
             guarded = np.unique(guarded[guarded != ABSENT])
             self.pins[guarded] += 1
-            taken = self._cheapest_slots(missing, bias)
+            taken = self._cheapest_slots(missing)
             self.pins[guarded] -= 1
 
         placed = absent[: len(taken)]
@@ -229,7 +227,7 @@ class ExpertCache:
         retired = list(self.retired)
         assert (self.expert_of[retired] != FREE).all() and not self.pins[retired].any(), "a retired slot is in use"
 
-    def _cheapest_slots(self, experts: NDArray[np.int64], bias: FloatArray | None = None) -> NDArray[np.int32]:
+    def _cheapest_slots(self, experts: NDArray[np.int64]) -> NDArray[np.int32]:
         """Unpinned slots for up to all of ``experts`` (absent ones), in their order.
 
         Free ones first, then those retired, then the least worth keeping.
@@ -238,7 +236,7 @@ class ExpertCache:
         wanted = len(experts) - len(free)
         unpinned = (slot for slot in self.retired if self.pins[slot] == 0)
         retired = list(islice(unpinned, wanted))
-        least = self._least_worth(wanted - len(retired), bias)
+        least = self._least_worth(wanted - len(retired))
         return np.concatenate([free, retired, least], dtype=np.int32, casting="unsafe")
 
     def _free_slots(self, experts: NDArray[np.int64]) -> NDArray[np.integer]:
@@ -256,7 +254,7 @@ class ExpertCache:
             taken[elsewhere] = np.flatnonzero(free)[: np.count_nonzero(elsewhere)]
         return taken
 
-    def _least_worth(self, count: int, bias: FloatArray | None = None) -> NDArray[np.integer]:
+    def _least_worth(self, count: int) -> NDArray[np.integer]:
         """Up to ``count`` slots that are neither free nor pinned nor retired."""
         if count <= 0:
             return _NO_SLOTS
@@ -269,8 +267,6 @@ class ExpertCache:
             return candidates
         residents = self.expert_of[candidates]
         scores = self.policy.keep_scores(residents)
-        if bias is not None:
-            scores = scores + bias[residents]
         scores[self.transient[candidates]] = -np.inf
         return candidates[scores.argpartition(count - 1)[:count]]
 

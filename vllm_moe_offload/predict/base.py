@@ -68,8 +68,8 @@ class Predictor(ABC):
     def begin(self, rows: Sequence[TokenContext]) -> Step:
         """A forward pass over these rows starts. ``rows`` come from ``RequestState.context``, one per token."""
 
-    def learn(self, row: TokenContext, token_map: TokenMap) -> None:  # noqa: B027 - most predictors learn elsewhere
-        """``row`` has run through all layers. Called off the critical path, after ``RequestState.advance``."""
+    def learn(self, state: RequestState, token: int, token_map: TokenMap) -> None:  # noqa: B027 - most learn elsewhere
+        """A ``token`` of a request has run through all layers, and ``state`` has advanced past it."""
 
     def close(self, state: RequestState, trace: Trace) -> None:  # noqa: B027 - most predictors learn elsewhere
         """A request ended; ``trace`` holds its tokens' maps. Predictors with a store of their own remember it here."""

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from ..history.trace import Trace
 from .base import Experts, ModelShape, Predictor, Probabilities, Step, Weights
-from .context import UNKNOWN_TOKEN, TokenContext, TokenMap
+from .context import UNKNOWN_TOKEN, RequestState, TokenContext, TokenMap
 
 _CAPACITY = 1000
 _PREFETCH_DISTANCE = 3
@@ -49,8 +49,8 @@ class FineMoEPredictor(Predictor):
         for token, experts, weights in zip(tokens, trace.experts, trace.weights, strict=True):
             self.insert(int(token), TokenMap(experts, weights))
 
-    def learn(self, row: TokenContext, token_map: TokenMap) -> None:
-        self.insert(row.token, token_map)
+    def learn(self, state: RequestState, token: int, token_map: TokenMap) -> None:
+        self.insert(token, token_map)
 
     def insert(self, token: int, token_map: TokenMap) -> None:
         """Store the map of one iteration."""

@@ -101,9 +101,9 @@ class HistoryPredictor(Predictor):
             return _YoungStep(at_start, self._neighbours.begin(rows))
         return at_start
 
-    def learn(self, row: TokenContext, token_map: TokenMap) -> None:
+    def learn(self, state: RequestState, token: int, token_map: TokenMap) -> None:
         if self.learns_from_each_token:
-            self._neighbours.learn(row, token_map)
+            self._neighbours.learn(state, token, token_map)
 
     def close(self, state: RequestState, trace: Trace) -> None:
         with self._lock:

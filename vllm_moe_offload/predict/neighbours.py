@@ -157,9 +157,9 @@ class NeighboursPredictor(Predictor):
         self._steps += 1
         return NeighboursStep(self.shape, rows, self.calibrations, learns=self._steps % _STEPS_PER_LESSON == 0)
 
-    def learn(self, row: TokenContext, token_map: TokenMap) -> None:
-        assert isinstance(row.state.notes, Candidates)
-        row.state.notes.add(row.token, token_map)
+    def learn(self, state: RequestState, token: int, token_map: TokenMap) -> None:
+        assert isinstance(state.notes, Candidates)
+        state.notes.add(token, token_map)
 
     def close(self, state: RequestState, trace: Trace) -> None:
         self._history.add(trace)

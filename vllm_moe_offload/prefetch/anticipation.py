@@ -58,9 +58,7 @@ class Anticipation:
         self._trials = {phase: Trials() for phase in Phase}
         self._chunk_share = estimates.chunk_seconds / estimates.load_seconds
         self._states: dict[str, RequestState] = {}
-        self._rows: Sequence[RequestRows] = ()
         self._num_rows = 0
-        self._contexts: dict[str, Sequence[TokenContext]] = {}
         self._step: Step | None = None
         self._phase = Phase.DECODE
         self._layer = -1
@@ -81,7 +79,7 @@ class Anticipation:
     def begin_step(self, rows: Sequence[RequestRows], embeddings: Mapping[str, NDArray[np.float32]]) -> None:
         """The forward pass over ``rows`` starts. ``embeddings``: of requests, where known."""
         self._step_began = began = self._clock()
-        self._step, self._layer, self._rows = None, -1, rows
+        self._step, self._layer = None, -1
         self._thinking = self._step_stalled = self._stalled = 0.0
         self._phase = Phase.PREFILL if any(part.is_prefill for part in rows) else Phase.DECODE
         for part in rows:
@@ -91,10 +89,8 @@ class Anticipation:
         self.planner.begin_step(self._phase)
         predicts = self._is_small and self._trials[self._phase].begin_step(self._num_rows)
         predicts = predicts and not self.planner.is_off(self._phase)
-        if predicts or self.predictor.learns_from_each_token:
-            self._contexts = {part.request: self._context(part) for part in rows}
         if predicts:
-            self._step = self.predictor.begin([row for part in rows for row in self._contexts[part.request]])
+            self._step = self.predictor.begin([row for part in rows for row in self._contexts(part)])
             self._look_from(-1)
             self._thinking = self._clock() - began
 
@@ -134,7 +130,7 @@ class Anticipation:
             state = self._states.get(part.rows.request)
             if state is not None and len(part.tokens):
                 self._remember(state, part)
-        self._step, self._rows, self._num_rows, self._contexts = None, (), 0, {}
+        self._step, self._num_rows = None, 0
 
     def close(self, request: str) -> RequestState | None:
         """A request has ended. Returns what was known of it."""
@@ -191,7 +187,7 @@ class Anticipation:
             self._ask_seconds += 0.05 * (now - began - self._ask_seconds)
             began = now
 
-    def _context(self, part: RequestRows) -> Sequence[TokenContext]:
+    def _contexts(self, part: RequestRows) -> Sequence[TokenContext]:
         state = self._states[part.request]
         if len(part.tokens) == 1:
             return [state.context(int(part.tokens[0]))]
@@ -209,6 +205,5 @@ class Anticipation:
         for token, token_map in zip(tokens[early:], maps[early:], strict=True):
             state.advance(token, token_map)
         if self.predictor.learns_from_each_token:
-            skipped = len(part.rows.tokens) - part.rows.drafts - len(maps)
-            for context, token_map in zip(self._contexts[part.rows.request][skipped:], maps, strict=False):
-                self.predictor.learn(context, token_map)
+            for token, token_map in zip(tokens, maps, strict=True):
+                self.predictor.learn(state, token, token_map)

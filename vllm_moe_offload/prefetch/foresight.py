@@ -32,8 +32,11 @@ class ForesightPolicy(EvictionPolicy):
         self._policy.load(experts)
 
     def keep_scores(self, experts: IntArray) -> FloatArray:
+        worth = self._policy.keep_scores(experts)
+        if not self.expected.any():
+            return worth
         scores = np.empty(len(experts))
-        scores[self._policy.keep_scores(experts).argsort(kind="stable")] = self._ranks[: len(experts)]
+        scores[worth.argsort(kind="stable")] = self._ranks[: len(experts)]
         scores /= max(1, len(experts))
         scores += _FORESIGHT_WEIGHT * self.expected[experts]
         return scores

@@ -69,8 +69,8 @@ def _chunks(predictor: Predictor, request: Trace) -> Iterator[tuple[slice, list[
                 contexts.append(state.context(int(tokens[row])))
                 state.advance(int(tokens[row]), maps[row])
         yield rows, contexts
-        for row, context in zip(range(rows.start, rows.stop), contexts, strict=True):
-            predictor.learn(context, maps[row])
+        for row in range(rows.start, rows.stop):
+            predictor.learn(state, int(tokens[row]), maps[row])
     predictor.close(state, request)
 
 
