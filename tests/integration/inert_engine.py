@@ -39,6 +39,7 @@ def main(model: str, arguments: str, plugin: str) -> None:
         "hash": config.compute_hash(),
         "additional_config": config.additional_config,
         "loaded": "vllm_moe_offload.plugin" in sys.modules,
+        "compiler": "numba" in sys.modules,
     }
     print("\n" + json.dumps(answer), file=sys.stderr)
 

@@ -22,10 +22,10 @@ from ..store.root import StoreRoot
 from .hosting import another_rank_foretells, attach_to_daemon, daemon_socket
 from .kernel import attach_slots
 from .report import StatsReport
-from .watching import Layers, Watch, watch_if_possible
 
 if TYPE_CHECKING:
     from .method import OffloadedMoEMethod
+    from .watching import Layers, Watch
 
 logger = init_logger("vllm.moe_offload")
 
@@ -36,7 +36,7 @@ SPARE_SHARE = 0.9
 class ServedModel:
     """Gives every layer its slots, and answers for the runtime to the rest of the integration."""
 
-    def __init__(self, vllm_config: Any, config: OffloadConfig, model: torch.nn.Module, store: Store, layers: Layers):
+    def __init__(self, vllm_config: Any, config: OffloadConfig, model: torch.nn.Module, store: Store, layers: "Layers"):
         self._vllm_config = vllm_config
         self._check_layers(store, layers)
         needs = _needs(store, layers)
@@ -70,6 +70,8 @@ class ServedModel:
         if self._daemon is not None and another_rank_foretells(vllm_config):
             config = config.model_copy(update={"predictor": "none"})
         if config.trace is not None or config.predictor != "none":
+            from .watching import watch_if_possible  # brings a compiler along, which nobody else needs
+
             socket = None if self._daemon is None else daemon_socket(config)
             self._watch = watch_if_possible(vllm_config, config, model, layers, self.runtime, io_cpus, socket)
         self._report = StatsReport(self.runtime)
@@ -202,7 +204,7 @@ class ServedModel:
         kept = "half of it for" if kv_cache is None else f"{_gib(kv_cache)} GiB for"
         return max(chosen, 0), f" (auto: {_gib(spare)} GiB to spare, {kept} the KV cache)"
 
-    def _check_layers(self, store: Store, layers: Layers) -> None:
+    def _check_layers(self, store: Store, layers: "Layers") -> None:
         stored = [entry.name for entry in store.layers]
         if set(stored) != set(layers):
             raise StoreError(f"store {store.path} has the layers {stored}, this model has {list(layers)}")
@@ -217,7 +219,7 @@ class ServedModel:
         }
 
 
-def _needs(store: Store, layers: Layers) -> dict[RecordLayout, LayoutNeeds]:
+def _needs(store: Store, layers: "Layers") -> dict[RecordLayout, LayoutNeeds]:
     """What each record layout asks of its pool."""
     needs: dict[RecordLayout, LayoutNeeds] = {}
     for entry in store.layers:

@@ -1,7 +1,7 @@
 """What predictors do between two layers of a step, compiled: a layer takes a millisecond, so microseconds count.
 
 In numpy each of these is a dozen calls, which the model's own work pushes out of the processor's caches between one
-layer and the next. All arrays are C-contiguous; integers are int64, numbers float32. Results go into the last argument.
+layer and the next. All arrays are C-contiguous, of int64 or float32. Results go into the last arguments.
 """
 
 from collections.abc import Callable
