@@ -129,3 +129,13 @@ def test_what_is_said_stays_a_probability_where_rounding_leaves_the_unit_interva
 def test_vllm_can_look_through_every_object_of_every_module():
     """Its CPU worker does so when it starts; llvmlite's library would answer with a function (see ``kernels``)."""
     assert isinstance(vars(llvmlite.binding.ffi.lib), dict)
+
+
+@pytest.mark.parametrize("stranger", [-1, EXPERTS])
+def test_experts_that_do_not_exist_are_refused_and_not_read(stranger):
+    experts, weights = np.array([[0, stranger]]), np.ones((1, 2), np.float32)
+    with pytest.raises(IndexError, match="expert"):
+        kernels.add_map(experts, weights, np.ones((EXPERTS, 2), np.float32), np.zeros((1, 1), np.float32))
+    with pytest.raises(IndexError, match="expert"):
+        columns = np.ones((EXPERTS, 3), np.float32)
+        kernels.follow(experts, weights, columns, np.float32(1), np.zeros((1, 3), np.float32))

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 _FAST = {"reassoc", "contract", "nsz"}
 """Sums may be taken in any order; infinities and NaN stay what they are."""
+_UNKNOWN_EXPERT = "an expert's number is not one of the layer's"
 _FARTHEST = np.float32(-16.0)
 """A candidate whose share would be less than e to this of the best one's counts as nothing."""
 
@@ -53,6 +54,8 @@ def lay_out(maps, roots, places, experts, columns):  # type: ignore[no-untyped-d
         for layer in range(maps.shape[1]):
             for k in range(top_k):
                 columns[layer, experts[layer, places[n], k], places[n]] = 0
+                if not 0 <= maps[n, layer, k] < columns.shape[1]:
+                    raise IndexError(_UNKNOWN_EXPERT)
             for k in range(top_k):
                 experts[layer, places[n], k] = maps[n, layer, k]
                 columns[layer, maps[n, layer, k], places[n]] = roots[n, layer, k]
@@ -67,7 +70,10 @@ def add_map(experts, weights, rows, state):  # type: ignore[no-untyped-def]
     top_k, width = experts.shape[1], state.shape[1]
     for b in range(state.shape[0]):
         for k in range(top_k):
-            row, weight = rows[experts[b, k]], weights[b, k] * np.float32(top_k)
+            expert = experts[b, k]
+            if not 0 <= expert < rows.shape[0]:
+                raise IndexError(_UNKNOWN_EXPERT)
+            row, weight = rows[expert], weights[b, k] * np.float32(top_k)
             for i in range(width):
                 state[b, i] += row[i] + weight * row[width + i]
 
@@ -93,7 +99,10 @@ def add_context(  # type: ignore[no-untyped-def]
             if at < 0 or at >= layers or maps[b, 0, 0] < 0:
                 continue
             for k in range(top_k):
-                row, weight = rows[place, maps[b, at, k]], weights[b, at, k] * np.float32(top_k)
+                expert = maps[b, at, k]
+                if not 0 <= expert < rows.shape[1]:
+                    raise IndexError(_UNKNOWN_EXPERT)
+                row, weight = rows[place, expert], weights[b, at, k] * np.float32(top_k)
                 for i in range(width):
                     hidden[b, i] += row[i] + weight * row[width + i]
         for e in range(frequency.shape[2]):
@@ -135,7 +144,10 @@ def follow(experts, roots, columns, fading, matches):  # type: ignore[no-untyped
         for c in range(count):
             matches[b, c] *= fading
         for k in range(experts.shape[1]):
-            column, root = columns[experts[b, k]], roots[b, k]
+            expert = experts[b, k]
+            if not 0 <= expert < columns.shape[0]:
+                raise IndexError(_UNKNOWN_EXPERT)
+            column, root = columns[expert], roots[b, k]
             for c in range(count):
                 matches[b, c] += root * column[c]
 
