@@ -156,14 +156,11 @@ class ExpertCache:
         slots = self.slot_of[experts]
         absent = (slots == ABSENT).nonzero()[0]
         missing = np.asarray(experts, dtype=np.int64)[absent]
-        if len(missing) == len(slots) and protect is None:
-            taken = self._cheapest_slots(missing)
-        else:
-            guarded = slots if protect is None else np.concatenate([slots, self.slot_of[protect]])
-            guarded = np.unique(guarded[guarded != ABSENT])
-            self.pins[guarded] += 1
-            taken = self._cheapest_slots(missing)
-            self.pins[guarded] -= 1
+        guarded = slots if protect is None else np.union1d(slots, self.slot_of[protect])
+        guarded = guarded[guarded != ABSENT]
+        self.pins[guarded] += 1
+        taken = self._cheapest_slots(missing)
+        self.pins[guarded] -= 1
 
         placed = absent[: len(taken)]
         missing = missing[: len(taken)]

@@ -2,19 +2,10 @@
 
 from ..history.store import HistoryStore
 from ..predict.base import ModelShape, Predictor
-from ..predict.coactivation import CoactivationPredictor
-from ..predict.finemoe import FineMoEPredictor
-from ..predict.frequency import FrequencyPredictor
+from ..predict.fitting import FITTED
 from ..predict.history import HistoryPredictor
-from ..predict.moe_infinity import MoEInfinityPredictor
 from ..predict.token_vectors import LearnedVectors, TokenVectors
 
-_FITTED = {
-    "finemoe": FineMoEPredictor,
-    "moe-infinity": MoEInfinityPredictor,
-    "coactivation": CoactivationPredictor,
-    "frequency": FrequencyPredictor,
-}
 MAX_CANDIDATES = 1000
 """Neighbours only bridge the time until heads have been learned; more of them would slow the layers down."""
 _FIT_TOKENS = 20_000
@@ -31,7 +22,7 @@ def create_predictor(name: str, shape: ModelShape, history: HistoryStore, vector
     if name == "history":
         make_vectors = (lambda: vectors) if vectors is not None else LearnedVectors
         return HistoryPredictor(shape, history, make_vectors, max_candidates=MAX_CANDIDATES)
-    predictor = _FITTED[name](shape)
+    predictor = FITTED[name](shape)
     latest, tokens = [], 0
     for past in reversed(history.requests):
         if tokens >= _FIT_TOKENS:

@@ -44,6 +44,27 @@ class Calibration:
         self.curve = rising.astype(np.float32)
 
 
+class Lessons:
+    """What a step has said of the layers ahead, until these show what was true."""
+
+    def __init__(self, experts: int):
+        """``experts``: of a layer."""
+        self._experts = experts
+        self._waiting: dict[int, list[tuple[Calibration, Numbers]]] = {}
+
+    def await_truth(self, layer: int, calibration: Calibration, scores: Numbers) -> None:
+        """``calibration`` is to learn what becomes of these ``scores`` ``[B, E]``."""
+        self._waiting.setdefault(layer, []).append((calibration, scores))
+
+    def learn(self, layer: int, experts: NDArray[np.integer]) -> None:
+        """``layer`` has chosen ``experts`` ``[B, K]``."""
+        if waiting := self._waiting.pop(layer, None):
+            used = np.zeros((len(experts), self._experts), bool)
+            np.put_along_axis(used, experts.astype(np.intp), True, axis=1)
+            for calibration, scores in waiting:
+                calibration.learn(scores, used)
+
+
 _MARGINS = 6 * np.sinh(np.linspace(-3, 3, 25)) / np.sinh(3)
 """Densest around zero, where the choice falls."""
 _SHARES = np.linspace(0, 1, 33) ** 2

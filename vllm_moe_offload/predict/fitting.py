@@ -12,12 +12,13 @@ from .names import REPLAY_PREDICTORS
 from .neighbours import NeighboursPredictor
 from .none import NonePredictor
 
-_FITTED = {
+FITTED = {
     "finemoe": FineMoEPredictor,
     "moe-infinity": MoEInfinityPredictor,
     "coactivation": CoactivationPredictor,
     "frequency": FrequencyPredictor,
 }
+"""Predictors that learn all they know from a trace."""
 
 
 def fit_predictor(name: str, shape: ModelShape, history: HistoryStore) -> Predictor:
@@ -39,8 +40,8 @@ def fit_predictor(name: str, shape: ModelShape, history: HistoryStore) -> Predic
         return predictor
     if name == "gate":
         raise ConfigError("predictor: 'gate' reads hidden states, which no trace holds; it works in the engine only")
-    if name not in _FITTED:
+    if name not in FITTED:
         raise ConfigError(f"predictor: {name!r} is unknown; choose one of {', '.join(REPLAY_PREDICTORS)}")
-    fitted = _FITTED[name](shape)
+    fitted = FITTED[name](shape)
     fitted.fit(history.to_trace())
     return fitted

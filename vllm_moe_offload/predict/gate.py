@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from .base import Experts, ModelShape, Predictor, Probabilities, Step, Weights
-from .calibration import Calibration, margin_calibration
+from .calibration import Calibration, Lessons, margin_calibration
 from .context import TokenContext
 from .routers import Array, Router
 
@@ -55,14 +55,10 @@ class GateStep(Step):
         self._predictor, self._rows = predictor, rows
         self._layer = -1
         self._hidden: Array | None = None
-        self._said: dict[int, list[tuple[int, Array]]] = {}
+        self._lessons = Lessons(predictor.shape.experts)
 
     def observe(self, layer: int, experts: Experts, weights: Weights) -> None:
-        if said := self._said.pop(layer, None):
-            used = np.zeros(said[0][1].shape, bool)
-            np.put_along_axis(used, experts, True, axis=1)
-            for distance, margins in said:
-                self._predictor.calibration(layer, distance).learn(margins, used)
+        self._lessons.learn(layer, experts)
         self._layer = layer
         self._hidden = self._predictor.hidden()[: self._rows]
 
@@ -71,7 +67,7 @@ class GateStep(Step):
         shape = self._predictor.shape
         if self._hidden is None:
             return np.full((self._rows, shape.experts), shape.top_k / shape.experts, np.float32)
-        distance = layer - self._layer
+        calibration = self._predictor.calibration(layer, layer - self._layer)
         margins = self._predictor.routers[layer].margins(self._hidden, shape.top_k)
-        self._said.setdefault(layer, []).append((distance, margins))
-        return self._predictor.calibration(layer, distance).probabilities(margins)
+        self._lessons.await_truth(layer, calibration, margins)
+        return calibration.probabilities(margins)

@@ -23,7 +23,7 @@ from ..history.store import HistoryStore, PastRequest
 from ..history.trace import Trace
 from . import kernels
 from .base import Experts, ModelShape, Predictor, Probabilities, Step, Weights
-from .calibration import Calibration, share_calibration
+from .calibration import Calibration, Lessons, share_calibration
 from .context import UNKNOWN_TOKEN, RequestState, TokenContext, TokenMap
 
 Array = NDArray[np.float32]
@@ -189,18 +189,14 @@ class NeighboursStep(Step):
         self._calibrations = calibrations
         self._calibration = calibrations.at_start
         self._learns = learns
-        self._said: dict[int, list[tuple[Calibration, Array]]] = {}
+        self._lessons = Lessons(shape.experts)
         self._groups = [
             _Group(shape, [rows[i] for i in indices], slice(None) if len(members) == 1 else np.array(indices))
             for indices in members.values()
         ]
 
     def observe(self, layer: int, experts: Experts, weights: Weights) -> None:
-        if said := self._said.pop(layer, None):
-            used = np.zeros((self._rows, self._experts), bool)
-            np.put_along_axis(used, experts.astype(np.intp), True, axis=1)
-            for calibration, shares in said:
-                calibration.learn(shares, used)
+        self._lessons.learn(layer, experts)
         self._calibration = self._calibrations.afterwards
         for group in self._groups:
             group.observe(layer, experts[group.indices], weights[group.indices])
@@ -211,7 +207,7 @@ class NeighboursStep(Step):
         for group in self._groups:
             said[group.indices], probabilities[group.indices] = group.predict(layer, self._calibration.curve)
         if self._learns:
-            self._said.setdefault(layer, []).append((self._calibration, said))
+            self._lessons.await_truth(layer, self._calibration, said)
         return probabilities
 
 
@@ -221,7 +217,7 @@ class _Group:
     def __init__(self, shape: ModelShape, rows: list[TokenContext], indices: slice | NDArray[np.int64]):
         candidates = rows[0].state.notes
         assert isinstance(candidates, Candidates)
-        self.indices, self._experts = indices, shape.experts
+        self.indices = indices
         self._candidates, self._count = candidates, candidates.count()
         frequency = np.stack([row.frequency for row in rows])
         unearned = 1 - frequency.sum(axis=2, keepdims=True) / shape.top_k
