@@ -3,7 +3,7 @@
 import contextlib
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import overload
 
@@ -41,6 +41,8 @@ from .protocol import (
 
 MAX_FDS = 64
 """With one reply: two per pool of a model."""
+LOOK_SECONDS = 5.0
+"""Between two looks at whether an answer that may take long is still on its way."""
 
 _REPLIES: dict[type, type] = {
     Hello: Welcome,
@@ -117,7 +119,7 @@ class Connection:
     @overload
     def request(self, message: Hello) -> Welcome: ...
     @overload
-    def request(self, message: Attach) -> Attached: ...
+    def request(self, message: Attach, *, goes_on: Callable[[], None] | None = None) -> Attached: ...
     @overload
     def request(self, message: Demand) -> Supplied: ...
     @overload
@@ -133,15 +135,19 @@ class Connection:
     @overload
     def request(self, message: Stop) -> Stopping: ...
 
-    def request(self, message: Request, fds: Sequence[int] = ()) -> Reply:
+    def request(self, message: Request, fds: Sequence[int] = (), *, goes_on: Callable[[], None] | None = None) -> Reply:
         """Send a message, with descriptors that stay ours, and wait for its reply.
+
+        Args:
+            goes_on: called every few seconds for as long as no reply comes, however long that takes; what it raises
+                ends the waiting and the connection.
 
         Raises:
             RefusedError: the daemon says no. It may have closed the connection, which the next request would find.
             DaemonGoneError: there was no (sensible) reply in time. The connection is closed.
         """
         with self._asking:
-            reply = self._exchange(message, fds)
+            reply = self._exchange(message, fds, goes_on)
             if isinstance(reply, Refused):
                 raise RefusedError(f"{self._name} refuses: {reply.reason}")
             if reply is None or type(reply) is not _REPLIES[type(message)]:
@@ -173,11 +179,13 @@ class Connection:
         with self._asking, self._sending:
             self._frames.close()
 
-    def _exchange(self, message: Request, fds: Sequence[int]) -> Reply | None:
+    def _exchange(self, message: Request, fds: Sequence[int], goes_on: Callable[[], None] | None) -> Reply | None:
         try:
             # Who closed the connection may have said why before; reading on finds it.
             with contextlib.suppress(ConnectionError):
                 self._send(message, fds)
+            while goes_on is not None and not self._frames.comes_within(LOOK_SECONDS):
+                goes_on()
             return self._frames.receive()
         except (PeerError, OSError) as error:
             raise self._gone(_reason(error)) from None

@@ -2,12 +2,18 @@
 
 import os
 import select
+import threading
 
 
 class Death:
-    """Of the process with this pid; 0 for one that cannot be seen, which is never known to be dead."""
+    """Of the process with this pid; 0 for one that cannot be seen, which is never known to be dead.
+
+    Any thread may ask, also while another closes it.
+    """
 
     def __init__(self, pid: int):
+        self._lock = threading.Lock()
+        """Held while the descriptor is in use: a closed one may stand for something else."""
         self._fd = -1
         if pid > 0:
             try:
@@ -16,15 +22,17 @@ class Death:
                 self._fd = -1
 
     def known(self, within_seconds: float = 0.0) -> bool:
-        """Whether it has died, waiting for that a little."""
-        if self._fd < 0:
-            return False
-        watcher = select.poll()
-        watcher.register(self._fd, select.POLLIN)
-        return bool(watcher.poll(within_seconds * 1000))
+        """Whether it has died, waiting for that a little. False once closed."""
+        with self._lock:
+            if self._fd < 0:
+                return False
+            watcher = select.poll()
+            watcher.register(self._fd, select.POLLIN)
+            return bool(watcher.poll(within_seconds * 1000))
 
     def close(self) -> None:
         """Look no more. Idempotent."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        with self._lock:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1

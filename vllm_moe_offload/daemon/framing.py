@@ -123,6 +123,15 @@ class FramedSocket(Generic[M]):
             if len(self._buffer) > BUFFER_BYTES:
                 self._compact(BUFFER_BYTES)
 
+    def comes_within(self, seconds: float) -> bool:
+        """Whether ``receive`` has something to look at before so much time is over: a message, a part of one, or the
+        end of the connection."""
+        if self._start < self._end:
+            return True
+        readable = select.poll()
+        readable.register(self._peer, select.POLLIN)
+        return bool(readable.poll(seconds * 1000))
+
     def take_fds(self) -> list[int]:
         """The descriptors that came with the message received last; they are the caller's now."""
         taken, self.fds = self.fds, []

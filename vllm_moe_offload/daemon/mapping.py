@@ -131,6 +131,7 @@ class Mapping:
 
         Raises:
             PeerMemoryError: as in ``attach``; the mapping is as before.
+            ConfigError: the system refuses the mapping, and may have removed the one before.
         """
         try:
             check_descriptor(fd, self.size)
@@ -138,6 +139,9 @@ class Mapping:
         except PermissionError as error:
             os.close(fd)
             raise PeerMemoryError(f"descriptor {fd} is not open for reading") from error
+        except OSError as error:
+            os.close(fd)
+            raise _no_room("memory of a peer", self.size, error) from error
         except PeerMemoryError:
             os.close(fd)
             raise

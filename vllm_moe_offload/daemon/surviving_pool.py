@@ -1,4 +1,7 @@
-"""A pool that outlives the daemon: it asks the one behind it, and another when the daemon is gone."""
+"""A pool that outlives the daemon: it asks the one behind it, and another when the daemon is gone.
+
+It alone maps other memory over the pool's slots, and must never do so while a read may still be copying into them.
+"""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,15 +28,29 @@ class SurvivingPool(SlotPool):
     """
 
     def __init__(self, memory: Arena, behind: SlotPool, fail_over: Callable[[OffloadError], None]):
-        self.memory = memory
+        self.memory: Arena = memory
         self.experts = behind.experts
         self.behind = behind
         self._fail_over = fail_over
         self._foresees = False
 
-    def exchange(self, behind: SlotPool) -> None:
-        """From now on ``behind`` serves. Nothing may be held."""
+    def share(self, fd: int, behind: SlotPool) -> None:
+        """Show the memory of a daemon, from which ``behind`` serves. Takes ``fd`` over. Nothing may be held.
+
+        Raises:
+            OffloadError: the memory cannot be mapped; nothing can be served before ``keep``.
+        """
         self.behind.close()
+        self.memory.mapping.replace(fd)
+        self._exchange(behind)
+
+    def keep(self, behind: SlotPool) -> None:
+        """The memory shown becomes this process's own, and ``behind`` serves from it. Nothing may be held."""
+        self.behind.close()
+        self.memory.mapping.become_private()
+        self._exchange(behind)
+
+    def _exchange(self, behind: SlotPool) -> None:
         self.behind = behind
         if self._foresees:
             behind.foresee()

@@ -1,0 +1,134 @@
+"""A worker that lost its daemon joins the next one: never while a read is under way, and wholly or not at all."""
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.daemon.processes import DaemonProcess
+from tests.daemon.reading_worker import Reader
+from tests.daemon.wire import wait_until
+from tests.runtime.record_stores import build_store, layout
+from vllm_moe_offload.daemon import client
+from vllm_moe_offload.daemon.connection import Connection
+from vllm_moe_offload.daemon.death import Death
+from vllm_moe_offload.daemon.protocol import GetStatus, StatusReport
+from vllm_moe_offload.prefetch import loader
+
+SMALL, LARGE = layout(8192, 4096), layout(6000, 100)
+BUDGET = 1 << 20
+
+
+def status_of(reader: Reader) -> StatusReport:
+    control = Connection.connect(reader.client._path, "control", 60)
+    try:
+        return control.request(GetStatus())
+    finally:
+        control.close()
+
+
+@pytest.fixture
+def survivor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reader]:
+    """A worker whose daemon was killed; the next one has attached it, and it is between two steps."""
+    monkeypatch.setattr(client, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(client, "GRUDGE_SECONDS", 0.05)
+    made = build_store(tmp_path / "stores", [(SMALL, 24), (LARGE, 24), (LARGE, 24)])
+    socket, root = tmp_path / "daemon.sock", made.store.path.parent
+    daemon = DaemonProcess(socket, BUDGET, root)
+    try:
+        reader = Reader(socket, made.store.path, seed=1)
+        reader.step()
+        daemon.kill()
+        reader.step()
+        assert reader.client.daemon_pid == 0
+        daemon = DaemonProcess(socket, BUDGET, root)
+        wait_until(lambda: reader.client._next is not None, "the next daemon has attached it", 60)
+        yield reader
+        reader.close()
+        daemon.stop()
+    finally:
+        daemon.abandon()
+
+
+def test_no_memory_is_mapped_over_a_read_that_is_under_way(survivor: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, go_on = threading.Event(), threading.Event()
+    read = loader.os.preadv
+
+    def slow_disk(fd: int, buffers: list[object], offset: int) -> int:
+        count = read(fd, buffers, offset)
+        reading.set()
+        assert go_on.wait(60)
+        return count
+
+    layer = list(survivor.runtime.layers.values())[-1]
+    absent = layer.first + np.flatnonzero(layer.pool.absent(layer.span))
+    monkeypatch.setattr(loader.os, "preadv", slow_disk)
+    assert layer.pool.prefetch(layer.span, absent[:1]) == 1
+    assert reading.wait(60)
+    step = threading.Thread(target=survivor.client.begin_step)
+    step.start()
+    step.join(0.2)
+    mappings = [arena.mapping for arena in survivor.client._arenas]
+    try:
+        assert all(mapping.writable for mapping in mappings), "memory was replaced under a read"
+    finally:
+        go_on.set()
+        step.join(60)
+    assert survivor.client.daemon_pid and not any(mapping.writable for mapping in mappings)
+    monkeypatch.undo()
+    survivor.step()
+
+
+def test_a_daemon_that_detaches_it_before_it_has_come_back_is_left_alone(survivor: Reader) -> None:
+    attachment = survivor.client._next
+    assert attachment is not None
+    attachment.connection.close()
+    wait_until(lambda: not status_of(survivor).models[0].workers, "the daemon has detached it")
+    survivor.step()
+    assert survivor.client.daemon_pid == 0, "it is not attached to what has detached it"
+    survivor.step()
+    wait_until(lambda: survivor.client._next is not None, "it asks again")
+    survivor.step()
+    assert survivor.client.daemon_pid != 0
+
+
+def test_half_of_a_daemon_s_memory_is_none_of_it(survivor: Reader) -> None:
+    attachment = survivor.client._next
+    assert attachment is not None
+    other = os.memfd_create("other", os.MFD_CLOEXEC)
+    os.close(attachment._arenas.pop())
+    attachment._arenas.append(other)
+    loads = survivor.ledger.counters.loads
+    survivor.step()
+    assert survivor.client.daemon_pid == 0 and "goes on without it" in survivor.said[-1]
+    assert survivor.ledger.counters.loads > loads, "nothing in the slots is believed"
+    wait_until(lambda: survivor.client._next is not None, "it asks again")
+    survivor.step()
+    assert survivor.client.daemon_pid != 0
+
+
+def test_a_watch_that_meets_something_unforeseen_goes_on(survivor: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    attachment, survivor.client._next = survivor.client._next, None
+    assert attachment is not None
+    attachment.connection.close()
+    with monkeypatch.context() as broken:
+        broken.setattr(survivor.client, "_attach", lambda: 1 / 0)
+        wait_until(lambda: any("ZeroDivisionError" in line for line in survivor.said), "it is said", 60)
+    wait_until(lambda: survivor.client._next is not None, "it asks again", 60)
+
+
+def test_whether_a_process_is_dead_can_be_asked_while_another_thread_stops_asking() -> None:
+    for _ in range(200):
+        death, answers = Death(os.getpid()), []
+
+        def ask(death: Death = death, answers: list[bool] = answers) -> None:
+            answers.extend(death.known() for _ in range(20))
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        death.close()
+        asking.join()
+        assert answers == [False] * 20
