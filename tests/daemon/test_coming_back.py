@@ -23,7 +23,7 @@ BUDGET = 1 << 20
 
 
 def status_of(reader: Reader) -> StatusReport:
-    control = Connection.connect(reader.client._path, "control", 60)
+    control = Connection.connect(reader.client.path, "control", 60)
     try:
         return control.request(GetStatus())
     finally:

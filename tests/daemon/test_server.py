@@ -159,7 +159,8 @@ def test_what_makes_no_sense_is_refused_by_name_and_others_go_on(house: House, c
         assert reason in refusal_of(house.path, data)
         assert bystander.request(DEMAND).ticket == 1
     wait_until(lambda: not house.models.attached, "all are detached")
-    assert any(reason in line and f"refused pid {os.getpid()} of user" in line for line in house.lines)
+    said = f"refused pid {os.getpid()} of user"
+    wait_until(lambda: any(reason in line and said in line for line in house.lines), "it is said")
 
 
 def test_a_version_of_the_future_hears_which_versions_do_not_fit(house: House) -> None:
@@ -238,7 +239,7 @@ def test_a_fault_in_the_models_ends_that_connection_only(house: House, monkeypat
         with pytest.raises(DaemonGoneError):
             victim.request(DEMAND)
         assert bystander.request(DEMAND).ticket == 1
-    assert faults == [AttributeError]
+    wait_until(lambda: faults == [AttributeError], "it is seen")
 
 
 def test_refusals_do_not_fill_the_log(house: House, monkeypatch: pytest.MonkeyPatch) -> None:

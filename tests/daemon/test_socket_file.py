@@ -153,9 +153,31 @@ def test_a_path_that_cannot_be_is_refused(tmp_path: Path, path: str, reason: str
         claim(tmp_path / path)
 
 
-def test_the_default_is_in_the_runtime_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
-    assert default_socket_path() == Path("/run/user/7/vllm-moe-offload.sock")
+def test_the_default_is_in_the_runtime_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    tmp_path.chmod(0o700)
+    assert default_socket_path() == tmp_path / "vllm-moe-offload.sock"
+
+
+@as_root
+def test_a_runtime_folder_that_is_not_ours_alone_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = Path(f"/tmp/vllm-moe-offload-{os.geteuid()}/daemon.sock")
+    private, shared = tmp_path / "private", tmp_path / "shared"
+    private.mkdir(0o700)
+    shared.mkdir()
+    shared.chmod(0o1777)
+    for folder in (shared, tmp_path / "missing", Path("relative"), private / "inside"):
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+        assert default_socket_path() == elsewhere
+    # as after `su`: the folder of the user before, which cannot even be looked into
+    tmp_path.chmod(0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(private))
+    code = "from vllm_moe_offload.daemon.socket_file import default_socket_path as path; print(path(), path().exists())"
+    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c", code]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert said == "/tmp/vllm-moe-offload-65534/daemon.sock False\n"
 
 
 @as_root
@@ -179,6 +201,48 @@ def test_without_runtime_folder_it_is_in_one_of_our_own(monkeypatch: pytest.Monk
             folder.rmdir()
 
 
+@as_root
+@pytest.mark.parametrize(("owner", "mode"), [(NOBODY, 0o755), (0, 0o775), (0, 0o757)])
+def test_a_folder_others_can_write_is_no_place_for_a_socket(tmp_path: Path, owner: int, mode: int) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    os.chown(folder, owner, -1)
+    folder.chmod(mode)
+    with pytest.raises(ConfigError, match=rf"others than this user and root can write in {folder} \(owner {owner}, d"):
+        claim(folder / "socket")
+    assert list(folder.iterdir()) == []
+
+
+def test_a_sticky_folder_of_root_is_a_place_for_a_socket(tmp_path: Path) -> None:
+    tmp_path.chmod(0o1777)
+    claim(tmp_path / "socket").release()
+
+
+@as_root
+def test_members_of_the_group_can_enter_the_folder_that_was_made(tmp_path: Path) -> None:
+    group, lines = 4321, []
+    open_to_all(tmp_path)
+    place = SocketFile.claim(tmp_path / "made" / "socket", group, lines.append, 0)
+    with House(tmp_path / "also made" / "socket", group=group) as house:
+        assert answer_to_another_user(house.path, NOBODY, group) == "welcome"
+        assert "Permission denied" in answer_to_another_user(house.path, NOBODY)
+    assert stat.S_IMODE(place.path.parent.stat().st_mode) == 0o710 and lines == []
+    place.release()
+    place.path.parent.chmod(0o700)
+    place = SocketFile.claim(place.path, group, lines.append, 0)
+    assert lines == [
+        f"members of group {group} cannot enter {place.path.parent}, so they will not find the daemon; "
+        f"chmod o+x {place.path.parent}"
+    ]
+    place.release()
+
+
+def open_to_all(folder: Path) -> None:
+    for each in (folder, *folder.parents):
+        if each.owner() == folder.owner() and each.stat().st_mode & 0o001 == 0:
+            each.chmod(0o755)
+
+
 def test_a_group_must_exist() -> None:
     with pytest.raises(ConfigError, match="--group nonesuch: there is no such group"):
         find_group("nonesuch")
@@ -187,9 +251,7 @@ def test_a_group_must_exist() -> None:
 @as_root
 def test_other_users_come_in_with_the_group_only(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("shared")
-    for each in (folder, *folder.parents):
-        if each.owner() == folder.owner() and each.stat().st_mode & 0o001 == 0:
-            each.chmod(0o755)
+    open_to_all(folder)
     group = 4321
     with House(folder / "socket", group=group) as house:
         status = house.path.stat()

@@ -15,6 +15,7 @@ from rich.live import Live
 
 from vllm_moe_offload.cache import POLICY_NAMES
 from vllm_moe_offload.config import CacheBudget
+from vllm_moe_offload.daemon import membarrier
 from vllm_moe_offload.daemon.connection import Connection
 from vllm_moe_offload.daemon.hosted_histories import HostedHistories
 from vllm_moe_offload.daemon.metrics import serve_metrics
@@ -37,8 +38,8 @@ SocketOption = Annotated[
     Path | None,
     typer.Option(
         "--socket",
-        help="Where engines find the daemon (default: $XDG_RUNTIME_DIR/vllm-moe-offload.sock, "
-        "else /tmp/vllm-moe-offload-UID/daemon.sock).",
+        help="Where engines find the daemon (default: $XDG_RUNTIME_DIR/vllm-moe-offload.sock if that folder is this "
+        "user's, else /tmp/vllm-moe-offload-UID/daemon.sock).",
         show_default=False,
     ),
 ]
@@ -85,6 +86,7 @@ def run(
         raise ConfigError(f"--group {group}: name a --socket in a folder its members can enter, too")
     gid = find_group(group) if group else None
     root = default_root() if store is None else store
+    membarrier.barrier()
     with contextlib.ExitStack() as house:
         place = SocketFile.claim(socket or default_socket_path(), gid, _say)
         house.callback(place.release)
@@ -137,7 +139,7 @@ def top(
 def stop(socket: SocketOption = None) -> None:
     """End the daemon; engines that are attached go on with what they have."""
     with contextlib.closing(_connect(socket)) as connection:
-        pid = connection.peer_pid
+        pid = connection.peer.pid
         if pid == 0:
             raise ConfigError("the daemon lives in another container, where its end cannot be seen; stop it there")
         process = os.pidfd_open(pid)

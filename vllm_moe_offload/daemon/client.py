@@ -49,7 +49,8 @@ class DaemonClient:
 
     Raises:
         DaemonGoneError: no daemon answers at ``path``.
-        RefusedError: it cannot serve this model.
+        RefusedError: it cannot serve this model, or is another user's.
+        OffloadError: this system has no room for its memory, or forbids what sharing it takes.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class DaemonClient:
         say: Callable[[str], None],
     ):
         membarrier.register()
-        self._path, self._request, self._store = path, request, store
+        self.path, self._request, self._store = path, request, store
         self._policy, self._io_cpus, self._ledger, self._say = policy, io_cpus, ledger, say
         self._members = pools_of(store.layers)
         """Of the pools, as the protocol numbers them."""
@@ -140,7 +141,7 @@ class DaemonClient:
         self._close_arenas()
 
     def _attach(self) -> WorkerAttachment:
-        return WorkerAttachment.open(self._path, self._request, self._members, self._closing)
+        return WorkerAttachment.open(self.path, self._request, self._members, self._closing)
 
     def _serve_alone(self, tables: list[ResidencyTable]) -> int:
         """Serve from what the slots hold now, as far as ``tables`` are trusted. Returns how many experts that is."""
@@ -191,7 +192,7 @@ class DaemonClient:
             self._current.close()
         self._current, self._tables, self._trusted = attachment, attachment.tables, True
         self._attached = attached
-        self._say(f"attached to the daemon at {self._path} again")
+        self._say(f"attached to the daemon at {self.path} again")
 
     def _watch(self) -> None:
         """Look for a daemon whenever there is none. Runs in a thread of its own."""

@@ -38,6 +38,7 @@ from .protocol import (
     Supplied,
     Welcome,
 )
+from .trust import objection_to
 
 MAX_FDS = 64
 """With one reply: two per pool of a model."""
@@ -65,6 +66,10 @@ class RefusedError(OffloadError):
     """The daemon will not do what it was asked; its reason."""
 
 
+class UntrustedDaemonError(RefusedError):
+    """Whoever listens is not somebody this user may take for its daemon."""
+
+
 class Connection:
     """One connection to a daemon. Any thread may use it; requests wait for each other.
 
@@ -76,8 +81,8 @@ class Connection:
         """Of a connected socket; see ``connect``. ``name`` says in errors who is at the other end."""
         self.daemon_pid = 0
         """What the daemon calls itself, which may be another name in its container."""
-        self.peer_pid = peer_of(peer).pid
-        """What the kernel calls it here; 0 if it cannot be seen from here."""
+        self.peer = peer_of(peer)
+        """Who the daemon is, as the kernel says; its pid is 0 if it cannot be seen from here."""
         self._name = name
         self._frames: FramedSocket[Reply] = FramedSocket(peer, msgspec.msgpack.Decoder(Reply), MAX_FDS)
         self._frames.wait_at_most(timeout)
@@ -96,6 +101,7 @@ class Connection:
         Raises:
             DaemonGoneError: nobody listens at ``path``, or does not answer.
             RefusedError: the daemon does not want us; for example, it is of another version.
+            UntrustedDaemonError: it is another user's; nothing has been sent.
         """
         peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -106,8 +112,16 @@ class Connection:
             raise DaemonGoneError(
                 f"no daemon answers at {path} ({error.strerror or error}); start one with `vllm-moe-offload daemon`"
             ) from None
-        connection = cls(peer, f"the daemon at {path}", timeout)
         try:
+            connection = cls(peer, f"the daemon at {path}", timeout)
+        except OSError as error:
+            peer.close()
+            raise UntrustedDaemonError(
+                f"the system does not say who the daemon at {path} is ({error.strerror})"
+            ) from None
+        try:
+            if objection := objection_to(connection.peer, path):
+                raise UntrustedDaemonError(f"the daemon at {path} is not trusted: {objection}")
             connection.daemon_pid = connection.request(Hello(VERSION, role)).pid
             if role == "history":
                 connection._frames.limit = LARGE_FRAME_BYTES

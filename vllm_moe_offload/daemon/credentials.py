@@ -1,6 +1,5 @@
 """Who is at the other end of a Unix socket, as the kernel says. It must never believe the peer."""
 
-import errno
 import os
 import socket
 import struct
@@ -11,7 +10,7 @@ _SO_PEERGROUPS = 59
 
 
 class Peer(NamedTuple):
-    """The process that connected. ``pid`` is 0 if it lives where we cannot see it (another container)."""
+    """A process. ``pid`` is 0 if it lives where we cannot see it (another container)."""
 
     pid: int
     uid: int
@@ -30,18 +29,21 @@ class Peer(NamedTuple):
 
 
 def peer_of(connection: socket.socket) -> Peer:
-    """Who connected."""
+    """Who is at the other end: who connected, or who listens at the socket this process connected to.
+
+    Raises:
+        OSError: the system does not say.
+    """
     data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
     pid, uid, gid = _UCRED.unpack(data)
     return Peer(pid, uid, gid, _groups_of(connection))
 
 
 def _groups_of(connection: socket.socket) -> frozenset[int]:
-    # Python reads 1024 bytes of an option at most, hence 256 groups; who has more is known by the first one only.
+    # Python reads 1024 bytes of an option at most, hence 256 groups; who has more is known by the first one only, as is
+    # everybody where the system does not know the option (Linux before 4.13, gVisor).
     try:
         data = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 1024)
-    except OSError as error:
-        if error.errno != errno.ERANGE:
-            raise
+    except OSError:
         return frozenset()
     return frozenset(group for (group,) in struct.iter_unpack("I", data))

@@ -138,8 +138,13 @@ class DaemonServer:
             # Out of descriptors or memory: others must end first, and the listener would not stop being ready.
             time.sleep(_BREATH_SECONDS)
             return
-        frames = FramedSocket(connection, msgspec.msgpack.Decoder(Request), MAX_FDS)
-        peer = peer_of(connection)
+        try:
+            peer = peer_of(connection)
+            frames = FramedSocket(connection, msgspec.msgpack.Decoder(Request), MAX_FDS)
+        except OSError as error:
+            connection.close()
+            self._complain(f"refused a peer: the system does not say who it is ({error.strerror})")
+            return
         if reason := self._objection(peer):
             self._turn_away(frames, peer, reason)
         else:

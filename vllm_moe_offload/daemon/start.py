@@ -25,7 +25,10 @@ _LAUNCHER = """
 import os, sys
 if os.fork() == 0:
     os.setsid()
-    os.sched_setaffinity(0, map(int, sys.argv[1].split(",")))
+    try:
+        os.sched_setaffinity(0, map(int, sys.argv[1].split(",")))
+    except OSError:  # the daemon then runs where this process may
+        pass
     os.execv(sys.argv[2], sys.argv[2:])
 """
 
@@ -62,7 +65,7 @@ def start_daemon(
 
     Raises:
         StartError: it ended, or does not answer in time.
-        RefusedError: the daemon that answers is of another version.
+        RefusedError: the daemon that answers is of another version, or another user's.
         ConfigError: the socket's folder cannot be made or written.
     """
     path = path.absolute()

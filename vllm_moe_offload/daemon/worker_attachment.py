@@ -33,7 +33,7 @@ class WorkerAttachment:
 
     def __init__(self, connection: Connection, reply: Attached, arenas: list[int], tables: list[ResidencyTable]):
         self.connection = connection
-        self.death = Death(connection.peer_pid)
+        self.death = Death(connection.peer.pid)
         self.lease = reply.lease
         """Whether every expert stays in the slot of its own number."""
         self.tables = tables

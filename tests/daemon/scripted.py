@@ -1,0 +1,65 @@
+"""Something that listens like a daemon and answers what a test wants it to."""
+
+import os
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+
+from tests.daemon.wire import frame
+from vllm_moe_offload.daemon.framing import FramedSocket
+from vllm_moe_offload.daemon.protocol import VERSION, Hello, Message, Request, Welcome
+
+Answer = Callable[[Request], Message | None]
+
+
+class ScriptedDaemon:
+    """Welcomes everybody, then sends what ``answer`` returns for each request; None keeps the peer waiting."""
+
+    def __init__(self, path: Path, answer: Answer):
+        self.roles: list[str] = []
+        self._answer = answer
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._connections: list[FramedSocket[Request]] = []
+        self._threads[0].start()
+
+    def __enter__(self) -> "ScriptedDaemon":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        for frames in self._connections:
+            frames.shut_down()
+        for thread in self._threads:
+            thread.join(60)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                peer, _ = self._listener.accept()
+            except OSError:
+                return
+            frames = FramedSocket(peer, msgspec.msgpack.Decoder(Request), 1)
+            self._connections.append(frames)
+            self._threads.append(threading.Thread(target=self._serve, args=(peer, frames), daemon=True))
+            self._threads[-1].start()
+
+    def _serve(self, peer: socket.socket, frames: FramedSocket[Request]) -> None:
+        hello = frames.receive()
+        if isinstance(hello, Hello):
+            self.roles.append(hello.role)
+            peer.sendall(frame(Welcome(VERSION, os.getpid())))
+        while (request := frames.receive()) is not None:
+            reply = self._answer(request)
+            if reply is not None:
+                peer.sendall(frame(reply))
+        frames.close()

@@ -1,0 +1,102 @@
+"""Which daemon an engine uses: what its setting ``daemon`` means on this host.
+
+With ``auto`` nothing about a daemon may keep an engine from starting.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from ..errors import ConfigError, OffloadError
+from ..slots.ledger import Ledger
+from ..store.reader import Store
+from .client import DaemonClient
+from .connection import DaemonGoneError
+from .hosted_model import slot_bytes
+from .protocol import Attach
+from .socket_file import default_socket_path
+from .start import start_daemon
+
+LEAVE_AFTER_SECONDS = 60.0
+"""A daemon started for an engine stays so long after its last one has gone."""
+STARTS = 3
+"""A daemon that answers may be about to leave; then another is started."""
+
+Join = Callable[[Path], DaemonClient]
+
+
+def join_daemon(
+    setting: str,
+    request: Attach,
+    store: Store,
+    policy: str,
+    ranks: int,
+    io_cpus: set[int] | None,
+    ledger: Ledger,
+    say: Callable[[str], None],
+) -> DaemonClient | None:
+    """The daemon that the setting ``daemon`` asks for, or None where this worker keeps its own slots.
+
+    Args:
+        request: what to attach to.
+        store: the model's.
+        policy: name of the eviction policy while there is no daemon.
+        ranks: how many workers the engine has; a daemon that is started gets what all of them want.
+        io_cpus: where a daemon that is started, and loader threads while there is none, may run; None for anywhere.
+        ledger: the worker's books.
+        say: told in a sentence what an operator would want to know.
+
+    Raises:
+        ConfigError: the daemon that was named does not answer, will not serve this model, or could not be started.
+    """
+
+    def join(path: Path) -> DaemonClient:
+        return DaemonClient(path, request, store, policy, io_cpus, ledger, say)
+
+    if setting == "off":
+        return None
+    try:
+        path = socket_of(setting)
+        if setting == "auto":
+            return join(path) if path.exists() else None
+        if setting == "start":
+            return _start_and_join(path, store, ranks * request.wanted_bytes, io_cpus, join)
+        return join(path)
+    except (OffloadError, OSError) as error:
+        reason = str(error)
+        if setting != "auto":
+            raise ConfigError(f"daemon = {setting!r}: {reason}; or choose 'auto' or 'off'") from error
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        if setting != "auto":
+            raise
+    say(f"no daemon can be used: {reason}; this engine keeps its own experts (daemon 'off' does so without looking)")
+    return None
+
+
+def socket_of(setting: str) -> Path:
+    """Where the daemon of the setting ``unix:PATH``, ``PATH``, ``auto`` or ``start`` serves.
+
+    Raises:
+        ConfigError: the default place cannot be trusted.
+    """
+    path = setting.removeprefix("unix:")
+    return Path(path) if path.startswith("/") else default_socket_path()
+
+
+def _start_and_join(path: Path, store: Store, nbytes: int, cpus: set[int] | None, join: Join) -> DaemonClient:
+    cache = f"{_with_pages(nbytes, store)}B"
+    options = ["--store", str(store.path.parent.absolute())]
+    for _ in range(STARTS - 1):
+        start_daemon(path, cache, LEAVE_AFTER_SECONDS, options, cpus=cpus)
+        with suppress(DaemonGoneError):
+            return join(path)
+    start_daemon(path, cache, LEAVE_AFTER_SECONDS, options, cpus=cpus)
+    return join(path)
+
+
+def _with_pages(nbytes: int, store: Store) -> int:
+    """Memory that records of ``nbytes`` together take in a daemon, which gives every slot whole pages."""
+    layouts = {entry.layout for entry in store.layers}
+    return math.ceil(nbytes * max(slot_bytes(layout) / layout.payload_bytes for layout in layouts))
