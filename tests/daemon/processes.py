@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from vllm_moe_offload.daemon.connection import Connection, DaemonGoneError
 from vllm_moe_offload.daemon.protocol import GetStatus, StatusReport
 
 ANSWER_SECONDS = 60.0
+COMMAND = (sys.executable, "-m", "vllm_moe_offload")
 
 
 class DaemonProcess:
@@ -21,11 +22,12 @@ class DaemonProcess:
     Args:
         cache: bytes of experts.
         store: root of the stores.
+        command: what ``daemon …`` is given to.
     """
 
-    def __init__(self, socket: Path, cache: int, store: Path, *options: str):
+    def __init__(self, socket: Path, cache: int, store: Path, *options: str, command: Sequence[str] = COMMAND):
         self.socket = socket
-        command = [sys.executable, "-m", "vllm_moe_offload", "daemon", "--socket", str(socket), "--cache", f"{cache}B"]
+        command = [*command, "daemon", "--socket", str(socket), "--cache", f"{cache}B"]
         command += ["--store", str(store), "--history", "off", *options]
         with self.log_path.open("ab") as log:
             environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
@@ -61,9 +63,21 @@ class DaemonProcess:
         self._process.kill()
         self._process.wait()
 
+    @property
+    def lives(self) -> bool:
+        return self._process.poll() is None
+
+    def terminate(self) -> None:
+        """Tell it to end."""
+        self._process.terminate()
+
     def stop(self) -> None:
         """As systemd would; it must end well."""
-        self._process.terminate()
+        self.terminate()
+        self.wait()
+
+    def wait(self) -> None:
+        """For its end; it must end well."""
         try:
             status = self._process.wait(ANSWER_SECONDS)
         except subprocess.TimeoutExpired:

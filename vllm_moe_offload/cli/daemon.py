@@ -30,7 +30,8 @@ from vllm_moe_offload.store.files import size_text
 from .daemon_view import status_view
 
 ANSWER_SECONDS = 10.0
-END_SECONDS = 30.0
+END_SECONDS = 120.0
+"""For writing the histories, too."""
 
 daemon = typer.Typer(name="daemon", help="One expert cache for all engines of this host: run it, see it, end it.")
 

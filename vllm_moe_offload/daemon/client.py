@@ -89,7 +89,7 @@ class DaemonClient:
             SurvivingPool(arena, pool, self.fail_over) for arena, pool in zip(self._arenas, self._attached, strict=True)
         ]
         self._trusted = True
-        """Whether what the tables say of the arenas is true, or was when the daemon died."""
+        """Whether what the tables say of the arenas is true, or was when the daemon ended."""
         self._next: WorkerAttachment | None = None
         """A daemon that has come back, until the next step begins."""
         self._not_before = 0.0
@@ -121,7 +121,7 @@ class DaemonClient:
         attachment, self._current = self._current, None
         if attachment is None:
             return
-        self._trusted = attachment.death.known(_DYING_SECONDS)
+        self._trusted = attachment.stays_true(_DYING_SECONDS)
         kept = self._serve_alone(attachment.tables)
         attachment.close()
         if not self._trusted:

@@ -89,6 +89,11 @@ class Reclaimer:
         self._barrier = barrier
         self._epoch = table.epoch
         self._retired: deque[tuple[int, NDArray[np.int32]]] = deque()
+        self._frozen = False
+
+    def freeze(self) -> None:
+        """No slot comes back any more: what workers have seen in the table stays true for ever."""
+        self._frozen = True
 
     def publish(self, experts: NDArray[np.integer], slots: NDArray[np.integer]) -> None:
         """Let workers find experts whose records are complete in these slots."""
@@ -105,7 +110,7 @@ class Reclaimer:
 
     def reclaim(self) -> NDArray[np.int32]:
         """Retired slots that may be written now, each given once, the longest retired first."""
-        if not self._retired:
+        if self._frozen or not self._retired:
             return _NONE
         oldest = self._oldest_reader()
         free = []

@@ -82,11 +82,17 @@ class HostedHistories:
         """The same status, with the size of each model's history."""
         return [self._with_size(model) for model in models]
 
+    def save(self) -> None:
+        """Write what has not been written yet."""
+        with self._lock:
+            histories = list(self._histories.values())
+        for history in histories:
+            self._save(history, at_once=True)
+
     def close(self) -> None:
         """Write what is to be kept. Idempotent."""
         self._background.close()
-        for history in self._histories.values():
-            self._save(history, at_once=True)
+        self.save()
 
     def _load(self, request: OpenHistory) -> HostedHistory:
         try:

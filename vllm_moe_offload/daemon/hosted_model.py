@@ -172,6 +172,11 @@ class HostedModel:
             if not self.workers:
                 self.promised = 0
 
+    def freeze(self) -> None:
+        """The daemon ends: what workers have seen stays true, and may outlive it."""
+        for pool in self.pools:
+            pool.freeze()
+
     def pool(self, number: int) -> HostedPool:
         """Raises ``ValueError`` for one that the model does not have."""
         if not 0 <= number < len(self.pools):

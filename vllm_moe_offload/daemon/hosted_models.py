@@ -103,6 +103,8 @@ class HostedModels:
         with self._listing:
             for attachment in self._attachments:
                 attachment.keep()
+        for model in list(self._models.values()):
+            model.freeze()
 
     def close(self) -> None:
         """Everyone has been detached, or kept: close all stores."""

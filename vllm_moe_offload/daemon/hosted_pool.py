@@ -199,6 +199,11 @@ class HostedPool:
         """Those of ``loads`` into whose slots something may be copied; the others have failed. Not under the lock."""
         return self.under_way.allocate(self._ready(loads), copying=True)
 
+    def freeze(self) -> None:
+        """The daemon ends: what workers have seen stays true, and may outlive it."""
+        with self.lock:
+            self.occupancy.freeze()
+
     def release_done(self) -> None:
         """Unpin what workers have finished computing on. Under the lock."""
         released = [guest.release_done(self.cache) for guest in self.guests.values()]

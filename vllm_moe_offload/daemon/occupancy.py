@@ -54,6 +54,11 @@ class Occupancy:
         if complete:
             self.show(np.array(complete))
 
+    def freeze(self) -> None:
+        """The daemon ends: what workers have seen stays where it is."""
+        self._reclaimer.freeze()
+        self._table.freeze()
+
     def hide(self, experts: IntArray) -> None:
         """Nobody shall begin to read ``experts``, as far as they are shown."""
         shown = [expert for expert in experts.tolist() if self.shown_in[expert] != ABSENT]

@@ -34,8 +34,13 @@ _JOIN_SECONDS = 10.0
 class _Guest:
     thread: threading.Thread
     frames: FramedSocket[Request]
-    keeps_us: bool = True
-    """An engine, or somebody who has not said yet what he is."""
+    role: str = ""
+    """As its Hello says; empty before that."""
+
+    @property
+    def keeps_us(self) -> bool:
+        """An engine, or somebody who has not said yet what he is."""
+        return self.role != "control"
 
 
 class DaemonServer:
@@ -115,9 +120,20 @@ class DaemonServer:
             if woken_by_signals:
                 signal.set_wakeup_fd(-1)
             self._socket_file.remove()
-            self.models.freeze()
-            self._send_everybody_home()
+            self._end_all()
         return self._stop_reason
+
+    def _end_all(self) -> None:
+        """End every connection. Engines keep what they have: of requests that end while the histories are written, and
+        of experts, which they are served until then."""
+        try:
+            self._disconnect("history")
+            self.histories.save()
+        finally:
+            self.models.freeze()
+            self._disconnect("history", "worker", "control", "")
+            self._bell.close()
+            self._ear.close()
 
     def _seconds_left(self) -> float | None:
         """Until the daemon leaves for want of engines; None while there is a reason to stay."""
@@ -193,7 +209,7 @@ class DaemonServer:
 
     def _know_role(self, number: int, role: str) -> None:
         with self._lock:
-            self._guests[number].keeps_us = role != "control"
+            self._guests[number].role = role
 
     def _complain(self, text: str) -> None:
         """Say it, unless something was said a moment ago: a peer must not fill the log."""
@@ -206,17 +222,16 @@ class DaemonServer:
             self._complained, self._unsaid = time.monotonic(), 0
         self._say(text + others)
 
-    def _send_everybody_home(self) -> None:
+    def _disconnect(self, *roles: str) -> None:
+        """Returns when the threads of these connections have ended."""
         with self._lock:
-            guests = list(self._guests.values())
+            guests = [guest for guest in self._guests.values() if guest.role in roles]
         for guest in guests:
             guest.frames.shut_down()
         for guest in guests:
             guest.thread.join(_JOIN_SECONDS)
             if guest.thread.is_alive():
                 self._say(f"{guest.thread.name} does not end; leaving without it")
-        self._bell.close()
-        self._ear.close()
 
     def _ring(self) -> None:
         """Let ``serve`` look again. A bell too full to be rung rings already; one that is closed has nobody to wake."""

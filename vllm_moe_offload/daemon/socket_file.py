@@ -19,8 +19,8 @@ from .trust import writable_by_others
 
 BACKLOG = 128
 LONGEST_PATH = 107
-PATIENCE_SECONDS = 10.0
-"""How long a daemon that is leaving is waited for."""
+PATIENCE_SECONDS = 45.0
+"""How long a daemon that is leaving is waited for: it may be writing histories."""
 
 _RETRY_SECONDS = 0.05
 
@@ -108,7 +108,7 @@ class SocketFile:
         make_folder(path, group)
         if group is not None and (closed := _closed_to(group, path.parent.resolve())) is not None:
             say(f"members of group {group} cannot enter {closed}, so they will not find the daemon; chmod o+x {closed}")
-        lock = _lock(path, patience)
+        lock = _lock(path, patience, say)
         try:
             if _remove_dead(path):
                 say(f"removed {path}, which a daemon that died had left")
@@ -169,7 +169,7 @@ def _whose(status: os.stat_result) -> str:
     return f"owner {status.st_uid}, {stat.filemode(status.st_mode)}"
 
 
-def _lock(path: Path, patience: float) -> int:
+def _lock(path: Path, patience: float, say: Callable[[str], None]) -> int:
     """The descriptor that holds the lock of ``path``."""
     file = lock_path(path)
     try:
@@ -180,17 +180,20 @@ def _lock(path: Path, patience: float) -> int:
     if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
         os.close(lock)
         raise ConfigError(f"--socket {path}: {file} is not a file of this user; name a socket elsewhere")
-    deadline = time.monotonic() + patience
+    deadline, waits = time.monotonic() + patience, False
     while not try_lock(lock):
         serving = _someone_listens(path)
+        holder = os.pread(lock, 20, 0).decode(errors="replace") or "unknown"
         if serving or time.monotonic() > deadline:
-            holder = os.pread(lock, 20, 0).decode(errors="replace") or "unknown"
             os.close(lock)
             state = "already serves" if serving else "neither serves nor leaves"
             raise ConfigError(
                 f"--socket {path}: a daemon (pid {holder}) {state} there; use it, end it with "
                 f"`vllm-moe-offload daemon stop --socket {path}`, or name another socket"
             )
+        if not waits:
+            waits = True
+            say(f"waiting for a daemon (pid {holder}) that is leaving {path}")
         time.sleep(_RETRY_SECONDS)
     os.ftruncate(lock, 0)
     os.pwrite(lock, str(os.getpid()).encode(), 0)

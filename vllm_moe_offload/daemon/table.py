@@ -27,6 +27,7 @@ EPOCH = 8
 GENERATION = 16
 LIMIT = 24
 ARRIVALS = 25
+FROZEN = 26
 ACTIVE, DONE, HEAD, ATTACHED = 0, 1, 2, 3
 
 
@@ -140,6 +141,15 @@ class ResidencyTable:
     @limit.setter
     def limit(self, slots: int) -> None:
         self.header[LIMIT] = slots
+
+    @property
+    def frozen(self) -> bool:
+        """Whether no slot is overwritten any more that ``slot_of`` shows, though the daemon may live on for a while."""
+        return bool(self.header[FROZEN])
+
+    def freeze(self) -> None:
+        """What ``slot_of`` shows is true from now on. Set by the daemon, which must keep to it."""
+        self.header[FROZEN] = 1
 
     def admit(self, worker: int) -> None:
         """A worker comes: its entry is as new, and shows a number no worker had before, for as long as it is minded."""

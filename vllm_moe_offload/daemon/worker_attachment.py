@@ -93,6 +93,10 @@ class WorkerAttachment:
             for number, (arena, table) in enumerate(zip(arenas, self.tables, strict=True))
         ]
 
+    def stays_true(self, within_seconds: float) -> bool:
+        """Whether what the tables show will be in the arenas for ever: the daemon has promised it, or is dead."""
+        return all(table.frozen for table in self.tables) or self.death.known(within_seconds)
+
     def close(self) -> None:
         """Detach. Slots of the daemon that are still shared must not be read any more."""
         self.connection.close()
