@@ -1,4 +1,8 @@
+import dataclasses
+import itertools
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -102,3 +106,66 @@ def test_estimates_follow_what_is_measured():
     assert abs(estimates.busy - 0.25) < 0.01 and abs(estimates.demands_per_layer - 2) < 0.01
     estimates.note_layer(1.0, link_seconds=50.0, demands=0)
     assert estimates.busy <= 1
+
+
+MACHINES = {
+    "records of 11.8 MiB": Estimates(12e-3, 1.3e-3, 2e-3, busy=0.3, demands_per_layer=0.5),
+    "small records, busy link": Estimates(0.1e-3, 0.5e-3, 0.1e-3, busy=0.7, demands_per_layer=2.0),
+    "a link as slow as its layers": Estimates(1.1e-3, 1.3e-3, 1.1e-3, busy=0.3, demands_per_layer=0.5),
+    "a saturated link": Estimates(1.1e-3, 1.3e-3, 1.1e-3, busy=0.7, demands_per_layer=2.0),
+}
+
+
+def lose(which: Planner, steps: int = 4000) -> list[int]:
+    """Every prefetch of something certain is wasted, step after step. How many were admitted in each."""
+    admitted = []
+    for _ in range(steps):
+        which.begin_step(Phase.DECODE)
+        planned = which.plan(Phase.DECODE, outlook([1.0] * 8, ahead=2), 0.0)
+        for _ in planned:
+            which.note_wasted(Phase.DECODE)
+        admitted.append(len(planned))
+    return admitted
+
+
+@pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
+def test_after_losses_it_tries_again_and_admits_again(machine: Estimates):
+    """With chunks in the way of demands, as on every machine: no caution may keep what is certain out for good."""
+    which = Planner(dataclasses.replace(machine))
+    before = len(which.plan(Phase.DECODE, outlook([1.0] * 8, ahead=2), 0.0))
+    admitted = lose(which)
+    longest = max(len(list(run)) for empty, run in itertools.groupby(admitted, key=lambda count: count == 0) if empty)
+    assert before > 0 and 500 < longest <= 512 + 3 * 256
+    for _ in range(512 + 3 * 256):
+        which.begin_step(Phase.DECODE)
+    assert len(which.plan(Phase.DECODE, outlook([1.0] * 8, ahead=2), 0.0)) == before
+
+
+@settings(deadline=None)
+@given(
+    st.builds(Estimates, *[st.floats(1e-6, 10)] * 3, busy=st.floats(0, 1), demands_per_layer=st.floats(0, 40)),
+    st.floats(0, 10),
+    st.integers(1, 3),
+    st.integers(0, 64 * 8),
+)
+def test_caution_never_forbids_what_speeds_allow(estimates: Estimates, queue: float, ahead: int, wasted: int):
+    """What is nearly certain and would be admitted without any caution is admitted with the most of it."""
+    which, nearly = Planner(estimates), outlook([0.96], ahead=ahead)
+    allowed = which.plan(Phase.DECODE, nearly, queue).tolist()
+    for _ in range(wasted):
+        which.note_wasted(Phase.DECODE)
+    if not which.is_off(Phase.DECODE):
+        assert which.plan(Phase.DECODE, nearly, queue).tolist() == allowed
+
+
+def test_a_prefetch_that_was_waited_for_as_long_as_a_load_has_saved_nothing():
+    which = planner(layer=10)
+    for _ in range(32):
+        which.note_late(Phase.DECODE, waited_seconds=1.0)
+        which.note_wasted(Phase.DECODE)
+    assert planned(which, [0.45]) == [], "caution has grown"
+    which = planner(layer=10)
+    for _ in range(32):
+        which.note_late(Phase.DECODE, waited_seconds=0.0)
+        which.note_wasted(Phase.DECODE)
+    assert planned(which, [0.45]) == [0]

@@ -15,6 +15,9 @@ from .restraint import Restraint
 
 _WHOLE_LAYER_SHARE = 0.5
 """A prefill step expected to use this share of a layer's experts loads the layer whole, in order."""
+_SURE = 0.95
+"""Caution raises the least probability no higher: an expert this sure to be used is always worth a new attempt, unless
+the measured speeds alone say that loading it ahead does not pay."""
 
 
 class Phase(Enum):
@@ -91,18 +94,24 @@ class Planner:
         self._restraint[phase].note(0.0, self.estimates.load_seconds * self.estimates.busy)
 
     def _least_probability(self, layers_ahead: int, queue_seconds: float, caution: float) -> float:
-        """An expert given more than this is worth loading behind ``queue_seconds`` of other loads.
+        """In [0, 1]: an expert given more than this is worth loading behind ``queue_seconds`` of other loads.
 
         Then the stall it is expected to save exceeds, ``caution`` times, the time it is expected to take from others:
         link time wasted where the link is busy, and a chunk in a demand's way.
         """
+        measured = self._break_even(layers_ahead, queue_seconds, 1.0)
+        cautious = self._break_even(layers_ahead, queue_seconds, caution)
+        return max(measured, min(cautious, _SURE))
+
+    def _break_even(self, layers_ahead: int, queue_seconds: float, caution: float) -> float:
+        """The probability, at most 1, at which what is saved equals ``caution`` times what is taken from others."""
         e = self.estimates
         lateness = max(0.0, queue_seconds + e.load_seconds - layers_ahead * e.layer_seconds)
         saved = max(0.0, e.load_seconds - lateness)
         wasted = caution * e.load_seconds * e.busy
         met_by_demand = min(1.0, e.demands_per_layer * e.load_seconds / max(e.layer_seconds, 1e-9))
         in_the_way = caution * met_by_demand * e.chunk_seconds / 2
-        if saved + wasted <= 0:
+        if saved <= in_the_way:
             return 1.0
         return (wasted + in_the_way) / (saved + wasted)
 
