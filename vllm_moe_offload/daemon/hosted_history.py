@@ -1,9 +1,11 @@
-"""What all engines of one model remember together. One peer's message must never cost what the others have left.
+"""What all engines of one model remember together. One peer's message must never cost what the others have left, and no
+user may learn from it what another's requests said.
 
 Traces of requests come in, checked; those that resemble a new request go out. The file is the one an engine without a
 daemon keeps, so that either finds what the other has left.
 """
 
+import os
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -51,17 +53,20 @@ class HostedHistory:
         self._lock = threading.Lock()
         self._tokens = self._history.num_tokens
         self._saving = threading.Lock()
+        self._others: dict[int, int] = {}
+        """By number of a request, the user whose it is, where that is not the one this process runs as."""
 
     @property
     def size(self) -> HistorySize:
         return HistorySize(self._history.num_requests, self._tokens)
 
-    def remember(self, trace: Trace, again: bool = False) -> None:
+    def remember(self, trace: Trace, again: bool = False, user: int | None = None) -> None:
         """A request has ended.
 
         Args:
             trace: of ``shape``; sound.
             again: leave it if it is here already.
+            user: whose it is; None for the one this process runs as.
 
         Raises:
             ValueError: it is not one request, or its embedding is of another length than those here.
@@ -73,10 +78,15 @@ class HostedHistory:
             if not (again and self._holds(trace)):
                 self._history.add(complete)
                 self._tokens = self._history.num_tokens
+                self._note_user(user)
 
-    def search(self, embedding: NDArray[np.float32] | None, max_tokens: int) -> Trace:
+    def search(self, embedding: NDArray[np.float32] | None, max_tokens: int, user: int | None = None) -> Trace:
         """What resembles a request, best first, then the latest of the others; the latest alone if its meaning is
         unknown. At most ``max_tokens`` tokens in all.
+
+        Args:
+            user: who asks. Of requests of other users he gets the experts, and neither tokens nor embeddings. What was
+                read from a file counts as that of the user this process runs as, who can read the file.
 
         Raises:
             ValueError: the embedding is of another length than those here.
@@ -91,7 +101,9 @@ class HostedHistory:
         chosen = _whole(near, int((1 - LATEST_SHARE) * most))
         numbers = {past.number for past in chosen}
         chosen += [past for past in latest if past.number not in numbers]
-        return join([_first_tokens(past.trace, count) for past, count in _cut(chosen, most)], self.shape)
+        return join(
+            [_first_tokens(self._shown_to(user, past), count) for past, count in _cut(chosen, most)], self.shape
+        )
 
     def save(self, at_once: bool = False) -> None:
         """Write it if it has grown and the last time is long enough ago, or ``at_once``."""
@@ -115,6 +127,20 @@ class HostedHistory:
         if trace.phase is None and last.phase is not None:
             trace = replace(trace, phase=np.full(tokens, DECODE, np.uint8))
         return trace
+
+    def _note_user(self, user: int | None) -> None:
+        """Whose the request is that was added last. Under the lock."""
+        if user not in (None, os.geteuid()) and self._history.requests:
+            self._others[self._history.requests[-1].number] = user
+        if len(self._others) > self._history.num_requests:
+            numbers = {past.number for past in self._history.requests}
+            self._others = {number: user for number, user in self._others.items() if number in numbers}
+
+    def _shown_to(self, user: int | None, past: PastRequest) -> Trace:
+        us = os.geteuid()
+        if self._others.get(past.number, us) == (us if user is None else user):
+            return past.trace
+        return _without_content(past.trace)
 
     def _width(self) -> int | None:
         """Of the embeddings here, if there are any."""
@@ -151,6 +177,15 @@ def _cut(requests: Iterable[PastRequest], most: int) -> list[tuple[PastRequest, 
         chosen.append((past, count))
         most -= count
     return chosen
+
+
+def _without_content(trace: Trace) -> Trace:
+    """Which experts a request was routed to, and nothing of what it said."""
+    return replace(
+        trace,
+        tokens=None if trace.tokens is None else np.full_like(trace.tokens, UNKNOWN_TOKEN),
+        embeddings=None if trace.embeddings is None else np.zeros_like(trace.embeddings),
+    )
 
 
 def _first_tokens(trace: Trace, count: int) -> Trace:

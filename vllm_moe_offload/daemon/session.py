@@ -209,12 +209,12 @@ class Session:
 
     def _remember(self, request: Remember) -> None:
         history = self._opened(request)
-        history.remember(unpack_trace(request.trace, history.shape), request.again)
+        history.remember(unpack_trace(request.trace, history.shape), request.again, self._peer.uid)
         self._frames.send(Remembered(history.size))
 
     def _search(self, request: Search) -> None:
         history = self._opened(request)
-        found = history.search(unpack_embedding(request.embedding), request.max_tokens)
+        found = history.search(unpack_embedding(request.embedding), request.max_tokens, self._peer.uid)
         self._frames.send(Found(pack_trace(found), history.size))
 
     def _reply(self, verb: Callable[[Any], Supplied | Adopted], request: Request) -> None:
