@@ -41,7 +41,7 @@ def serve(runtime: OffloadRuntime, steps: int, top_k: int, seed: int) -> Times:
     preferred = {name: taste.random(layer.experts) ** 2 for name, layer in runtime.layers.items()}
     times: Times = {}
     for _ in range(steps):
-        runtime.begin_step()
+        runtime.begin_step(1)
         for name, layer in runtime.layers.items():
             noise = draw.random(layer.experts) * preferred[name]
             chosen = np.argsort(-noise)[None, :top_k].astype(np.int32)

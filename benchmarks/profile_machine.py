@@ -103,7 +103,7 @@ def finding_seconds(store: Store, top_k: int, steps: int = 60, seed: int = 0) ->
     misses, seconds = [], []
     try:
         for _ in range(steps):
-            runtime.begin_step()
+            runtime.begin_step(1)
             for layer in runtime.layers.values():
                 chosen = draw.choice(layer.experts, (1, top_k), replace=False).astype(np.int32)
                 missed, stalled = runtime.counters.misses, runtime.counters.stall_seconds

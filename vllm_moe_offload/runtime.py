@@ -98,9 +98,10 @@ class OffloadRuntime:
         """Slots that may be occupied."""
         return sum(pool.capacity for pool in self.pools)
 
-    def begin_step(self) -> None:
-        """A forward pass over scheduled tokens starts."""
+    def begin_step(self, tokens: int) -> None:
+        """A forward pass over so many scheduled tokens starts."""
         self.counters.steps += 1
+        self.counters.tokens += tokens
         for pool in self.pools:
             pool.begin_step()
 

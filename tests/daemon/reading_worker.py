@@ -45,9 +45,9 @@ class Reader:
 
     def step(self) -> None:
         """One forward pass of a few rows, sometimes a long one; most of it among the experts this worker prefers."""
-        self.client.begin_step()
-        self.runtime.begin_step()
         rows = int(self.random.choice([1, 1, 2, 4, 64]))
+        self.client.begin_step()
+        self.runtime.begin_step(rows)
         for layer in self.runtime.layers.values():
             noise = self.random.random((rows, layer.experts)) * self._preference[layer.name]
             self.serve(layer, np.argsort(-noise, axis=1)[:, :TOP_K].astype(np.int32))

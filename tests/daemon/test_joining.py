@@ -3,21 +3,18 @@
 import os
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.daemon.house import EXPERTS
 from tests.daemon.scripted import ScriptedDaemon
+from tests.daemon.serving import serving
 from tests.daemon.wire import frame, open_fds, wait_until
 from tests.runtime.record_stores import ODD, RecordStore, build_store
 from vllm_moe_offload.daemon import connection, membarrier, socket_file, worker_attachment
 from vllm_moe_offload.daemon.client import DaemonClient
 from vllm_moe_offload.daemon.connection import Connection
-from vllm_moe_offload.daemon.hosted_histories import HostedHistories
-from vllm_moe_offload.daemon.hosted_models import HostedModels
 from vllm_moe_offload.daemon.joining import join_daemon, socket_of
 from vllm_moe_offload.daemon.protocol import (
     VERSION,
@@ -30,7 +27,6 @@ from vllm_moe_offload.daemon.protocol import (
     Stop,
     Welcome,
 )
-from vllm_moe_offload.daemon.server import DaemonServer
 from vllm_moe_offload.daemon.socket_file import SocketFile
 from vllm_moe_offload.errors import ConfigError
 from vllm_moe_offload.slots import Ledger
@@ -78,27 +74,9 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "vllm-moe-offload.sock"
 
 
-@contextmanager
-def serving(path: Path, stored: RecordStore) -> Iterator[HostedModels]:
-    """A daemon in this process, with real models."""
-    with ExitStack() as stack:
-        place = SocketFile.claim(path, None, print)
-        stack.callback(place.release)
-        models = HostedModels(stored.store.path.parent, 1 << 20, {}, "lfu", None, print)
-        stack.callback(models.close)
-        histories = HostedHistories(None, print)
-        stack.callback(histories.close)
-        server = DaemonServer(place, models, histories, 1 << 20, None, None, print)
-        thread = threading.Thread(target=server.serve)
-        thread.start()
-        stack.callback(thread.join, 60)
-        stack.callback(server.stop, "the test is over")
-        yield models
-
-
 def test_auto_uses_the_daemon_that_runs_and_none_where_none_does(path: Path, engine: Engine) -> None:
     assert engine.start("auto") is None and engine.start("off") is None
-    with serving(path, engine.stored) as models:
+    with serving(path, engine.stored.store.path.parent) as models:
         client = engine.start("auto")
         assert client is not None and client.path == path
         assert len(models.status()[0].workers) == 1
@@ -109,7 +87,7 @@ def test_auto_uses_the_daemon_that_runs_and_none_where_none_does(path: Path, eng
 
 def test_a_socket_is_named_with_and_without_unix(path: Path, engine: Engine, tmp_path: Path) -> None:
     other = tmp_path / "other.sock"
-    with serving(other, engine.stored):
+    with serving(other, engine.stored.store.path.parent):
         for setting in (f"unix:{other}", str(other)):
             client = engine.start(setting)
             assert client is not None and client.path == socket_of(setting) == other
@@ -119,7 +97,7 @@ def test_a_socket_is_named_with_and_without_unix(path: Path, engine: Engine, tmp
 
 
 def test_without_membarrier_nobody_is_attached(path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    with serving(path, engine.stored) as models:
+    with serving(path, engine.stored.store.path.parent) as models:
         monkeypatch.setattr(membarrier, "_SYSCALL", dict.fromkeys(membarrier._SYSCALL, 100_000))
         assert "membarrier(2)" in engine.start_alone(path)
         monkeypatch.undo()
@@ -132,7 +110,7 @@ def test_memory_that_cannot_be_mapped_detaches(path: Path, engine: Engine, monke
         raise MemoryError
 
     monkeypatch.setattr("vllm_moe_offload.daemon.client.Arena.attach", no_room)
-    with serving(path, engine.stored) as models:
+    with serving(path, engine.stored.store.path.parent) as models:
 
         def start() -> int:
             assert engine.start("auto") is None

@@ -7,6 +7,7 @@ from pathlib import Path
 from tests.daemon.killing import run
 from tests.daemon.processes import DaemonProcess
 from tests.daemon.reading_worker import Reader
+from tests.daemon.serving import serving
 from tests.daemon.wire import wait_until
 from tests.runtime.record_stores import ALIGNED, build_store
 
@@ -24,6 +25,21 @@ def shared_memory_held() -> int:
         with suppress(FileNotFoundError):
             held += "memfd:moe-offload" in os.readlink(link)  # noqa: PTH115 - it names no path
     return held
+
+
+def test_what_a_worker_counts_is_seen_in_the_daemon_s_status(tmp_path: Path) -> None:
+    made = build_store(tmp_path / "stores", [(ALIGNED, 12)] * 3)
+    with serving(tmp_path / "daemon.sock", made.store.path.parent) as models:
+        reader = Reader(tmp_path / "daemon.sock", made.store.path, seed=1)
+        for _ in range(10):
+            reader.step()
+        reader.client.pools[ALIGNED].begin_step()  # which shows what was counted before
+        (model,) = models.status()
+        counted = reader.ledger.counters
+        assert counted.tokens >= counted.steps == 10
+        for name in ("hits", "misses", "steps", "tokens"):
+            assert model.counters[name] == model.workers[0].counters[name] == getattr(counted, name) > 0
+        reader.close()
 
 
 def test_a_daemon_too_small_for_a_lease_is_declined(tmp_path: Path) -> None:

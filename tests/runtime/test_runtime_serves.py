@@ -91,7 +91,7 @@ class Checked:
         self.damaged: set[tuple[int, int]] = set()
 
     def step(self, chosen: list[np.ndarray]) -> None:
-        self.runtime.begin_step()
+        self.runtime.begin_step(len(chosen[0]))
         for layer in sorted(self.runtime.layers.values(), key=lambda layer: layer.index):
             self.serve(layer, chosen[layer.index])
 

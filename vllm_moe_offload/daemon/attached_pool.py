@@ -229,9 +229,9 @@ class AttachedPool(SlotPool):
             "late": counters.prefetch_late,
             "wasted": counters.prefetch_wasted,
             "steps": counters.steps,
+            "tokens": counters.tokens,
         }
-        for column, name in enumerate(COUNTERS):
-            self._counters[column] = shown.get(name, 0)
+        self._counters[:] = [shown[name] for name in COUNTERS]
 
 
 def _error(reason: str, damaged: bool) -> LoadError:

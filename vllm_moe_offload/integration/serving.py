@@ -100,7 +100,7 @@ class ServedModel:
             self._step_requests = dict(scheduler_output.num_scheduled_tokens)
             if self._daemon is not None:
                 self._daemon.begin_step()
-            self.runtime.begin_step()
+            self.runtime.begin_step(scheduler_output.total_num_scheduled_tokens)
             self._report.maybe_log()
 
     def end_step(self) -> None:

@@ -25,6 +25,8 @@ class Counters:
     prefetch_wasted: int = 0
     """Evicted before anyone needed them."""
     steps: int = 0
+    tokens: int = 0
+    """Scheduled in these steps, those of prompts included."""
     waves: int = 0
     """Kernel calls beyond the first of a layer, made because its experts did not fit in the slots together."""
 
