@@ -23,3 +23,7 @@ class LoadError(OffloadError):
 
 class TraceError(OffloadError):
     """A trace or history file is malformed, of another version, or of another model."""
+
+
+class TraceReadError(TraceError):
+    """A trace or history file cannot be read at present, which says nothing about what is in it."""

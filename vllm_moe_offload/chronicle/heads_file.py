@@ -1,13 +1,13 @@
 """Trained heads on disk, beside the history they were learned from. A file that is not entirely right is not used."""
 
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import TraceError
+from ..errors import TraceError, TraceReadError
 from ..history.files import write_atomically
+from ..history.npz import read_arrays
 from ..predict.network import NetworkSize, Parameters
 from ..predict.token_vectors import LearnedVectors, TokenVectors
 
@@ -56,10 +56,11 @@ def read_heads(path: Path, fingerprint: str, size: NetworkSize, learned: bool) -
 
     Raises:
         TraceError: the file is missing, damaged, of another version, model or size; names it and says which.
+        TraceReadError: it cannot be read at present.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            fields = {name: archive[name] for name in archive.files}
+        with path.open("rb") as file:
+            fields = read_arrays(file)
         version, found = int(fields["version"]), NetworkSize(*fields["size"].tolist())
         wanted = size._replace(vector=found.vector) if learned else size
         if version != VERSION or str(fields["fingerprint"]) != fingerprint or found != wanted:
@@ -68,7 +69,11 @@ def read_heads(path: Path, fingerprint: str, size: NetworkSize, learned: bool) -
             raise ValueError("other token vectors, or numbers that are not finite")
         parameters = Parameters(found, fields["parameters"].astype(np.float32, copy=False))
         vectors = _learned_vectors(fields, found.vector) if learned else None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except FileNotFoundError:
+        raise TraceError(f"{path}: there is no such file") from None
+    except (OSError, MemoryError) as error:
+        raise TraceReadError(f"{path}: cannot be read at present ({error})") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise TraceError(f"{path}: not heads of this model ({error})") from error
     return SavedHeads(parameters, vectors, int(fields["trained_tokens"]))
 

@@ -1,12 +1,16 @@
 """Keeps the history of one model between starts of the engine."""
 
+import contextlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 
+from ..errors import TraceError
 from ..history.archive import HistoryArchive
+from ..history.files import FileVersion
 from ..history.store import HistoryStore
+from ..history.trace import Trace
 
 SECONDS_BETWEEN_SAVES = 60.0
 BYTES_PER_SECOND = 1 << 20
@@ -44,13 +48,16 @@ class Keeper(ABC):
 
 
 class HistoryKeeper(Keeper):
-    """Keeps a history in a file of this process.
+    """Keeps a history in a file, to which other processes may add requests of the same model.
+
+    What others have added is kept: then each writes what is in the file and its own requests that are not yet. They
+    learn of each other's requests at the next start.
 
     Args:
         archive: where histories lie; None keeps this one in memory only.
         fingerprint: of the model.
         shape: layers, experts per layer, experts per token.
-        warn: told in a sentence when a file could not be used and was set aside.
+        warn: called with a sentence when a file could not be used.
         writes: whether this worker is the one that keeps the file.
     """
 
@@ -67,19 +74,31 @@ class HistoryKeeper(Keeper):
         self.folder = None if archive is None else archive.path(fingerprint).parent
         self._archive = archive if writes else None
         self._saved_at = time.monotonic()
+        self._file: FileVersion | None = None
+        """The file that holds just what this process had when it was last read or written; None for no file."""
+        self._others_write = False
         if archive is not None:
+            with contextlib.suppress(OSError):  # a wrong version only means that the file is read again
+                self._file = archive.version(fingerprint)
             self.history, problem = archive.load(fingerprint, shape)
             if problem is not None:
+                self._file = None
                 warn(f"the history starts empty: {problem}")
         self._saved_number = self._last_number
 
     def save(self, at_once: bool = False) -> None:
-        """Write the history if it has grown and the last time is long enough ago, or ``at_once``."""
+        """Write the history if it has grown and the last time is long enough ago, or ``at_once``.
+
+        Raises:
+            OSError: it cannot be written.
+            TraceError: what others have written cannot be read at present, or be kept together with this.
+        """
         last = self._last_number
         due = at_once or time.monotonic() - self._saved_at >= seconds_between_saves(self.history.nbytes)
         if self._archive is not None and due and last != self._saved_number:
             self._saved_at = time.monotonic()  # also when it fails: a full disk is not asked again at once
-            self._archive.save(self.fingerprint, self.history)
+            with self._archive.locked(self.fingerprint):
+                self._file = self._archive.write(self.fingerprint, self._to_be_kept(self._archive, last))
             self._saved_number = last
 
     def snapshot(self, directory: Path) -> Path | None:
@@ -87,6 +106,24 @@ class HistoryKeeper(Keeper):
 
     def close(self) -> None:
         self.save(at_once=True)
+
+    def _to_be_kept(self, archive: HistoryArchive, last: int) -> Trace:
+        """What the file is to hold: this history up to request ``last``, and what others have written.
+
+        Where others write, this process adds what it has seen since it last did: what they removed stays removed.
+        """
+        if not self._others_write and archive.version(self.fingerprint) == self._file:
+            return self.history.to_trace(last)
+        in_file, damaged = archive.load_locked(self.fingerprint, self.history.shape)
+        if damaged is not None:
+            return self.history.to_trace(last)
+        self._others_write = True
+        new = [past.trace for past in list(self.history.requests) if self._saved_number < past.number <= last]
+        try:
+            in_file.extend(new)
+        except ValueError as error:
+            raise TraceError(f"{archive.path(self.fingerprint)}: {error}") from error
+        return in_file.to_trace()
 
     @property
     def _last_number(self) -> int:

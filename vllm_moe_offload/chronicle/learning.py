@@ -4,7 +4,6 @@ Engines that share a folder share the heads in it: one of them learns at a time,
 The learning itself happens in another process (``training``); everything here is called from the background thread.
 """
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -15,7 +14,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from ..errors import TraceError
+from ..errors import TraceError, TraceReadError
+from ..history.files import FileVersion, file_version, make_private_folder, set_aside
 from ..predict.heads import HeadsPredictor
 from ..predict.history import HistoryPredictor
 from ..predict.network import NetworkSize
@@ -95,7 +95,7 @@ class Learning:
         self._work.cleanup()
 
     def _start_unless_another_does(self) -> None:
-        self._heads_file.parent.mkdir(parents=True, exist_ok=True)
+        make_private_folder(self._heads_file.parent)
         self._lock = BuildLock.try_acquire(self._heads_file.with_name(LOCK_FILE))
         if self._lock is None:
             return
@@ -143,7 +143,7 @@ class Learning:
         """Predict by the heads in the file, if they are other ones than those looked at last."""
         try:
             status = self._heads_file.stat()
-        except FileNotFoundError:
+        except OSError:
             return
         if (seen := (status.st_ino, status.st_mtime_ns)) != self._heads_seen:
             self._heads_seen = seen
@@ -154,15 +154,23 @@ class Learning:
         width = 0 if self._vectors is None else self._vectors.width
         size = NetworkSize(shape.layers, shape.experts, width)
         try:
+            seen = file_version(self._heads_file)
             saved = read_heads(self._heads_file, self._keeper.fingerprint, size, learned=self._vectors is None)
+        except (OSError, TraceReadError) as error:
+            self._say(f"predicting without the heads in {self._heads_file}: {error}")
+            return
         except TraceError as error:
-            aside = self._heads_file.with_name(f"{self._heads_file.name}.unusable-{os.getpid()}")
-            with contextlib.suppress(FileNotFoundError):  # another engine was faster
-                self._heads_file.replace(aside)
-            self._say(f"heads are learned anew: {error}; set aside as {aside}")
+            self._say(f"heads are learned anew: {error}; {self._set_aside(seen)}")
             return
         vectors = saved.vectors if self._vectors is None else self._vectors
         assert vectors is not None
         heads = HeadsPredictor(shape, saved.parameters, vectors)
         self._predictor.use_heads(heads, saved.trained_tokens)
         self._say(f"predicting by heads learned from {saved.trained_tokens} tokens")
+
+    def _set_aside(self, seen: FileVersion | None) -> str:
+        try:
+            aside = set_aside(self._heads_file, seen)
+        except OSError as error:
+            return f"the file cannot be set aside ({error.strerror})"
+        return "another engine has replaced the file" if aside is None else f"set aside as {aside}"

@@ -1,9 +1,11 @@
 """`vllm-moe-offload history …`: see, copy in and out, and shorten what engines remember of earlier requests.
 
-It works on files alone: an engine that runs keeps what it has in memory and writes it again.
+It works on files alone: an engine that runs keeps what it has in memory, and adds to the file only what is new.
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +15,8 @@ from rich.table import Table
 
 from vllm_moe_offload.chronicle.heads_file import LEARNED_FILES
 from vllm_moe_offload.errors import TraceError
-from vllm_moe_offload.history.archive import HISTORY_FILE, HistoryArchive
+from vllm_moe_offload.history.archive import HISTORY_FILE, HISTORY_LOCK_FILE, HistoryArchive
+from vllm_moe_offload.history.files import remove_leftovers
 from vllm_moe_offload.history.store import HistoryStore
 from vllm_moe_offload.history.trace import Trace
 from vllm_moe_offload.history.trace_file import read_trace, write_trace
@@ -85,11 +88,12 @@ def import_(
     trace = read_trace(file)
     name = _owner(file, trace, fingerprint)
     archive = _archive(directory)
-    store = _load(archive, name) if archive.path(name).exists() else HistoryStore(trace.shape)
-    _check_alike(file, trace, name, store)
-    before = len(store.requests)
-    store.extend(trace.requests())
-    _save(archive, name, store)
+    with _locked(archive, name):
+        store = _load(archive, name) if archive.path(name).exists() else HistoryStore(trace.shape)
+        _check_alike(file, trace, name, store)
+        before = len(store.requests)
+        store.extend(trace.requests())
+        archive.write(name, store.to_trace())
     added = int((trace.offsets[1:] > trace.offsets[:-1]).sum())
     forgotten = before + added - len(store.requests)
     room = f"; {forgotten} forgotten to stay within {store.budget_bytes >> 20} MiB" if forgotten else ""
@@ -109,10 +113,11 @@ def prune(
         _remove(archive, name)
         typer.echo(f"{name}: removed")
         return
-    store = _load(archive, name)
-    before = len(store.requests)
-    store.prune(megabytes << 20)
-    _save(archive, name, store)
+    with _locked(archive, name):
+        store = _load(archive, name)
+        before = len(store.requests)
+        store.prune(megabytes << 20)
+        archive.write(name, store.to_trace())
     typer.echo(f"{name}: {len(store.requests)} of {before} requests, {store.num_tokens} tokens kept")
 
 
@@ -172,20 +177,25 @@ def _load(archive: HistoryArchive, fingerprint: str) -> HistoryStore:
     return store
 
 
-def _save(archive: HistoryArchive, fingerprint: str, store: HistoryStore) -> None:
+@contextmanager
+def _locked(archive: HistoryArchive, fingerprint: str) -> Iterator[None]:
     try:
-        archive.save(fingerprint, store)
+        with archive.locked(fingerprint):
+            yield
     except OSError as error:
-        raise TraceError(f"{archive.path(fingerprint)}: cannot be written ({error.strerror})") from error
+        raise TraceError(f"{archive.path(fingerprint)}: cannot be written ({error.strerror or error})") from error
 
 
 def _remove(archive: HistoryArchive, fingerprint: str) -> None:
     folder = archive.path(fingerprint).parent
-    ours = [folder / name for name in (HISTORY_FILE, *LEARNED_FILES)]
-    for path in (*ours, *archive.directory.glob(_set_aside(fingerprint))):
-        path.unlink(missing_ok=True)
-    if not any(folder.iterdir()):
-        folder.rmdir()
+    ours = [folder / name for name in (HISTORY_FILE, *LEARNED_FILES, HISTORY_LOCK_FILE)]
+    with _locked(archive, fingerprint):
+        for path in ours:
+            remove_leftovers(path)
+        for path in (*ours, *archive.directory.glob(_set_aside(fingerprint))):
+            path.unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _set_aside(fingerprint: str) -> str:

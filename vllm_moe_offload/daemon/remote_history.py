@@ -122,4 +122,4 @@ def _past(trace: Trace) -> list[PastRequest]:
 
 def _can_write(folder: Path) -> bool:
     """Whether this process sees the daemon's folder of this history, which may not exist yet, and may write there."""
-    return os.access(folder if folder.exists() else folder.parent, os.R_OK | os.W_OK | os.X_OK)
+    return os.access(folder if os.access(folder, os.F_OK) else folder.parent, os.R_OK | os.W_OK | os.X_OK)

@@ -8,11 +8,14 @@ def mean_embedding(vectors: NDArray[np.floating]) -> NDArray[np.float32]:
     """Unit vector ``[D]`` from the token embeddings ``[T, D]`` of a prompt; zero when they cancel out or T is 0."""
     if not len(vectors):
         return np.zeros(vectors.shape[1], np.float32)
-    return unit(vectors.mean(axis=0, dtype=np.float32))
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean = vectors.mean(axis=0, dtype=np.float32)
+    return unit(mean)
 
 
 def unit(vector: NDArray[np.floating]) -> NDArray[np.float32]:
-    """``vector`` at unit length; a zero vector stays zero."""
-    vector = vector.astype(np.float32)
-    length = float(np.linalg.norm(vector))
-    return vector / np.float32(length) if length > 0 else vector
+    """``vector`` at unit length; zero where it has no direction: it is zero, or not finite."""
+    with np.errstate(all="ignore"):  # a vector of huge numbers is none either
+        vector = vector.astype(np.float32)
+        length = float(np.linalg.norm(vector))
+    return vector / np.float32(length) if 0 < length < np.inf else np.zeros_like(vector)

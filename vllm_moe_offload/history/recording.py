@@ -9,15 +9,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .trace import DECODE, PREFILL, Trace
+from .trace import DECODE, PREFILL, Trace, sound_tokens
 
 _NEVER_ZERO = np.float32(1e-9)
 
 
 def routing_shares(weights: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Routing weights ``[..., K]`` as a trace holds them, whatever the router's scale: 1 together, or all zero."""
-    totals = np.add.reduce(weights, axis=-1, keepdims=True)
-    shares: NDArray[np.float32] = weights / np.maximum(totals, _NEVER_ZERO)
+    """Routing weights ``[..., K]`` as a trace holds them, whatever the router's scale: 1 together, or all zero.
+
+    Weights that are not finite, or negative, make shares that are neither.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        totals = np.add.reduce(weights, axis=-1, keepdims=True)
+        shares: NDArray[np.float32] = weights / np.maximum(totals, _NEVER_ZERO)
     return shares
 
 
@@ -39,7 +43,7 @@ class RequestRows(NamedTuple):
 
 
 class RequestMaps(NamedTuple):
-    """What the rows of one request were routed to: ``experts`` and ``weights`` are ``[tokens, L, K]``.
+    """What the rows of one request were routed to: ``experts`` and ``weights`` are ``[tokens, L, K]``, and sound.
 
     Only tokens that had not been seen before: a request that was preempted runs again over what it has been through.
     """
@@ -53,6 +57,9 @@ class RequestMaps(NamedTuple):
 class Recorder:
     """The maps of running requests.
 
+    A token whose routing no trace can hold (weights that are NaN, negative or all zero, an expert that is none or named
+    twice) is left out and counted: whatever is recorded can be saved and loaded.
+
     Args:
         shape: layers, experts per layer, experts per token.
         most_tokens: a longer request keeps its last ones; None keeps all.
@@ -65,6 +72,8 @@ class Recorder:
         self._requests: dict[str, _Running] = {}
         self._num_rows = 0
         self._noted = 0
+        self.unsound_tokens = 0
+        """Left out so far."""
         self._make_buffers(1)
 
     @property
@@ -93,8 +102,10 @@ class Recorder:
         if not self._rows or self._noted != self.shape[0]:
             self._rows = []
             return []
-        experts = self._experts.copy()
-        weights = routing_shares(self._weights).astype(np.float16)
+        with np.errstate(over="ignore", invalid="ignore"):  # whatever comes of it is looked at next
+            weights = routing_shares(self._weights).astype(np.float16)
+        sound = sound_tokens(self._experts, weights, self.shape[1])
+        experts = self._experts.astype(self._kept_type)
         maps, start = [], 0
         for part in self._rows:
             stop = start + len(part.tokens)
@@ -103,11 +114,12 @@ class Recorder:
                 running = self._requests[part.request] = _Running(part.prompt, part.position, self._most_tokens)
             first = start + max(0, running.next_position - part.position)
             last = max(first, stop - part.drafts)
-            kept = RequestMaps(
-                part, part.tokens[first - start : last - start], experts[first:last], weights[first:last]
-            )
-            running.add(kept, part.position + first - start)
-            maps.append(kept)
+            new = np.arange(first, last)
+            kept = new[sound[first:last]]
+            self.unsound_tokens += len(new) - len(kept)
+            found = RequestMaps(part, part.tokens[kept - start], experts[kept], weights[kept])
+            running.add(found, part.position + kept - start, part.position + last - start)
+            maps.append(found)
             start = stop
         self._rows = []
         return maps
@@ -122,10 +134,14 @@ class Recorder:
         running = self._requests.pop(request, None)
         return None if running is None else running.trace(self.shape[1])
 
+    @property
+    def _kept_type(self) -> type[np.unsignedinteger]:
+        return np.uint8 if self.shape[1] <= 256 else np.uint16
+
     def _make_buffers(self, rows: int) -> None:
         """For the maps of a step over so many rows; steps mostly have as many as the one before."""
-        layers, experts, top_k = self.shape
-        self._experts = np.empty((rows, layers, top_k), np.uint8 if experts <= 256 else np.uint16)
+        layers, _, top_k = self.shape
+        self._experts = np.empty((rows, layers, top_k), np.int32)
         self._weights = np.empty((rows, layers, top_k), np.float32)
         self._experts_of = [self._experts[:, layer] for layer in range(layers)]
         self._weights_of = [self._weights[:, layer] for layer in range(layers)]
@@ -144,7 +160,9 @@ class _Running:
         self._experts: NDArray[np.unsignedinteger] = np.empty(0, np.uint8)
         self._weights: NDArray[np.float16] = np.empty(0, np.float16)
 
-    def add(self, maps: RequestMaps, position: int) -> None:
+    def add(self, maps: RequestMaps, positions: NDArray[np.int64], next_position: int) -> None:
+        """Tokens at these ``positions``; the request goes on at ``next_position``."""
+        self.next_position = max(self.next_position, next_position)
         count = len(maps.tokens)
         if not count:
             return
@@ -152,9 +170,8 @@ class _Running:
             self._make_room(maps)
         new = slice(self._filled, self._filled + count)
         self._tokens[new], self._experts[new], self._weights[new] = maps.tokens, maps.experts, maps.weights
-        self._positions[new] = np.arange(position, position + count) if count > 1 else position
+        self._positions[new] = positions
         self._filled += count
-        self.next_position = position + count
 
     def trace(self, num_experts: int) -> Trace | None:
         kept = self._kept

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .trace import DECODE, Trace
+from .trace import DECODE, Trace, sound_tokens
 
 DEFAULT_BUDGET_BYTES = 256 << 20
 _AGE_WEIGHT = 0.25
@@ -84,8 +84,8 @@ class HistoryStore:
         A request with more tokens than its share of the budget keeps its last ones. One without tokens is ignored.
 
         Raises:
-            ValueError: the trace is of another shape, of more than one request, or its embedding of another width than
-                those here.
+            ValueError: the trace is of another shape, of more than one request, or unsound, or its embedding not finite
+                or of another width than those here.
         """
         if trace.shape != self.shape or trace.num_requests != 1:
             raise ValueError(f"expected one request of shape {self.shape}, got {trace.num_requests} of {trace.shape}")
@@ -95,6 +95,10 @@ class HistoryStore:
                 f"embeddings: the request's has {width} numbers, those of the history {self.width}; one function must "
                 "have made them all"
             )
+        if not sound_tokens(trace.experts, trace.weights, trace.num_experts).all():
+            raise ValueError("a token's experts or weights are none that a trace can hold")
+        if trace.embeddings is not None and not np.isfinite(trace.embeddings).all():
+            raise ValueError("embeddings: holds values that are not finite")
         if trace.num_tokens == 0:
             return
         past = PastRequest(_own(_last_tokens(trace, self._tokens_per_request(trace))), self._next_number)
@@ -128,14 +132,14 @@ class HistoryStore:
         """Give ``found`` what ``nearest`` finds at once, and from another thread what can only be found later."""
         found(self.nearest(embedding, count))
 
-    def to_trace(self) -> Trace:
-        """Everything as one trace, oldest request first.
+    def to_trace(self, newest: int | None = None) -> Trace:
+        """Everything as one trace, oldest request first; without requests that came after number ``newest``.
 
         What only some requests have is kept, and filled up for the others: unknown tokens are -1, an unknown phase is
         DECODE, an unknown meaning the zero vector, which is near to nothing.
         """
         layers, experts, top_k = self.shape
-        requests = list(self.requests)
+        requests = [past for past in list(self.requests) if newest is None or past.number <= newest]
         if not requests:
             return Trace(
                 np.empty((0, layers, top_k), np.uint16),

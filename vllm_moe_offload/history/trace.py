@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 DECODE = 0
 PREFILL = 1
+MOST_EXPERTS = 1 << 16
+"""Per layer: their numbers are uint8 or uint16."""
+_WEIGHT_SUM_TOLERANCE = 0.02  # float16 weights, renormalised by the recorder
 
 
 @dataclass(frozen=True)
@@ -105,3 +108,23 @@ class Trace:
         if self.repetitive is None or not self.repetitive.any():
             return self
         return self.select(np.flatnonzero(~self.repetitive))
+
+
+def names_each_once(experts: NDArray[np.integer]) -> NDArray[np.bool_]:
+    """For each token of ``[T, L, K]``, whether no layer names an expert twice."""
+    ordered = np.sort(experts, axis=2)
+    repeated: NDArray[np.bool_] = (ordered[:, :, 1:] == ordered[:, :, :-1]).any(axis=(1, 2))
+    return ~repeated
+
+
+def sums_to_one(weights: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """For each token of ``[T, L, K]``, whether the weights of every layer are shares: not negative, 1 together."""
+    sums = weights.sum(axis=2, dtype=np.float32)
+    return (weights >= 0).all(axis=(1, 2)) & (np.abs(sums - 1) <= _WEIGHT_SUM_TOLERANCE).all(axis=1)
+
+
+def sound_tokens(experts: NDArray[np.integer], weights: NDArray[np.floating], num_experts: int) -> NDArray[np.bool_]:
+    """Which tokens of the maps ``[T, L, K]`` a trace can hold: what is kept satisfies it, what is read must."""
+    in_range = ((experts >= 0) & (experts < num_experts)).all(axis=(1, 2))
+    sound: NDArray[np.bool_] = in_range & names_each_once(experts) & sums_to_one(weights)
+    return sound

@@ -6,56 +6,62 @@ alone with a warning.
 """
 
 import warnings
-import zipfile
-import zlib
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import TraceError
+from ..errors import TraceError, TraceReadError
 from .files import write_atomically
-from .trace import PREFILL, Trace
+from .npz import NpzReader
+from .trace import MOST_EXPERTS, PREFILL, Trace, names_each_once, sums_to_one
 
 VERSION = 1
 _REQUIRED = ("experts", "weights", "offsets", "num_experts")
 _OPTIONAL = ("version", "model", "fingerprint", "tokens", "phase", "embeddings", "group", "repetitive")
-_WEIGHT_SUM_TOLERANCE = 0.02  # float16 weights, renormalised by the recorder
 
 
 def read_trace(path: str | Path) -> Trace:
     """Read and validate a trace file.
 
     Raises:
-        TraceError: the file is missing, no npz, of a newer version, or a field is absent, unknown or contradictory; the
-            message names the file and the field.
+        TraceError: the file is missing, no npz, damaged, of a newer version, or a field is absent, unknown or
+            contradictory; the message names the file and the field.
+        TraceReadError: it cannot be read at present.
     """
     path = Path(path)
     try:
         with path.open("rb") as file:
-            if not zipfile.is_zipfile(file):
-                raise TraceError(f"{path}: not a readable npz trace file (not an npz, or cut short)")
-            file.seek(0)
-            with np.load(file, allow_pickle=False) as archive:
-                fields = {name: _read_field(path, archive, name) for name in archive.files}
+            fields = _read_fields(path, file)
     except FileNotFoundError:
         raise TraceError(f"{path}: no such trace file") from None
     except OSError as error:
-        raise TraceError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise TraceError(f"{path}: not a readable npz trace file ({error})") from error
+        raise TraceReadError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except MemoryError as error:
+        raise TraceReadError(f"{path}: cannot be read (there is not enough memory for it)") from error
     return checked_trace(path, fields)
 
 
-def _read_field(path: Path, archive: Any, name: str) -> NDArray:
+def _read_fields(path: Path, file: IO[bytes]) -> dict[str, NDArray]:
+    """All fields that a trace may have; of others only the headers are read."""
     try:
-        value = archive[name]
-    except (ValueError, EOFError, OSError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        raise TraceError(f"{path}: field {name!r} cannot be read ({error})") from error
-    if not isinstance(value, np.ndarray):
-        raise TraceError(f"{path}: field {name!r} is no array")
-    return value
+        archive = NpzReader(file)
+    except ValueError as error:
+        raise TraceError(f"{path}: not a readable npz trace file ({error})") from error
+    fields, unknown = {}, []
+    for name in archive.names:
+        try:
+            if name in _REQUIRED or name in _OPTIONAL:
+                fields[name] = archive.read(name)
+            else:
+                archive.outline(name)
+                unknown.append(name)
+        except ValueError as error:
+            raise TraceError(f"{path}: field {name!r} cannot be read ({error})") from error
+    if unknown:
+        warnings.warn(f"{path}: ignoring unknown fields {', '.join(sorted(unknown))}", stacklevel=3)
+    return fields
 
 
 def write_trace(path: str | Path, trace: Trace, compress: bool = True) -> None:
@@ -84,16 +90,15 @@ def checked_trace(path: Path | str, fields: dict[str, NDArray]) -> Trace:
         path: of the file, for the errors; or a name for what is no file but must hold the same.
 
     Raises:
-        TraceError: a field is absent, unknown or contradictory.
+        TraceError: a field is absent or contradictory.
     """
     _check_version(path, fields)
     for name in _REQUIRED:
         if name not in fields:
             raise TraceError(f"{path}: field {name!r} is missing; a trace has {', '.join(_REQUIRED)}")
-    unknown = sorted(set(fields) - set(_REQUIRED) - set(_OPTIONAL))
-    if unknown:
-        warnings.warn(f"{path}: ignoring unknown fields {', '.join(unknown)}", stacklevel=3)
     num_experts = _integer(path, fields, "num_experts")
+    if not 0 < num_experts <= MOST_EXPERTS:
+        raise TraceError(f"{path}: field 'num_experts' is {num_experts}, a layer has 1 to {MOST_EXPERTS}")
     experts = _check_maps(path, fields["experts"], fields["weights"], num_experts)
     offsets = _check_offsets(path, fields["offsets"], len(experts))
     rows, requests = len(experts), len(offsets) - 1
@@ -143,13 +148,11 @@ def _check_maps(path: Path | str, experts: NDArray, weights: NDArray, num_expert
         return experts
     if int(experts.max()) >= num_experts:
         raise TraceError(f"{path}: field 'experts' names expert {experts.max()}, but 'num_experts' is {num_experts}")
-    ordered = np.sort(experts, axis=2)
-    if (ordered[:, :, 1:] == ordered[:, :, :-1]).any():
+    if not names_each_once(experts).all():
         raise TraceError(f"{path}: field 'experts' names an expert twice for one token and layer")
     if not np.isfinite(weights).all():
         raise TraceError(f"{path}: field 'weights' holds NaN or infinite values")
-    sums = weights.sum(axis=2, dtype=np.float32)
-    if not ((weights >= 0).all() and np.abs(sums - 1).max() <= _WEIGHT_SUM_TOLERANCE):
+    if not sums_to_one(weights).all():
         raise TraceError(f"{path}: field 'weights' must be >= 0 and sum to 1 per token and layer")
     return experts
 
@@ -174,7 +177,14 @@ def _column(
             f"{path}: field {name!r} must have shape ({length},) and kind {kinds!r}, not {value.dtype} of shape "
             f"{value.shape}"
         )
+    if kinds == "iu" and length and not _fits(value, np.dtype(dtype)):
+        raise TraceError(f"{path}: field {name!r} holds numbers that are no {np.dtype(dtype)}")
     return value if dtype is None else value.astype(dtype, copy=False)
+
+
+def _fits(value: NDArray, dtype: np.dtype) -> bool:
+    limits = np.iinfo(dtype)
+    return limits.min <= int(value.min()) and int(value.max()) <= limits.max
 
 
 def _check_phase(path: Path | str, phase: NDArray[np.uint8] | None) -> NDArray[np.uint8] | None:

@@ -78,8 +78,9 @@ class Watch:
         self._predictor = gate or self._create_predictor(config, shape)
         self._learning = self._start_learning(cpus)
         anticipation = self._look_ahead(layers, runtime)
-        self._background = Background(self._round, SECONDS_BETWEEN_ROUNDS, _complain, cpus)
         recorder = Recorder(shape, MOST_TOKENS if self._trace is None else None)
+        self._recorder, self._warned_of_unsound_tokens = recorder, False
+        self._background = Background(self._round, SECONDS_BETWEEN_ROUNDS, _complain, cpus)
         self.witness = Witness(recorder, self._request_ended, embed, anticipation, later=self._background.soon)
         for number, (_, method) in enumerate(layers.values()):
             method.witness, method.number = self.witness, number
@@ -127,6 +128,7 @@ class Watch:
             "history_requests": history.num_requests,
             "history_tokens": history.num_tokens,
             "learned_tokens": learned,
+            "unsound_tokens": self._recorder.unsound_tokens,
         }
 
     def close(self) -> None:
@@ -153,6 +155,12 @@ class Watch:
                 self._keeper.history.add(trace)
 
     def _round(self) -> None:
+        if self._recorder.unsound_tokens and not self._warned_of_unsound_tokens:
+            self._warned_of_unsound_tokens = True
+            _warn(
+                "tokens are left out of history and trace, because a router gave weights that are not finite, negative "
+                "or all zero, or an expert that is none (counted as unsound_tokens)"
+            )
         if self._keeper is not None:
             self._keeper.save()
         if self._learning is not None:

@@ -138,7 +138,7 @@ def ask_head(state, context, inner, outer, bias, probabilities):  # type: ignore
 @_compiled("void(i8[:,::1], f4[:,::1], f4[:,::1], f4, f4[:,::1])")
 def follow(experts, roots, columns, fading, matches):  # type: ignore[no-untyped-def]
     """Fade the running ``matches`` ``[B, C]`` of rows with candidates and add a layer's: roots of weights ``[B, K]``,
-    and of the candidates' ``columns`` ``[E, C or more]``."""
+    and of the candidates' ``columns`` ``[E, C or more]``. A root that is NaN adds nothing."""
     count = matches.shape[1]
     for b in range(matches.shape[0]):
         for c in range(count):
@@ -148,8 +148,9 @@ def follow(experts, roots, columns, fading, matches):  # type: ignore[no-untyped
             if not 0 <= expert < columns.shape[0]:
                 raise IndexError(_UNKNOWN_EXPERT)
             column, root = columns[expert], roots[b, k]
-            for c in range(count):
-                matches[b, c] += root * column[c]
+            if root > 0:
+                for c in range(count):
+                    matches[b, c] += root * column[c]
 
 
 @_compiled("void(f4[:,::1], f4, f4[::1], f4[:,::1])")

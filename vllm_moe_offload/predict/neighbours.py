@@ -230,7 +230,9 @@ class _Group:
 
     def observe(self, layer: int, experts: Experts, weights: Weights) -> None:
         chosen, shares = kernels.as_map(experts, weights)
-        kernels.follow(chosen, np.sqrt(shares), self._candidates.columns(layer), _FADING, self._matches)
+        with np.errstate(invalid="ignore"):  # of a router that went wrong
+            roots = np.sqrt(shares)
+        kernels.follow(chosen, roots, self._candidates.columns(layer), _FADING, self._matches)
         self._full_match = _FADING * self._full_match + 1
         self._asked = None
 
