@@ -131,9 +131,7 @@ def test_a_history_that_was_damaged_meanwhile_is_written_whole(tmp_path: Path) -
     assert len(list(tmp_path.glob("aa/*.unusable-*"))) == 1
 
 
-def test_a_writer_that_does_not_end_is_not_waited_for_for_ever(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_writer_that_does_not_end_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archive_module, "LOCK_SECONDS", 0.05)
     waiting, store = HistoryArchive(tmp_path), HistoryStore(SHAPE)
     with waiting.locked("aa"), pytest.raises(TimeoutError, match=r"history\.lock has been locked by another process"):

@@ -119,7 +119,8 @@ def names_each_once(experts: NDArray[np.integer]) -> NDArray[np.bool_]:
 
 def sums_to_one(weights: NDArray[np.floating]) -> NDArray[np.bool_]:
     """For each token of ``[T, L, K]``, whether the weights of every layer are shares: not negative, 1 together."""
-    sums = weights.sum(axis=2, dtype=np.float32)
+    with np.errstate(invalid="ignore"):
+        sums = weights.sum(axis=2, dtype=np.float32)
     return (weights >= 0).all(axis=(1, 2)) & (np.abs(sums - 1) <= _WEIGHT_SUM_TOLERANCE).all(axis=1)
 
 
