@@ -6,6 +6,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -16,6 +17,8 @@ from vllm_moe_offload.daemon import framing
 from vllm_moe_offload.daemon.connection import Connection, DaemonGoneError, RefusedError
 from vllm_moe_offload.daemon.framing import FramedSocket, PeerError, SilentPeerError
 from vllm_moe_offload.daemon.protocol import (
+    LARGE_FRAME_BYTES,
+    SMALL_FRAME_BYTES,
     Adopt,
     Adopted,
     Attach,
@@ -87,6 +90,52 @@ def test_a_message_may_be_as_long_as_the_limit_and_no_longer(raw: tuple[socket.s
     peer.send(struct.pack("<I", server.limit + 1))
     with pytest.raises(PeerError, match=f"at most {server.limit} are accepted"):
         server.receive()
+
+
+def _send_if_read(peer: socket.socket, data: bytes) -> None:
+    with peer, suppress(BrokenPipeError, ConnectionResetError):
+        peer.sendall(data)
+
+
+def test_few_large_messages_are_handled_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is small passes; what is large waits for its turn, and is refused if that does not come."""
+    large, turns = Hint(0, bytes(2 * SMALL_FRAME_BYTES)), threading.BoundedSemaphore(1)
+    servers: list[Server] = []
+    writers: list[threading.Thread] = []
+    for _ in range(3):
+        peer, ours = socket.socketpair()
+        servers.append(FramedSocket(ours, msgspec.msgpack.Decoder(Request), max_fds=0))
+        servers[-1].large, servers[-1].limit = turns, LARGE_FRAME_BYTES
+        data = frame(GetStatus()) + frame(large) + frame(GetStatus())
+        writers.append(threading.Thread(target=_send_if_read, args=(peer, data)))
+        writers[-1].start()
+    first, second, third = servers
+    assert [server.receive() for server in servers] == [GetStatus()] * 3
+    assert first.receive() == large
+    with monkeypatch.context() as impatient:
+        impatient.setattr(framing, "FRAME_SECONDS", 0.1)
+        with pytest.raises(PeerError, match="while others were being handled"):
+            second.receive()
+        second.close()
+    assert first.receive() == GetStatus(), "the first has been handled"
+    assert third.receive() == large
+    for server in servers:
+        server.close()
+    assert turns.acquire(timeout=0), "whoever closes gives its turn back"
+    for writer in writers:
+        writer.join(10)
+
+
+def test_what_a_large_message_took_is_given_back(raw: tuple[socket.socket, Server]) -> None:
+    peer, server = raw
+    server.limit = LARGE_FRAME_BYTES
+    message = Refused("x" * (2 * SMALL_FRAME_BYTES))
+    with peer.makefile("rb") as end:
+        reader = threading.Thread(target=end.read, args=(len(frame(message)),))
+        reader.start()
+        server.send(message)
+        reader.join(10)
+    assert len(server._outgoing) < framing.BUFFER_BYTES
 
 
 def test_too_long_a_message_is_not_sent(pair: tuple[Connection, Server]) -> None:

@@ -174,6 +174,43 @@ def test_histories_in_use_stay_and_others_make_room(tmp_path: Path) -> None:
     histories.close()
 
 
+def test_all_histories_together_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that nobody uses go first, saved; then the largest of the others forgets what it would forget anyway."""
+    request = past_request(1)
+    monkeypatch.setattr(hosted_histories, "MOST_BYTES", 10 * sum(map(np.size, (request.experts, request.weights))) * 2)
+    histories = HostedHistories(tmp_path, print)
+    names = [f"{number:032x}" for number in range(3)]
+    first, second = (histories.open(OpenHistory(name, SHAPE, name)) for name in names[:2])
+    for seed in range(3):
+        first.remember(past_request(seed))
+    histories.leave(first)
+    for seed in range(40):
+        second.remember(past_request(seed))
+        histories.keep_within_bounds()
+        assert sum(history.nbytes for history in histories._histories.values()) <= hosted_histories.MOST_BYTES
+    assert list(histories._histories.values()) == [second] and 3 < second.size.requests < 40
+    assert HistoryArchive(tmp_path).read(names[0]).num_requests == 3, "saved before it went"
+    assert histories.open(OpenHistory(names[0], SHAPE, names[0])).size.requests == 3
+    assert sum(history.nbytes for history in histories._histories.values()) <= hosted_histories.MOST_BYTES
+    histories.close()
+
+
+def test_a_history_that_cannot_be_saved_makes_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    histories = HostedHistories(tmp_path / "kept", said.append)
+    history = histories.open(OPEN)
+    history.remember(past_request(1))
+    histories.leave(history)
+    (tmp_path / "kept" / FINGERPRINT).touch()  # a file where a folder must be
+    monkeypatch.setattr(hosted_histories, "MOST_HISTORIES", 1)
+    with pytest.raises(OffloadError, match="as many as are kept"):
+        histories.open(OpenHistory("cd" * 16, SHAPE, STORE))
+    assert "cannot be saved" in said[0] and histories.open(OPEN).size.requests == 1
+    (tmp_path / "kept" / FINGERPRINT).unlink()
+    histories.close()
+    assert HistoryArchive(tmp_path / "kept").read(FINGERPRINT).num_requests == 1
+
+
 def test_a_folder_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"--history .*file/history.*or 'off'"):

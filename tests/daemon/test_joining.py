@@ -126,7 +126,7 @@ def test_a_daemon_that_falls_silent_after_hello_is_not_waited_for(
     path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "LOOK_SECONDS", 0.05)
-    monkeypatch.setattr(worker_attachment, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(worker_attachment, "STATUS_SECONDS", 0.2)
     with ScriptedDaemon(path, lambda request: None) as daemon:
         assert f"the daemon at {path} sent nothing for 0.2 s" in engine.start_alone(path)
         assert daemon.roles[:2] == ["worker", "control"]

@@ -205,6 +205,21 @@ def test_a_daemon_that_refuses_is_left_alone_and_named(tmp_path: Path) -> None:
     assert len(said) == 1 and "does not share its history" in said[0] and "maps of shape (4, 8, 2)" in said[0]
 
 
+def test_whoever_cannot_use_an_answer_spoils_it_for_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history_line, "GRUDGE_SECONDS", 0.05)
+    said: list[str] = []
+    with House(tmp_path / "socket") as house, closing(engine(house.path, say=said.append)) as first:
+        assert first._line.ask(None, 10, lambda trace: 1 / 0)  # type: ignore[arg-type, return-value]
+        wait_until(lambda: bool(said), "it is said")
+        wait_until(lambda: first._line.connected, "it has connected again")
+        first.history.add(past_request(1))
+        wait_until(lambda: house.histories.open(OPEN).size.requests == 1, "requests are told")
+        assert len(Seeker(first).last()) == 1
+    assert "ZeroDivisionError" in said[0]
+
+
 def test_an_engine_ends_promptly_although_the_daemon_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(history_line, "CLOSE_SECONDS", 0.2)
     with House(tmp_path / "socket") as house:

@@ -12,6 +12,7 @@ import os
 import select
 import socket
 import struct
+import threading
 import time
 from array import array
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from ..errors import OffloadError
 from .protocol import SMALL_FRAME_BYTES, Message
 
 FRAME_SECONDS = 10.0
+LARGE_MESSAGES = 4
+"""Handled at a time by one process that bounds them; see ``FramedSocket.large``."""
 BUFFER_BYTES = 1 << 16
 
 _LENGTH = struct.Struct("<I")
@@ -55,6 +58,10 @@ class FramedSocket(Generic[M]):
         peer.setblocking(True)
         self.limit = SMALL_FRAME_BYTES
         """Bytes of payload that are accepted and sent at most."""
+        self.large: threading.Semaphore | None = None
+        """Who receives or answers more than ``SMALL_FRAME_BYTES`` holds it until the next ``receive``: it bounds the
+        memory that connections which share it take together."""
+        self._holds_large = False
         self.fds: list[int] = []
         self._peer = peer
         self._decoder = decoder
@@ -81,6 +88,13 @@ class FramedSocket(Generic[M]):
             SilentPeerError: the other side did not read it in time.
             OSError: there is no other side any more.
         """
+        try:
+            self._send(message, fds)
+        finally:
+            if len(self._outgoing) > BUFFER_BYTES:
+                self._outgoing = bytearray(_LENGTH.size)
+
+    def _send(self, message: Message, fds: Sequence[int]) -> None:
         frame = self._outgoing
         self._encode_into(message, frame, _LENGTH.size)
         total = len(frame)
@@ -104,6 +118,7 @@ class FramedSocket(Generic[M]):
             PeerError: what came is too long, unfinished in time, no message, or brought descriptors unasked.
             SilentPeerError: nothing came in the time set by ``wait_at_most``.
         """
+        self._release_large()
         if self._start == self._end:
             self._start = self._end = 0
             if self.fds:
@@ -137,6 +152,17 @@ class FramedSocket(Generic[M]):
         taken, self.fds = self.fds, []
         return taken
 
+    def hold_large(self, seconds: float) -> None:
+        """Wait until few enough large messages are being handled to handle one more. Idempotent until ``receive``.
+
+        Raises:
+            PeerError: that does not happen in time.
+        """
+        if self.large is not None and not self._holds_large:
+            if not self.large.acquire(timeout=max(0.0, seconds)):
+                raise PeerError("came with a large message while others were being handled; it may try again")
+            self._holds_large = True
+
     def shut_down(self) -> None:
         """End the connection; a thread that waits in ``receive`` sees it. From any thread."""
         try:
@@ -145,6 +171,7 @@ class FramedSocket(Generic[M]):
             return
 
     def close(self) -> None:
+        self._release_large()
         self._close_fds()
         self._peer.close()
 
@@ -167,6 +194,8 @@ class FramedSocket(Generic[M]):
         deadline = time.monotonic() + FRAME_SECONDS
         readable = select.poll()
         readable.register(self._peer, select.POLLIN)
+        if self._frame_end() - self._start > SMALL_FRAME_BYTES + _LENGTH.size:
+            self.hold_large(FRAME_SECONDS)
         while (missing := self._frame_end() - self._end) > 0:
             if self._end == len(self._buffer):
                 held = self._end - self._start
@@ -198,6 +227,11 @@ class FramedSocket(Generic[M]):
         if flags & socket.MSG_CTRUNC or len(self.fds) > self._max_fds:
             self._close_fds()
             raise PeerError(f"sent too many descriptors; at most {self._max_fds} are accepted")
+
+    def _release_large(self) -> None:
+        if self._holds_large and self.large is not None:
+            self._holds_large = False
+            self.large.release()
 
     def _close_fds(self) -> None:
         for fd in self.take_fds():

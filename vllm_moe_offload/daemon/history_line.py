@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import OffloadError
 from ..history.trace import Trace
 from .connection import Connection, DaemonGoneError, RefusedError
 from .outbox import Outbox
@@ -108,15 +109,29 @@ class HistoryLine:
 
     def _work(self) -> None:
         while self._wait_for_work():
-            question = self._take_question()
-            if question is not None:
-                question.answered(self._search(question.search))
-            elif self._connection is None:
-                self._connect()
-            elif self._outbox.empty:
-                self._search(Search(b"", 0))
-            else:
-                self._send_next()
+            try:
+                self._do_next()
+            except Exception as error:  # whatever it is, the engine serves without, and asks again later
+                self._hang_up()
+                self._bear_a_grudge(error)
+
+    def _do_next(self) -> None:
+        question = self._take_question()
+        if question is not None:
+            self._answer(question)
+        elif self._connection is None:
+            self._connect()
+        elif self._outbox.empty:
+            self._search(Search(b"", 0))
+        else:
+            self._send_next()
+
+    def _answer(self, question: _Question) -> None:
+        found: Trace | None = None
+        try:
+            found = self._search(question.search)
+        finally:
+            question.answered(found)
 
     def _wait_for_work(self) -> bool:
         """Until there is something to do; False if there will not be, because the engine ends."""
@@ -200,11 +215,15 @@ class HistoryLine:
         if connection is not None:
             connection.close()
         for question in questions:
-            question.answered(None)
+            try:
+                question.answered(None)
+            except Exception as error:  # whoever asked is wrong, and the others wait
+                self._tell_once(f"an answer of the history was not understood: {type(error).__name__}: {error}")
 
     def _bear_a_grudge(self, error: Exception) -> None:
         self._not_before = time.monotonic() + GRUDGE_SECONDS
-        self._tell_once(f"the daemon does not share its history with this engine: {error}")
+        reason = str(error) if isinstance(error, OffloadError) else f"{type(error).__name__}: {error}"
+        self._tell_once(f"the daemon does not share its history with this engine: {reason}")
 
     def _tell_once(self, sentence: str) -> None:
         if sentence != self._told:

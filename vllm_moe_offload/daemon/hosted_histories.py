@@ -10,12 +10,15 @@ import msgspec
 from ..chronicle.background import Background
 from ..errors import ConfigError, OffloadError, TraceError
 from ..history.archive import HistoryArchive
+from .framing import LARGE_MESSAGES
 from .hosted_history import HostedHistory
 from .packed_trace import Shape
 from .protocol import HistorySize, ModelStatus, OpenHistory
 
 MOST_HISTORIES = 16
 """In memory at a time; those that no engine uses make room for others."""
+MOST_BYTES = 1 << 30
+"""Of all of them together."""
 MOST_STORES = 256
 SECONDS_BETWEEN_ROUNDS = 5.0
 
@@ -40,6 +43,8 @@ class HostedHistories:
         if self._archive is not None and (problem := self._archive.problem()) is not None:
             raise ConfigError(f"--history {folder}: {problem}; name a folder that can be written, or 'off'")
         self._say = say
+        self.large = threading.BoundedSemaphore(LARGE_MESSAGES)
+        """For connections about histories, see ``FramedSocket``."""
         self._lock = threading.Lock()
         self._histories: dict[str, HostedHistory] = {}
         self._users: dict[str, int] = {}
@@ -70,6 +75,7 @@ class HostedHistories:
             elif history.shape != request.shape:
                 raise OffloadError(f"the history of this model holds maps of shape {history.shape}")
             self._users[request.fingerprint] += 1
+            self._bound()
             self._show(request.fingerprint, request.store)
             return history
 
@@ -77,6 +83,12 @@ class HostedHistories:
         """A connection that had opened it has ended."""
         with self._lock:
             self._users[history.fingerprint] -= 1
+
+    def keep_within_bounds(self) -> None:
+        """A history has grown: where all together are too large, those that nobody uses go (they are saved), and if
+        that is not enough the largest one forgets requests."""
+        with self._lock:
+            self._bound()
 
     def with_sizes(self, models: list[ModelStatus]) -> list[ModelStatus]:
         """The same status, with the size of each model's history."""
@@ -113,12 +125,27 @@ class HostedHistories:
         return msgspec.structs.replace(model, history_requests=size.requests, history_tokens=size.tokens)
 
     def _make_room(self) -> None:
-        idle = [fingerprint for fingerprint, users in self._users.items() if not users]
-        while len(self._histories) >= MOST_HISTORIES:
-            if not idle:
-                raise OffloadError(f"histories of {MOST_HISTORIES} models are in use, which is as many as are kept")
-            fingerprint = idle.pop(0)
-            self._save(self._histories[fingerprint], at_once=True)
+        self._drop_idle(lambda: len(self._histories) >= MOST_HISTORIES)
+        if len(self._histories) >= MOST_HISTORIES:
+            raise OffloadError(f"histories of {MOST_HISTORIES} models are in use, which is as many as are kept")
+
+    def _bound(self) -> None:
+        if self._excess() > 0:
+            self._drop_idle(lambda: self._excess() > 0)
+        if (excess := self._excess()) > 0:
+            max(self._histories.values(), key=lambda history: history.nbytes).shrink(excess)
+
+    def _excess(self) -> int:
+        return sum(history.nbytes for history in self._histories.values()) - MOST_BYTES
+
+    def _drop_idle(self, crowded: Callable[[], bool]) -> None:
+        """Save and let go of histories nobody uses, the first opened first, for as long as it is ``crowded``. One that
+        cannot be saved stays."""
+        for fingerprint in [fingerprint for fingerprint, users in self._users.items() if not users]:
+            if not crowded():
+                return
+            if not self._save(self._histories[fingerprint], at_once=True):
+                continue
             del self._histories[fingerprint], self._users[fingerprint]
             self._shown_by = {store: shown for store, shown in self._shown_by.items() if shown != fingerprint}
 

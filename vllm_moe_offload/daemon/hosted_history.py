@@ -60,6 +60,19 @@ class HostedHistory:
     def size(self) -> HistorySize:
         return HistorySize(self._history.num_requests, self._tokens)
 
+    @property
+    def nbytes(self) -> int:
+        """Of memory."""
+        return self._history.nbytes
+
+    def shrink(self, nbytes: int) -> None:
+        """Forget requests of at least so many bytes, as if there were no room for them."""
+        with self._lock:
+            budget = self._history.budget_bytes
+            self._history.prune(max(0, self._history.nbytes - nbytes))
+            self._history.budget_bytes = budget
+            self._tokens = self._history.num_tokens
+
     def remember(self, trace: Trace, again: bool = False, user: int | None = None) -> None:
         """A request has ended.
 

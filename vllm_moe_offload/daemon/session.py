@@ -153,6 +153,7 @@ class Session:
         self._frames.wait_at_most(0)
         if hello.role == "history":
             self._frames.limit = LARGE_FRAME_BYTES
+            self._frames.large = self._house.histories.large
         self._frames.send(Welcome(VERSION, os.getpid()))
 
     def _answer(self, request: Request) -> None:
@@ -210,10 +211,12 @@ class Session:
     def _remember(self, request: Remember) -> None:
         history = self._opened(request)
         history.remember(unpack_trace(request.trace, history.shape), request.again, self._peer.uid)
+        self._house.histories.keep_within_bounds()
         self._frames.send(Remembered(history.size))
 
     def _search(self, request: Search) -> None:
         history = self._opened(request)
+        self._frames.hold_large(FRAME_SECONDS)
         found = history.search(unpack_embedding(request.embedding), request.max_tokens, self._peer.uid)
         self._frames.send(Found(pack_trace(found), history.size))
 

@@ -22,6 +22,7 @@ from .protocol import Attach, Attached, GetStatus
 from .table import ResidencyTable
 
 CONNECT_SECONDS = 5.0
+STATUS_SECONDS = 15.0
 STALLED_SECONDS = 60.0
 """A lease is granted when every expert has been read, however long that takes. The longest time without any read."""
 ANSWER_SECONDS = 30.0
@@ -119,6 +120,7 @@ class _Progress:
         if self._closing.is_set():
             raise DaemonGoneError("this engine ends")
         control = Connection.connect(self._path, "control", CONNECT_SECONDS)
+        control.wait_at_most(STATUS_SECONDS)
         try:
             report = control.request(GetStatus())
         finally:
