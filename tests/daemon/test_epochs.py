@@ -81,7 +81,7 @@ def orders(barriers: set[int], leased: bool) -> Iterator[tuple[int, ...]]:
 def run(expert: int, gaps: tuple[int, ...]) -> WeakReader:
     """The reclaimer takes the victim's slot for the new expert, if it may, while a reader reads. Returns the reader."""
     table = TABLE
-    table.entries[:] = 0
+    table.admit(WORKER)
     table.header[EPOCH] = 1
     table.slot_of[:] = (SLOT, ABSENT)
     memory = [VICTIM]
@@ -138,6 +138,8 @@ class Pool:
 
     def __init__(self, experts: int, readers: int):
         self.table = ResidencyTable.create("test", experts)
+        for worker in range(readers):
+            self.table.admit(worker)
         self.readers = [Reader(self.table, worker) for worker in range(readers)]
         self.reclaimer = Reclaimer(self.table)
         self.held: list[set[int] | None] = [None] * readers
@@ -223,6 +225,7 @@ sys.stdin.read()
 
 def test_what_a_killed_reader_held_comes_back_when_its_entry_is_cleared() -> None:
     table = ResidencyTable.create("test", 2)
+    table.admit(WORKER)
     reclaimer = Reclaimer(table)
     reclaimer.publish(ids(0), ids(1))
     fd = table.mapping.fd

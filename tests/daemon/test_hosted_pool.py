@@ -10,11 +10,10 @@ import pytest
 from tests.daemon.pools import EXPERTS, N, Pool, Worker
 from tests.daemon.wire import wait_until
 from tests.runtime.record_stores import LAYOUTS
-from vllm_moe_offload.daemon import hosted_pool
+from vllm_moe_offload.daemon import placement
 from vllm_moe_offload.daemon.adoption import adopt
 from vllm_moe_offload.daemon.lease import lease
 from vllm_moe_offload.daemon.table import ABSENT
-from vllm_moe_offload.errors import LoadError
 
 
 def in_threads(*jobs) -> None:
@@ -72,7 +71,7 @@ def test_many_workers_at_once_never_see_a_wrong_record(tmp_path: Path, limit: in
             while not stop.is_set():
                 it.pool.tend()
                 it.pool.check_integrity()
-                assert it.pool.cache.occupied <= limit
+                assert it.pool.cache.occupied <= limit + 4 * 6, "more than a demand of each beyond the limit"
 
         tender = threading.Thread(target=tend)
         tender.start()
@@ -121,17 +120,21 @@ def test_a_slot_read_in_place_is_not_reused_before_its_reader_leaves(tmp_path: P
         reader.reader.enter()
         slots = it.pool.table.slot_of[[0, 1, 2, 3]]
         assert (slots != ABSENT).all()
-        waiting = threading.Thread(target=lambda: other.demand([8, 9, 10, 11]))
-        waiting.start()
-        waiting.join(0.2)
-        assert waiting.is_alive()
-        reader.check([0, 1, 2, 3], slots)
+        for layer in (1, 2, 3):
+            other.use([layer * EXPERTS + e for e in range(4)])
+            it.pool.tend()
+            it.pool.check_integrity()
+            reader.check([0, 1, 2, 3], slots)
         reader.reader.leave()
-        waiting.join(10)
-        assert not waiting.is_alive()
+        other.use([8, 9, 10, 11])
+        it.tend()
+        assert it.pool.held == 4
 
 
-def test_demands_too_big_together_take_turns_in_the_order_they_came(tmp_path: Path) -> None:
+def test_demands_too_big_together_take_turns_in_the_order_they_came(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placement, "PATIENCE_SECONDS", 60.0)
     with Pool(tmp_path, limit=6) as it:
         first, second, third = (Worker(it, entry) for entry in range(3))
         order: list[int] = []
@@ -144,11 +147,11 @@ def test_demands_too_big_together_take_turns_in_the_order_they_came(tmp_path: Pa
 
         big = threading.Thread(target=ask, args=(second, [8, 9, 10, 11, 12]))
         big.start()
-        while not it.pool._queue:
+        while not it.pool.placement.queue:
             pass
         small = threading.Thread(target=ask, args=(third, [16, 17]))
         small.start()
-        while len(it.pool._queue) < 2:
+        while len(it.pool.placement.queue) < 2:
             pass
         first.done()
         for thread in (big, small):
@@ -178,7 +181,7 @@ def test_nonsense_is_refused_and_changes_nothing(tmp_path: Path) -> None:
             (2, [N], f"not all among the {N}"),
             (2, [-1, 3], "experts -1 to 3"),
             (1, [3], "does not rise above 1"),
-            (2, [0, 1, 2, 3, 4, 5, 6], "at most 6 of this pool fit"),
+            (2, [0, 1, 2, 3, 4, 5, 6, 7, 8], "at most 8 of this pool"),
         ):
             with pytest.raises(ValueError, match=why):
                 it.pool.demand(0, ticket, np.array(experts, np.int32))
@@ -363,38 +366,7 @@ def test_records_of_an_older_arena_are_taken_over_if_they_are_right(tmp_path: Pa
             adopt(new.pool, new.built.store, old.pool.arena.mapping.reader_descriptor(), experts, slots + N)
 
 
-def test_who_never_stops_reading_is_named_and_the_slots_are_used_when_it_has_gone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hosted_pool, "PATIENCE_SECONDS", 0.05)
-    with Pool(tmp_path, limit=4) as it:
-        stuck, other = Worker(it, 3), Worker(it, 1)
-        stuck.use([0, 1, 2, 3])
-        stuck.reader.enter()
-        supply = it.pool.demand(1, 1, np.array([8, 9], np.int32))
-        assert [expert for expert, _ in supply.failed] == [8, 9]
-        assert "workers [3] have been reading its slot" in str(supply.failed[0][1])
-        it.pool.tend()
-        it.pool.check_integrity()
-        it.pool.dismiss(3)
-        other.ticket = 1
-        other.done()
-        other.demand([8, 9, 10, 11])
-        it.pool.check_integrity()
-
-
-def test_who_never_stops_computing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hosted_pool, "PATIENCE_SECONDS", 0.05)
-    with Pool(tmp_path, limit=4) as it:
-        stuck, other = Worker(it, 3), Worker(it, 1)
-        stuck.demand([0, 1, 2])
-        with pytest.raises(LoadError, match=r"2 experts do not fit into 4 slots beside what workers \[3\]"):
-            other.demand([8, 9])
-        it.pool.check_integrity()
-        other.demand([10])
-
-
-def test_a_streaming_hint_gives_up_slots_that_are_being_read(tmp_path: Path) -> None:
+def test_a_streaming_hint_takes_no_slots_that_are_being_read(tmp_path: Path) -> None:
     with Pool(tmp_path, limit=8) as it:
         reading, prefilling = Worker(it, 0), Worker(it, 1)
         reading.use(list(range(EXPERTS)))

@@ -10,6 +10,8 @@ from .base import EvictionPolicy, IntArray
 
 ABSENT = -1
 FREE = -1
+_NONE = np.empty(0, dtype=np.int64)
+_NO_SLOTS = np.empty(0, dtype=np.int32)
 
 
 class Acquisition(NamedTuple):
@@ -35,6 +37,9 @@ class ExpertCache:
     A *retired* slot (``retire``) still holds its expert, but is given away before any other that is occupied, in the
     order of retirement; whoever asks for the expert meanwhile gets it back.
 
+    An *exposed* slot may be read by somebody who has not pinned it; its owner keeps ``exposed`` up to date. It may be
+    retired, but is never given away, so whatever is loaded can be written into its slot at once.
+
     Args:
         layer_of: int ``[N]``, the layer of each expert.
         at_home: there are as many slots as experts, and an expert goes to the slot of its own number if that is free.
@@ -53,16 +58,23 @@ class ExpertCache:
         self.expert_of = np.full(num_slots, FREE, dtype=np.int32)
         self.pins = np.zeros(num_slots, dtype=np.int32)
         self.transient = np.zeros(num_slots, dtype=bool)
+        self.exposed = np.zeros(num_slots, dtype=bool)
         self.retired: dict[int, None] = {}
         """Slots that were retired, in that order."""
         self.occupied = 0
         """How many slots are not free."""
 
+    @property
+    def available(self) -> int:
+        """Slots that can be given away now."""
+        leaving = (self.pins == 0) & (self.expert_of != FREE) & ~self.exposed
+        return self._free_room + int(np.count_nonzero(leaving))
+
     def begin_step(self) -> None:
         """A forward pass starts."""
         self.policy.begin_step()
 
-    def acquire(self, experts: IntArray, use: bool = True) -> Acquisition:
+    def acquire(self, experts: IntArray, use: bool = True, beyond_limit: bool = False) -> Acquisition:
         """Pin ``experts`` (distinct flat ids), giving slots to those that have none.
 
         The resident ones are pinned before any victim is chosen, so no expert of this call can evict another. Every
@@ -70,9 +82,10 @@ class ExpertCache:
 
         Args:
             use: tell the policy that the running pass reads them; whoever tells it otherwise says False.
+            beyond_limit: occupy free slots above the limit where nothing else is available.
 
         Raises:
-            ValueError: more experts are missing than there are unpinned slots; nothing has changed then.
+            ValueError: more experts are missing than slots are available; nothing has changed then.
         """
         slots = self.slot_of[experts]
         absent = slots == ABSENT
@@ -88,9 +101,12 @@ class ExpertCache:
         self.pins[resident] += 1
         missing = experts[absent].astype(np.int64)
         taken = self._cheapest_slots(missing)
+        if beyond_limit and len(taken) < len(missing):
+            rest = missing[len(taken) :]
+            taken = np.concatenate([taken, self._free_slots(rest, len(rest), taken)], dtype=np.int32, casting="unsafe")
         if len(taken) < len(missing):
             self.pins[resident] -= 1
-            raise ValueError(f"{len(missing)} experts are missing but only {len(taken)} slots are unpinned")
+            raise ValueError(f"{len(missing)} experts are missing but only {len(taken)} slots are free or unpinned")
         evicted = self._place(missing, taken)
         self.pins[taken] = 1
         slots[absent] = taken
@@ -113,7 +129,8 @@ class ExpertCache:
         self.pins[resident] += 1
         self._unretire(resident)
         room = max(0, share - int(np.count_nonzero(self.transient)))
-        taken = np.flatnonzero(self.transient & (self.pins == 0))[: len(absent)].astype(np.int32)
+        reusable = self.transient & (self.pins == 0) & ~self.exposed
+        taken = np.flatnonzero(reusable)[: len(absent)].astype(np.int32)
         if len(taken) < len(absent) and room:
             self.pins[taken] += 1
             rest = np.asarray(experts, dtype=np.int64)[absent[len(taken) :]]
@@ -183,9 +200,35 @@ class ExpertCache:
 
         They stay resident until their slots are given away or they are forgotten. Those asked for again stay for good.
         """
-        slots = self._least_worth(count)
+        slots = self._least_worth(count, exposed=True)
         self.retired.update(dict.fromkeys(slots.tolist()))
         return self.expert_of[slots].astype(np.int64)
+
+    def retire_for(self, experts: IntArray, share: int | None = None) -> NDArray[np.int64]:
+        """Retire as many others as have to leave for ``acquire``, or with a ``share`` for ``stream``, of ``experts``.
+
+        Returns the newly retired ones. Those retired before and still exposed are counted on.
+        """
+        slots = self.slot_of[experts]
+        resident = slots[slots != ABSENT]
+        self.pins[resident] += 1
+        unpinned = (self.pins == 0) & (self.expert_of != FREE)
+        leaving = ~self.exposed
+        leaving[list(self.retired)] = True
+        leaving &= unpinned
+        free = self._free_room
+        short = len(experts) - len(resident)
+        if share is None:
+            short -= free + int(np.count_nonzero(leaving))
+        else:
+            room = max(0, share - int(np.count_nonzero(self.transient)))
+            others = free + int(np.count_nonzero(leaving & ~self.transient))
+            staying = int(np.count_nonzero(self.transient & unpinned & ~leaving))
+            short -= int(np.count_nonzero(leaving & self.transient)) + min(room, others)
+            short = min(short, staying + max(0, room - others))
+        newly = self.retire(short)
+        self.pins[resident] -= 1
+        return newly
 
     def keep(self, experts: IntArray) -> None:
         """``experts`` (resident) shall not leave after all."""
@@ -229,19 +272,31 @@ class ExpertCache:
 
         Free ones first, then those retired, then the least worth keeping.
         """
-        free = self._free_slots(experts)
+        free = self._free_slots(experts, self._room)
         wanted = len(experts) - len(free)
-        unpinned = (slot for slot in self.retired if self.pins[slot] == 0)
-        retired = list(islice(unpinned, wanted))
-        least = self._least_worth(wanted - len(retired))
+        available = (slot for slot in self.retired if self.pins[slot] == 0 and not self.exposed[slot])
+        retired = list(islice(available, wanted))
+        least = self._least_worth(wanted - len(retired), exposed=False)
         return np.concatenate([free, retired, least], dtype=np.int32, casting="unsafe")
 
-    def _free_slots(self, experts: NDArray[np.int64]) -> NDArray[np.integer]:
-        """Free slots within the limit for the first of ``experts``."""
-        room = min(self.limit, self.num_slots) - self.occupied
+    @property
+    def _room(self) -> int:
+        """How many more slots the limit allows."""
+        return min(self.limit, self.num_slots) - self.occupied
+
+    @property
+    def _free_room(self) -> int:
+        """How many free slots can be given away now."""
+        return max(0, min(self._room, int(np.count_nonzero((self.expert_of == FREE) & ~self.exposed))))
+
+    def _free_slots(self, experts: NDArray[np.int64], room: int, but: IntArray = _NO_SLOTS) -> NDArray[np.integer]:
+        """Up to ``room`` free slots, none of ``but``, for the first of ``experts``."""
         if room <= 0:
             return _NO_SLOTS
         free = self.expert_of == FREE
+        free &= ~self.exposed
+        free[but] = False
+        room = min(room, int(np.count_nonzero(free)))
         if not self.at_home:
             return np.flatnonzero(free)[: min(room, len(experts))]
         taken = experts[:room].copy()
@@ -251,12 +306,14 @@ class ExpertCache:
             taken[elsewhere] = np.flatnonzero(free)[: np.count_nonzero(elsewhere)]
         return taken
 
-    def _least_worth(self, count: int) -> NDArray[np.integer]:
-        """Up to ``count`` slots that are neither free nor pinned nor retired."""
+    def _least_worth(self, count: int, exposed: bool) -> NDArray[np.integer]:
+        """Up to ``count`` slots that are neither free nor pinned nor retired; ``exposed`` ones only if asked for."""
         if count <= 0:
             return _NO_SLOTS
         candidate = self.pins == 0
         candidate &= self.expert_of != FREE
+        if not exposed:
+            candidate &= ~self.exposed
         if self.retired:
             candidate[list(self.retired)] = False
         candidates = candidate.nonzero()[0]
@@ -283,7 +340,3 @@ class ExpertCache:
         if self.retired:
             for slot in slots.tolist():
                 self.retired.pop(slot, None)
-
-
-_NONE = np.empty(0, dtype=np.int64)
-_NO_SLOTS = np.empty(0, dtype=np.int32)

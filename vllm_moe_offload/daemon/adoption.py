@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache.cache import ABSENT
+from ..errors import LoadError
 from ..store.reader import Store
 from .arena import Arena
 from .hosted_load import HostedLoad
@@ -34,9 +35,14 @@ def adopt(pool: HostedPool, store: Store, fd: int, experts: NDArray[np.int32], s
         adopted = 0
         for first in range(0, len(experts), _AT_A_TIME):
             loads = _begin(pool, experts[first : first + _AT_A_TIME])
-            wrong = [load for load in pool.prepare(loads) if not _copy(store, older, place[load.flat], load)]
-            pool.read(wrong, [], clear=True)
-            adopted += sum(load.copied for load in loads)
+            try:
+                for load in loads:
+                    _copy(pool, store, older, place[load.flat], load)
+            finally:  # others may be waiting for them by now
+                rest = [load for load in loads if not load.copied]
+                pool.loader.start(rest)
+                pool.loader.join(rest)
+            adopted += len(loads) - len(rest)
         return adopted
     finally:
         older.mapping.close()
@@ -44,18 +50,20 @@ def adopt(pool: HostedPool, store: Store, fd: int, experts: NDArray[np.int32], s
 
 def _begin(pool: HostedPool, experts: NDArray[np.int32]) -> list[HostedLoad]:
     with pool.lock:
-        pool.release_done()
+        pool.placement.release_done()
         absent = experts[pool.cache.slot_of[experts] == ABSENT]
         room = max(0, pool.limit - pool.cache.occupied)
         return pool.under_way.begin(pool.cache.admit(absent[:room]), pinned=True)
 
 
-def _copy(store: Store, older: Arena, slot: int, load: HostedLoad) -> bool:
-    """Whether the record could be taken over; it has arrived then."""
+def _copy(pool: HostedPool, store: Store, older: Arena, slot: int, load: HostedLoad) -> None:
+    """Take the record over if it is right; it has arrived then."""
+    try:
+        pool.under_way.back(load)
+    except LoadError:
+        return
     for source, target in zip(older.slot(slot), load.parts, strict=True):
         target[:] = source
-    if store.record_digest(load.parts) != store.checksum(load.layer, load.expert):
-        return False
-    load.copied = True
-    load.finish()
-    return True
+    if store.record_digest(load.parts) == store.checksum(load.layer, load.expert):
+        load.copied = True
+        load.finish()

@@ -39,6 +39,7 @@ The order of W1 and W5 of different experts that share a slot follows from 1: th
 It must never be used by a process that has not registered (``Reader`` does), nor with an entry two processes write.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -88,7 +89,8 @@ class Reclaimer:
         self._table = table
         self._barrier = barrier
         self._epoch = table.epoch
-        self._retired: deque[tuple[int, NDArray[np.int32]]] = deque()
+        self._retired: deque[tuple[int, NDArray[np.int32], float]] = deque()
+        """Epoch, slots, and when they were retired."""
         self._frozen = False
 
     def freeze(self) -> None:
@@ -106,7 +108,7 @@ class Reclaimer:
         self._barrier()
         self._epoch += 1
         self._table.header[EPOCH] = self._epoch
-        self._retired.append((self._epoch, np.array(slots, dtype=np.int32)))
+        self._retired.append((self._epoch, np.array(slots, dtype=np.int32), time.monotonic()))
 
     def reclaim(self) -> NDArray[np.int32]:
         """Retired slots that may be written now, each given once, the longest retired first."""
@@ -124,16 +126,25 @@ class Reclaimer:
     @property
     def waiting(self) -> int:
         """Slots retired and not yet given back."""
-        return sum(len(slots) for _, slots in self._retired)
+        return sum(len(slots) for _, slots, _ in self._retired)
+
+    @property
+    def waiting_seconds(self) -> float:
+        """For how long the longest retired slot has not been given back; 0 when there is none."""
+        return time.monotonic() - self._retired[0][2] if self._retired else 0.0
 
     def holders(self) -> list[int]:
         """Workers that keep the longest retired slots from being reused."""
         if not self._retired:
             return []
-        active = self._table.active
+        active = self._reading()
         return np.flatnonzero((active > 0) & (active < self._retired[0][0])).tolist()
 
     def _oldest_reader(self) -> int:
-        active = self._table.active.copy()
+        active = self._reading()
         reading = active[active > 0]
         return int(reading.min()) if len(reading) else self._epoch
+
+    def _reading(self) -> NDArray[np.uint64]:
+        """The epochs of attached workers. Others cannot hold anything up: what they read they find void in the end."""
+        return np.where(self._table.attached > 0, self._table.active, 0)

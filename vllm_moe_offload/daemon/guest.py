@@ -3,6 +3,8 @@
 Its caller holds the pool's lock. What the worker wrote must never be believed further than its own experts go.
 """
 
+import math
+import time
 from collections import deque
 from collections.abc import Sequence
 
@@ -27,16 +29,22 @@ class Guest:
         """Slots pinned for as long as it is attached."""
         self._table = table
         self._uses = UseReader(table, worker)
-        self._tickets: deque[tuple[int, NDArray[np.int32]]] = deque()
+        self._tickets: deque[tuple[int, NDArray[np.int32], float]] = deque()
+        """Numbers, slots, and since when they are held."""
 
     def keep(self, ticket: int, slots: NDArray[np.int32]) -> None:
         """``slots`` stay pinned until the worker is done with ``ticket``."""
-        self._tickets.append((ticket, slots))
+        self._tickets.append((ticket, slots, time.monotonic()))
 
     @property
     def holds(self) -> bool:
         """Whether a ticket of it is not done."""
         return bool(self._tickets)
+
+    @property
+    def holding_since(self) -> float:
+        """Since when, on the monotonic clock, the oldest ticket of it is not done; never if there is none."""
+        return self._tickets[0][2] if self._tickets else math.inf
 
     def release_done(self, cache: ExpertCache) -> bool:
         """Unpin what its finished tickets held. Returns whether there was any."""
@@ -54,10 +62,14 @@ class Guest:
         """It is gone: so are its pins and its entry."""
         while self._tickets:
             cache.release(self._tickets.popleft()[1])
+        self.end_lease(cache)
+        self._table.clear(self.worker)
+
+    def end_lease(self, cache: ExpertCache) -> None:
+        """Unpin what was leased. Idempotent."""
         if self.lease is not None:
             cache.release(self.lease)
             self.lease = None
-        self._table.clear(self.worker)
 
     def tell_uses(self, policy: EvictionPolicy) -> IntArray:
         """Tell the policy what the worker used since the last call; returns those experts."""

@@ -56,10 +56,11 @@ class HostedLoad(Load):
         flat: the expert's id in the pool.
         guess_of: the worker on whose guess it was started, if it was.
         pinned: whether its slot has a pin for the load itself, since nobody has asked for it yet.
+        prepare: as ``Load.prepare``.
         arrived: told of the end.
     """
 
-    __slots__ = ("_arrived", "copied", "flat", "guess_of", "pinned", "slot")
+    __slots__ = ("_arrived", "_prepare", "copied", "flat", "guess_of", "pinned", "slot")
 
     def __init__(
         self,
@@ -70,6 +71,7 @@ class HostedLoad(Load):
         slot: int,
         guess_of: int | None,
         pinned: bool,
+        prepare: Callable[["HostedLoad"], None],
         arrived: Callable[["HostedLoad"], None],
     ):
         super().__init__(layer, expert, parts)
@@ -79,7 +81,11 @@ class HostedLoad(Load):
         self.pinned = pinned
         self.copied = False
         """Whether it came from memory instead of the store."""
+        self._prepare = prepare
         self._arrived = arrived
+
+    def prepare(self) -> None:
+        self._prepare(self)
 
     def finish(self) -> None:
         try:

@@ -8,8 +8,8 @@ import mmap
 import os
 import threading
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from ..errors import OffloadError
 from ..prefetch.loader import RecordLoader
@@ -39,6 +39,8 @@ class Lodger:
     rank: int
     lease: bool
     wanted_bytes: int
+    least_bytes: int
+    """Promised to it: no less can serve it as it was configured."""
 
 
 class HostedModel:
@@ -48,18 +50,17 @@ class HostedModel:
         store: closed with the model.
         policy: name of the eviction policy.
         io_cpus: where reading threads may run; None leaves them where the daemon runs.
+        say: told what an operator should know.
 
     Raises:
         ConfigError: the policy is unknown, or the system has no room for the arenas' addresses.
     """
 
-    def __init__(self, store: Store, policy: str, io_cpus: set[int] | None):
+    def __init__(self, store: Store, policy: str, io_cpus: set[int] | None, say: Callable[[str], None]):
         self.store = store
         self.name = store.path.name
         self.pressure = 0.0
         """Bytes per second that workers lately waited for; kept by whoever divides the memory."""
-        self.promised = 0
-        """Bytes that the attached workers rely on, leases apart."""
         self.budget = 0
         self.workers: dict[int, Lodger] = {}
         self._last_entry = -1
@@ -67,6 +68,8 @@ class HostedModel:
         self._lock = threading.Lock()
         self._stirred = threading.Event()
         self._closing = False
+        self._say = say
+        self._complaint = ""
         self._loader = RecordLoader(store, cpus=io_cpus)
         self.pools = [
             HostedPool(self.name[:8], store, members.layout, self._loader, policy, 0, self._stirred.set)
@@ -92,6 +95,11 @@ class HostedModel:
     def wanted_bytes(self) -> int:
         """What its workers were configured to use, at least 1 if there is any."""
         return max([max(1, lodger.wanted_bytes) for lodger in list(self.workers.values())], default=0)
+
+    @property
+    def promised(self) -> int:
+        """Bytes that the attached workers rely on, leases apart."""
+        return max([lodger.least_bytes for lodger in list(self.workers.values())], default=0)
 
     @property
     def leased(self) -> bool:
@@ -133,11 +141,12 @@ class HostedModel:
                 pool.limit = slots
 
     def attach(self, request: Attach, leased: bool) -> int:
-        """Returns the worker's entry. What is promised to it is up to the caller.
+        """Returns the worker's entry. That it has what it is promised is up to the caller.
 
         Raises:
-            OffloadError: there is no entry left.
+            OffloadError: there is no entry left, or it speaks of other pools.
         """
+        least_bytes = self.least_bytes(request.wanted_bytes, request.least_slots)
         with self._lock:
             entries = (self._last_entry + 1 + number for number in range(MAX_WORKERS))
             free = [number % MAX_WORKERS for number in entries if number % MAX_WORKERS not in self.workers]
@@ -145,20 +154,30 @@ class HostedModel:
                 raise OffloadError(f"{MAX_WORKERS} workers are attached to store {self.name}, as many as can be")
             # one that was given up while it lived should find nobody else in its entry
             worker = self._last_entry = free[0]
-            self.workers[worker] = Lodger(request.pid, request.group, request.rank, leased, request.wanted_bytes)
+            self.workers[worker] = Lodger(
+                request.pid, request.group, request.rank, leased, request.wanted_bytes, least_bytes
+            )
             for pool in self.pools:
                 pool.admit(worker)
         self._stirred.set()
         return worker
 
-    def lease(self, worker: int) -> None:
+    def lease(self, worker: int) -> bool:
         """Bring every expert into the slot of its own number for this worker. Blocks.
 
+        Returns:
+            Whether it has come about. Not if other workers did not stop reading.
+
         Raises:
-            LoadError: a record could not be read, or another worker did not stop reading.
+            LoadError: a record could not be read.
         """
+        if all(lease.lease(pool, worker) for pool in self.pools):
+            return True
         for pool in self.pools:
-            lease.lease(pool, worker)
+            pool.end_lease(worker)
+        with self._lock:
+            self.workers[worker] = replace(self.workers[worker], lease=False)
+        return False
 
     def detach(self, worker: int) -> None:
         """A worker has left, or died: what was kept for it is free. Idempotent."""
@@ -169,8 +188,6 @@ class HostedModel:
             for pool in self.pools:
                 pool.dismiss(worker)
             del self.workers[worker]
-            if not self.workers:
-                self.promised = 0
 
     def freeze(self) -> None:
         """The daemon ends: what workers have seen stays true, and may outlive it."""
@@ -243,8 +260,20 @@ class HostedModel:
             self._stirred.clear()
             if self._closing:
                 return
-            busy = [pool.tend() for pool in self.pools]
-            self._stirred.wait(_BUSY_SECONDS if any(busy) else _LOOK_SECONDS if self.workers else None)
+            self._stirred.wait(_BUSY_SECONDS if self._tend() else _LOOK_SECONDS if self.workers else None)
+
+    def _tend(self) -> bool:
+        """Whether something is left to do soon. Whatever goes wrong, it is to be tried again: nobody else reclaims."""
+        busy = False
+        for pool in self.pools:
+            try:
+                busy |= pool.tend()
+            except Exception as error:
+                complaint = f"{type(error).__name__}: {error}"
+                if complaint != self._complaint:
+                    self._complaint = complaint
+                    self._say(f"memory of store {self.name} could not be looked after and will be again: {complaint}")
+        return busy
 
 
 def slot_bytes(layout: RecordLayout) -> int:

@@ -77,20 +77,18 @@ class HostedModels:
             except BaseException:
                 self._close_if_idle(file, model, keep=bool(model.held_bytes))
                 raise
-            # what its workers are told now, they may rely on
-            model.promised = max(model.promised, min(model.budget, model.least_bytes(model.full_bytes)))
+        if leased:
+            try:
+                leased = model.lease(worker)
+            except BaseException:
+                model.detach(worker)
+                raise
         if request.lease and not leased:
             self._say(
                 f"an engine (pid {request.pid}) wanted all of {_name(model)} in memory; "
                 f"{_size(model.budget)} of {_size(model.full_bytes)} can be spared, it will read what it misses"
             )
         attachment = Attachment(model, worker, leased, lambda: self._siblings(attachment), self._forget)
-        if leased:
-            try:
-                model.lease(worker)
-            except BaseException:
-                attachment.detach()
-                raise
         with self._listing:
             self._attachments += (attachment,)
         return attachment
@@ -133,7 +131,7 @@ class HostedModels:
                 raise StoreError(
                     f"store {path} was built as {store.identity.fingerprint}; remove it and build it again"
                 )
-            self._models[file] = HostedModel(store, self._policy, self._io_cpus)
+            self._models[file] = HostedModel(store, self._policy, self._io_cpus, self._say)
         return file, self._models[file]
 
     def _make_room(self, file: _File, model: HostedModel, request: Attach) -> bool:
@@ -176,7 +174,7 @@ class HostedModels:
         if share := self._share_of(model):
             ceiling = min(ceiling, self._shares[share])
         wanted = model.wanted_bytes
-        floor = model.full_bytes if model.leased else model.promised if wanted else 0
+        floor = model.full_bytes if model.leased else model.promised
         return Claim(floor, max(floor, ceiling), wanted, model.held_bytes, model.pressure)
 
     def _share_of(self, model: HostedModel) -> str:

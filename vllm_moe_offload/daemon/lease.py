@@ -7,54 +7,69 @@ import time
 
 import numpy as np
 
+from ..cache.base import IntArray
 from ..cache.cache import FREE
-from ..errors import LoadError
 from .hosted_load import HostedLoad
-from .hosted_pool import PATIENCE_SECONDS, HostedPool
+from .hosted_pool import HostedPool
 
+PATIENCE_SECONDS = 20.0
+"""How long a lease waits while nothing can be moved."""
 _NAP_SECONDS = 0.0005
 _MOVES = 4
 """Records moved at a time: demands of others wait meanwhile."""
 _READS = 64
 
 
-def lease(pool: HostedPool, worker: int) -> None:
+def lease(pool: HostedPool, worker: int) -> bool:
     """Bring everything home and pin it until the worker is dismissed. Blocks; the pool's limit must allow it.
 
+    Returns:
+        False if other workers did not stop reading in time; nothing is pinned then.
+
     Raises:
-        LoadError: a record could not be read, or other workers did not stop reading in time.
+        LoadError: a record could not be read.
     """
-    own, joined = _pin_all(pool, worker)
-    for first in range(0, len(own), _READS):
-        pool.read(own[first : first + _READS], [])
-    pool.read([], joined)
-    failed = {load.slot: load.error for load in (*own, *joined) if load.error is not None}
+    loads = _pin_all(pool, worker)
+    if loads is None:
+        return False
+    for first in range(0, len(loads), _READS):
+        pool.loader.join(loads[first : first + _READS])
+    failed = {load.slot: load.error for load in loads if load.error is not None}
     if failed:
         with pool.lock:
             pinned = pool.guests[worker].lease
             assert pinned is not None
             pool.guests[worker].lease = pinned[~np.isin(pinned, list(failed))]
         raise next(error for error in failed.values() if error is not None)
+    return True
 
 
-def _pin_all(pool: HostedPool, worker: int) -> tuple[list[HostedLoad], list[HostedLoad]]:
-    """Returns the loads begun for the lease, and those that were under way."""
+def _pin_all(pool: HostedPool, worker: int) -> list[HostedLoad] | None:
+    """Returns what is under way for the lease then, or None where it cannot be."""
     everything = np.arange(pool.experts, dtype=np.int32)
     deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
         with pool.lock:
-            pool.release_done()
+            pool.placement.release_done()
+            pool.occupancy.reclaim()
             if _everyone_is_home(pool):
-                joined = list(pool.under_way.loads.values())
-                acquired = pool.cache.acquire(everything, use=False)
-                pool.guests[worker].lease = acquired.slots
-                pool.occupancy.show_again(everything, pool.under_way.loads)
-                return pool.under_way.begin(acquired), joined
-            if _move_some(pool):
+                if (loads := _acquire(pool, worker, everything)) is not None:
+                    return loads
+            elif _move_some(pool):
                 deadline = time.monotonic() + PATIENCE_SECONDS
         time.sleep(_NAP_SECONDS)
-    holding = [worker for worker, guest in pool.guests.items() if guest.holds] or pool.occupancy.holders()
-    raise LoadError(f"workers {holding} have kept experts from being moved for {PATIENCE_SECONDS:.0f} s")
+    return None
+
+
+def _acquire(pool: HostedPool, worker: int, everything: IntArray) -> list[HostedLoad] | None:
+    joined = list(pool.under_way.loads.values())
+    try:
+        acquired = pool.cache.acquire(everything, use=False)
+    except ValueError:  # somebody may be reading free slots that were emptied for the lease
+        return None
+    pool.guests[worker].lease = acquired.slots
+    pool.occupancy.show_again(everything, pool.under_way.loads)
+    return [*joined, *pool.begin(acquired)]
 
 
 def _everyone_is_home(pool: HostedPool) -> bool:
@@ -64,7 +79,7 @@ def _everyone_is_home(pool: HostedPool) -> bool:
 
 def _move_some(pool: HostedPool) -> bool:
     """Move a few experts whose own slots are free, or if none is, empty one slot. Returns whether anything changed."""
-    cache, occupancy = pool.cache, pool.occupancy
+    cache = pool.cache
     slots = np.flatnonzero((cache.expert_of != FREE) & (cache.pins == 0))
     astray = cache.expert_of[slots[cache.expert_of[slots] != slots]]
     if len(astray) == 0:
@@ -75,7 +90,7 @@ def _move_some(pool: HostedPool) -> bool:
         return True
     moved = 0
     for expert in astray[~homeless][:_MOVES].tolist():
-        if occupancy.are_clear(np.array([expert])):
+        if not cache.exposed[expert]:
             _move(pool, expert)
             moved += 1
     return moved > 0

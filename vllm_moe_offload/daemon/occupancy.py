@@ -23,8 +23,11 @@ _RESERVE_MOST_SHARE = 8
 class Occupancy:
     """Keeps arena and table of a pool as its cache wants them.
 
-    An expert is *shown* from when its record is complete until it is hidden. A slot is *clear* when nobody can be
-    reading what it held before it was hidden.
+    An expert is *shown* from when its record is complete until it is hidden. Its slot is *exposed* from when it is
+    shown until nobody can be reading it any more; the cache gives away no slot that is exposed.
+
+    While more slots are occupied than the limit allows, nothing is shown: what is there beyond the limit can leave as
+    soon as nobody has pinned it, whoever else is reading.
     """
 
     def __init__(self, cache: ExpertCache, arena: Arena, table: ResidencyTable):
@@ -35,7 +38,7 @@ class Occupancy:
         self.shown_in = np.full(table.experts, ABSENT, dtype=np.int32)
         """What the table's ``slot_of`` should be."""
         self._being_read = np.zeros(arena.slots, dtype=np.int32)
-        """How often each slot has been hidden without having become clear."""
+        """How often each slot has been hidden while somebody may have been reading it who may still do so."""
         self._backed = np.zeros(arena.slots, dtype=bool)
         """Slots whose memory has been allocated beforehand."""
         self._soiled: set[int] = set()
@@ -43,12 +46,15 @@ class Occupancy:
 
     def show(self, experts: IntArray) -> None:
         """Their records are complete in the slots the cache gave them."""
+        if self._cache.occupied > self._cache.limit:
+            return
         slots = self._cache.slot_of[experts]
+        self._cache.exposed[slots] = True
         self._reclaimer.publish(experts, slots)
         self.shown_in[experts] = slots
 
     def show_again(self, experts: IntArray, loading: Container[int]) -> None:
-        """Show those of ``experts`` that are resident, complete and hidden."""
+        """Show those of ``experts`` that are resident, complete and hidden, as ``show``."""
         hidden = experts[self.shown_in[experts] == ABSENT].tolist()
         complete = [one for one in hidden if one not in loading and self._cache.slot_of[one] != ABSENT]
         if complete:
@@ -68,20 +74,21 @@ class Occupancy:
             self.shown_in[shown] = ABSENT
             self._being_read[slots] += 1
 
-    def are_clear(self, slots: IntArray) -> bool:
-        """Whether all of ``slots``, which show no expert, may be written."""
-        if not any(self._being_read[slot] for slot in slots.tolist()):
-            return True
-        self._reclaim()
-        return not self._being_read[slots].any()
+    def reclaim(self) -> None:
+        """Find out which of the slots hidden nobody can be reading any more."""
+        slots = self._reclaimer.reclaim()
+        if len(slots):
+            np.subtract.at(self._being_read, slots, 1)
+            self._cache.exposed[slots] = self._being_read[slots] > 0
+            again = self.shown_in[self._cache.expert_of[slots]] == slots
+            self._cache.exposed[slots] |= again & (self._cache.expert_of[slots] != FREE)
 
-    def clear_retired(self) -> int:
-        """How many retired slots of the cache may be written."""
-        self._reclaim()
-        return int(np.count_nonzero(self._being_read[list(self._cache.retired)] == 0))
+    def held_up(self, seconds: float) -> bool:
+        """Whether a worker has for so long been reading what has been hidden. To be asked after ``reclaim``."""
+        return self._reclaimer.waiting_seconds > seconds
 
     def holders(self) -> list[int]:
-        """Workers that keep slots from becoming clear."""
+        """Workers that keep hidden slots exposed."""
         return self._reclaimer.holders()
 
     def back(self, slot: int) -> None:
@@ -100,7 +107,7 @@ class Occupancy:
 
     @property
     def reserve(self) -> int:
-        """Slots that should be clear before they are needed; none where every expert has a place."""
+        """Slots that should be retired before they are needed; none where every expert has a place."""
         limit = self._cache.limit
         if limit >= self._cache.num_slots:
             return 0
@@ -108,7 +115,7 @@ class Occupancy:
 
     @property
     def running_low(self) -> bool:
-        """Whether demands will soon have to wait for slots to become clear."""
+        """Whether demands will soon have to wait until nobody reads some slots any more."""
         room = max(0, self._cache.limit - self._cache.occupied)
         return room + len(self._cache.retired) <= self.reserve // 2
 
@@ -125,37 +132,39 @@ class Occupancy:
     def make_room(self) -> None:
         """Retire what the reserve lacks or the limit forbids, and empty what may be emptied."""
         cache = self._cache
+        self.reclaim()
         surplus = max(0, cache.occupied - cache.limit)
         room = max(0, cache.limit - cache.occupied)
-        lacking = surplus + max(0, self.reserve - room) - len(cache.retired)
+        leaving = self._leaving()
+        lacking = surplus + max(0, self.reserve - room) - len(leaving)
         if lacking > 0 and (surplus or self.running_low):
             self.hide(cache.retire(lacking))
+            self.reclaim()
+            leaving = self._leaving()
         if surplus:
-            self._empty(surplus)
+            self._empty(leaving[~cache.exposed[leaving]][:surplus])
         self._punch()
 
-    def _empty(self, count: int) -> None:
-        self._reclaim()
-        retired = np.array(list(self._cache.retired), dtype=np.int32)
-        leaving = retired[self._being_read[retired] == 0][:count]
-        self._cache.forget(self._cache.expert_of[leaving])
-        self.soil(leaving)
+    def _leaving(self) -> IntArray:
+        """Unpinned slots that are retired or can be emptied at once, in the order in which they shall leave."""
+        cache = self._cache
+        retired = np.array(list(cache.retired), dtype=np.int32)
+        hidden = np.flatnonzero((cache.expert_of != FREE) & (cache.pins == 0) & ~cache.exposed)
+        return np.concatenate([retired[cache.pins[retired] == 0], hidden[~np.isin(hidden, retired)]])
+
+    def _empty(self, slots: IntArray) -> None:
+        self._cache.forget(self._cache.expert_of[slots])
+        self.soil(slots)
 
     def _punch(self) -> None:
         """Give the pages of empty slots back."""
-        if not self._soiled:
-            return
-        self._reclaim()
         for slot in list(self._soiled):
             if self._cache.expert_of[slot] != FREE:
                 self._soiled.remove(slot)
-            elif self._being_read[slot] == 0:
+            elif not self._cache.exposed[slot]:
                 self._arena.punch(slot)
                 self._backed[slot] = False
                 self._soiled.remove(slot)
-
-    def _reclaim(self) -> None:
-        np.subtract.at(self._being_read, self._reclaimer.reclaim(), 1)
 
     def check_integrity(self, loading: Container[int]) -> None:
         """Assert that what workers see is what the cache means. For tests."""
@@ -165,3 +174,6 @@ class Occupancy:
         assert (self._cache.slot_of[shown] == self.shown_in[shown]).all()
         assert not any(slot in self._cache.retired for slot in self.shown_in[shown].tolist()), "a retired slot is shown"
         assert not any(expert in loading for expert in shown.tolist()), "an incomplete record is shown"
+        exposed = self._being_read > 0
+        exposed[self.shown_in[shown]] = True
+        assert (self._cache.exposed == exposed).all()

@@ -68,6 +68,7 @@ class ResidencyTable:
         slot_of: int32 ``[experts]``, the slot of every expert whose record is complete in the arena, else ABSENT.
         loading: uint8 ``[experts]``, 1 where a load is under way or admitted.
         active: uint64 ``[workers]``, the epoch at which the worker began to read, 0 when it does not (epochs.py).
+        attached: uint64 ``[workers]``, a number no other worker had before, 0 when there is none.
         done: uint64 ``[workers]``, the highest ticket the worker has finished computing with.
         head: uint64 ``[workers]``, how many uses the worker has noted in its row of ``uses`` (uses.py).
         uses: int32 ``[workers, RING]``.
@@ -84,6 +85,7 @@ class ResidencyTable:
         self.loading: NDArray[np.uint8] = mapping.array(places.loading, np.uint8, (experts,))
         self.entries: NDArray[np.uint64] = mapping.array(places.entries, np.uint64, (MAX_WORKERS, _LINE // 8))
         self.active = self.entries[:, ACTIVE]
+        self.attached = self.entries[:, ATTACHED]
         self.done = self.entries[:, DONE]
         self.head = self.entries[:, HEAD]
         self.counters: NDArray[np.int64] = mapping.array(places.counters, np.int64, (MAX_WORKERS, len(COUNTERS)))

@@ -58,46 +58,30 @@ class UnderWay:
         """The loads that an acquisition asks for; see ``HostedLoad`` for the arguments."""
         if len(acquired.missing) == 0:
             return []
-        begun = []
-        for expert, slot in zip(acquired.missing.tolist(), acquired.missing_slots.tolist(), strict=True):
-            parts = [component[slot] for component in self._arena.components]
-            load = HostedLoad(
-                self.layer_of[expert], self._number_of[expert], parts, expert, slot, guess_of, pinned, self._arrived
-            )
-            self.loads[expert] = load
-            self._table.loading[expert] = 1
-            begun.append(load)
+        pairs = zip(acquired.missing.tolist(), acquired.missing_slots.tolist(), strict=True)
+        begun = [self._load(expert, slot, guess_of, pinned) for expert, slot in pairs]
+        self.loads.update((load.flat, load) for load in begun)
+        self._table.loading[acquired.missing] = 1
         if guess_of is not None:
             self._unused.update(load.flat for load in begun)
             self.counters.prefetches += len(begun)
         return begun
 
-    def allocate(self, loads: Sequence[HostedLoad], copying: bool = False) -> list[HostedLoad]:
-        """Take memory for slots that have none, where its lack would end the process: in copying to them.
+    def back(self, load: HostedLoad) -> None:
+        """Take memory for the slot of a load that is going to be copied to. Not under the lock.
 
-        Returns those that did not fail for it. Not under the lock.
-
-        Args:
-            copying: they are not read from the store by the system, but copied from elsewhere.
+        Raises:
+            LoadError: the system has not enough; found out in copying, it would end the process.
         """
-        if not (self._copies or copying):
-            return list(loads)
-        ready = []
-        for load in loads:
-            try:
-                self._occupancy.back(load.slot)
-            except ConfigError as error:
-                self.fail([load], str(error))
-            else:
-                ready.append(load)
-        return ready
-
-    def fail(self, loads: Sequence[HostedLoad], why: str) -> None:
-        """They will not be read. Not under the lock."""
-        for load in loads:
+        try:
+            self._occupancy.back(load.slot)
+        except ConfigError as error:
             name = self._store.layers[load.layer].name
-            load.error = LoadError(f"expert {load.expert} of {name} was not loaded: {why}")
-            load.finish()
+            raise LoadError(f"expert {load.expert} of {name} was not loaded: {error}") from error
+
+    def _prepare(self, load: HostedLoad) -> None:
+        if self._copies:
+            self.back(load)
 
     def forget(self, load: HostedLoad) -> None:
         """Nobody will read it, nor waits for it: it never finishes."""
@@ -146,6 +130,39 @@ class UnderWay:
         wasted = self._unused.intersection(experts.tolist())
         self._unused -= wasted
         self.counters.wasted += len(wasted)
+
+    def has(self, load: HostedLoad) -> bool:
+        """Whether a load has not ended."""
+        return self.loads.get(load.flat) is load
+
+    def disown(self, acquired: Acquisition, begun: Sequence[HostedLoad]) -> list[int]:
+        """Whoever wanted what is missing in an acquisition does not want it any more.
+
+        Args:
+            begun: its loads, as far as it came. What is being read keeps its slot until it has arrived.
+
+        Returns:
+            The slots that have no pin of whoever acquired them now.
+        """
+        void = []
+        loads = {load.flat: load for load in begun}
+        for expert, slot in zip(acquired.missing.tolist(), acquired.missing_slots.tolist(), strict=True):
+            load = loads.get(expert)
+            if load is None:
+                self._cache.cancel(np.array([expert]))
+                self._occupancy.soil(np.array([slot]))
+                void.append(slot)
+            elif self.has(load):
+                load.pinned = True
+                void.append(slot)
+            elif load.error is not None:
+                void.append(slot)
+        return void
+
+    def _load(self, expert: int, slot: int, guess_of: int | None, pinned: bool) -> HostedLoad:
+        parts = [component[slot] for component in self._arena.components]
+        layer, number = self.layer_of[expert], self._number_of[expert]
+        return HostedLoad(layer, number, parts, expert, slot, guess_of, pinned, self._prepare, self._arrived)
 
     def _end(self, load: HostedLoad) -> None:
         del self.loads[load.flat]

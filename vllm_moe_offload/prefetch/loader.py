@@ -47,6 +47,13 @@ class Load:
     def finished(self) -> bool:
         return not self.done.locked()
 
+    def prepare(self) -> None:
+        """Called by the thread that is about to write ``parts``.
+
+        Raises:
+            LoadError: they cannot be written.
+        """
+
     def finish(self) -> None:
         """The read has ended, well or not: said once, by the thread that read. Waiting ``join``s return after it."""
         self.done.release()
@@ -240,6 +247,7 @@ class RecordLoader:
                 buffers.append(window)
             else:
                 buffers.append(part)
+        load.prepare()
         position, count = self._store.offset(load.layer, load.expert), 0
         for piece in _pieces(buffers, layout.record_bytes if waited_for else CHUNK_BYTES):
             if count:
