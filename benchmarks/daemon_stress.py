@@ -127,6 +127,8 @@ class Evictor:
     def __init__(self, violence: Violence, reclaimer: Callable[[ResidencyTable], Reclaimer]):
         self.arena = Arena.create("stress-arena", LAYOUT, violence.experts)
         self.table = ResidencyTable.create("stress-table", violence.experts)
+        for worker in range(violence.readers):
+            self.table.admit(worker)
         self.reclaimer = reclaimer(self.table)
         self.draw = random.Random(violence.seed)
         self.slot_of: dict[int, int] = {}

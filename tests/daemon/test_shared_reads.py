@@ -39,6 +39,7 @@ def test_a_reclaimer_that_does_not_wait_is_caught() -> None:
 @pytest.mark.parametrize(("reclaimer", "right"), [(Reclaimer, True), (HastyReclaimer, False)])
 def test_an_eviction_in_the_middle_of_reading(reclaimer: type[Reclaimer], right: bool) -> None:
     arena, table = Arena.create("test", LAYOUT, 2), ResidencyTable.create("test", 2)
+    table.admit(0)
     daemon, reader = reclaimer(table), Reader(table, 0)
     fill(arena, 0, expert=0, generation=1)
     daemon.publish(np.array([0]), np.array([0]))

@@ -121,7 +121,7 @@ def test_a_lease_is_not_granted_while_a_worker_is_stopped_and_nothing_stays_pinn
 
 def test_who_demands_what_a_hint_of_another_has_begun_is_answered(tmp_path: Path) -> None:
     with Pool(tmp_path, limit=8) as it:
-        hinting, demanding, reading = (Worker(it, entry) for entry in range(3))
+        _, demanding, reading = (Worker(it, entry) for entry in range(3))
         reading.use(layer(0))
         reading.reader.enter()
         wanted = np.array(layer(1, 4), np.int32)

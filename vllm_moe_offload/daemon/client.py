@@ -165,7 +165,7 @@ class DaemonClient:
     def _own_cache(self, members: PoolMembers, limit: int) -> ExpertCache:
         policy = create_policy(self._policy, members.layer_of)
         cache = ExpertCache(members.layer_of, members.experts, policy, at_home=True)
-        cache.limit = limit
+        cache.limit = max(limit, *members.counts)  # the step under way was cut up to fit an earlier limit
         return cache
 
     def _come_back(self, attachment: WorkerAttachment) -> None:
