@@ -143,7 +143,7 @@ def test_a_long_attachment_is_waited_for_while_the_daemon_reads(
     def answer(request: Request) -> StatusReport | None:
         counters = {"loads": next(loads, 20)}
         model = ModelStatus(engine.stored.store.path.name, "", EXPERTS, 0, 0, 0, 0, 0, counters, [])
-        return StatusReport(1, 0, 0, [model]) if isinstance(request, GetStatus) else None
+        return StatusReport(1, 0, 0, [model], []) if isinstance(request, GetStatus) else None
 
     with ScriptedDaemon(path, answer) as daemon:
         assert "has read nothing for 0.3 s and does not attach this engine" in engine.start_alone(path)

@@ -61,7 +61,11 @@ REPLIES = [
     Remembered(HistorySize(4, 900)),
     Found(PackedTrace(b"", b"", b""), HistorySize(4, 900)),
     StatusReport(
-        1, 2.5, 3, [ModelStatus("f", "m", 1, 2, 3, 4, 5, 6, {"loads": 7}, [WorkerStatus(0, 1, "g", 0, False, {})])]
+        1,
+        2.5,
+        3,
+        [ModelStatus("f", "m", 1, 2, 3, 4, 5, 6, {"loads": 7}, [WorkerStatus(0, 1, "g", 0, False, {})])],
+        ["keeper: OSError: x"],
     ),
     Stopping(),
     Refused("no"),

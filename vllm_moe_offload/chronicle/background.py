@@ -1,10 +1,10 @@
 """A thread for what can wait: it runs at the lowest priority, beside the compute threads."""
 
-import os
-import threading
 import time
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
+
+from ..threads import ReportedThread, bind_to, use_lowest_priority
 
 
 class Background:
@@ -25,7 +25,7 @@ class Background:
     ):
         self._job, self._period, self._failed, self._cpus = job, period_seconds, failed, cpus
         self._errands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="moe-offload-background", daemon=True)
+        self._thread = ReportedThread(target=self._work, name="moe-offload-background", daemon=True)
         self._thread.start()
 
     def soon(self, errand: Callable[[], None]) -> None:
@@ -38,10 +38,8 @@ class Background:
         self._thread.join()
 
     def _work(self) -> None:
-        thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, 19)
-        if self._cpus:
-            os.sched_setaffinity(thread, self._cpus)
+        use_lowest_priority()
+        bind_to(self._cpus)
         due = time.monotonic() + self._period
         while True:
             try:

@@ -21,6 +21,7 @@ from ..predict.history import HistoryPredictor
 from ..predict.network import NetworkSize
 from ..predict.token_vectors import TokenVectors
 from ..store.lock import BuildLock
+from ..threads import bind_to
 from .heads_file import HEADS_FILE, LEARNED_VECTORS_HEADS_FILE, LOCK_FILE, read_heads
 from .keeper import Keeper
 from .training import TrainingJob
@@ -120,8 +121,7 @@ class Learning:
             env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,
         )
-        if self._cpus:
-            os.sched_setaffinity(self._process.pid, self._cpus)
+        bind_to(self._cpus, self._process.pid)
 
     def _let_others_learn(self) -> None:
         if self._lock is not None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from ..store.files import ROOT_SETTING, free_bytes, open_direct, size_text
 from ..store.layout import ALIGNMENT
 from ..store.root import default_root
+from ..threads import ReportedThread
 from .installed import INSTALL_HINT, SUPPORTED, installed_version, is_supported
 
 _RANGE = f">= {SUPPORTED[0]}, < {SUPPORTED[1]}"
@@ -41,7 +42,7 @@ def check_torchvision() -> Check:
     subject = "torchvision"
     if importlib.util.find_spec("torchvision") is None:
         return Check(subject, OK, "not installed, and not needed for text models")
-    tried = subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, text=True)
+    tried = subprocess.run([sys.executable, "-P", "-c", "import torchvision"], capture_output=True, text=True)
     if tried.returncode == 0:
         return Check(subject, OK, "imports")
     reason = (tried.stderr.strip().splitlines() or [f"exit code {tried.returncode}"])[-1]
@@ -77,6 +78,24 @@ def check_tcmalloc(bundled: bool) -> Check:
     return Check(subject, HINT, "vLLM on CPU is faster with it: set LD_PRELOAD=…/libtcmalloc_minimal.so.4")
 
 
+def check_affinity() -> Check:
+    """May threads be bound to processors? Tried with a thread that is gone afterwards."""
+    refused: list[str] = []
+
+    def bind() -> None:
+        try:
+            os.sched_setaffinity(0, os.sched_getaffinity(0))
+        except OSError as error:
+            refused.append(error.strerror or str(error))
+
+    thread = ReportedThread(target=bind)
+    thread.start()
+    thread.join()
+    if refused:
+        return Check("affinity", HINT, f"refused ({refused[0]}): reading threads share the compute threads' processors")
+    return Check("affinity", OK, "threads can be bound to processors")
+
+
 def check_store_root(root: Path) -> Iterator[Check]:
     """Can stores be built and read quickly there? Tried with a file that is gone afterwards."""
     subject = "store root"
@@ -102,6 +121,7 @@ def all_checks() -> Iterator[Check]:
     yield torchvision
     if installed_version() is not None and torchvision.state != BROKEN:
         yield from check_machine()
+    yield check_affinity()
     yield from check_store_root(default_root())
     if installed_version() is not None and torchvision.state != BROKEN:
         yield from check_seams()

@@ -31,9 +31,10 @@ def status_view(report: StatusReport) -> RenderableType:
         f"pid {report.pid}, up {_duration(report.uptime_seconds)}, "
         f"{size_text(resident)} of {size_text(report.budget_bytes)} in use"
     )
+    lines = [headline, *(f"a thread has ended by an error: {failed}" for failed in report.failed_threads)]
     if not report.models:
-        return Group(headline, "no model has been attached yet")
-    return Group(headline, _models(report.models), _workers(report.models))
+        return Group(*lines, "no model has been attached yet")
+    return Group(*lines, _models(report.models), _workers(report.models))
 
 
 def _models(models: list[ModelStatus]) -> Table:

@@ -21,6 +21,7 @@ from ..slots.ledger import Ledger
 from ..store.layout import RecordLayout
 from ..store.pools import PoolMembers, pools_of
 from ..store.reader import Store
+from ..threads import ReportedThread
 from . import membarrier
 from .arena import Arena
 from .connection import DaemonGoneError, RefusedError
@@ -94,7 +95,7 @@ class DaemonClient:
         """A daemon that has come back, until the next step begins."""
         self._not_before = 0.0
         self._told = ""
-        self._watcher = threading.Thread(target=self._watch, name="moe-offload-daemon-watch", daemon=True)
+        self._watcher = ReportedThread(target=self._watch, name="moe-offload-daemon-watch", daemon=True)
         self._watcher.start()
 
     @property

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..errors import OffloadError
 from ..history.trace import Trace
+from ..threads import ReportedThread
 from .connection import Connection, DaemonGoneError, RefusedError
 from .outbox import Outbox
 from .packed_trace import pack_embedding, pack_trace, unpack_trace
@@ -66,7 +67,7 @@ class HistoryLine:
         self._connection: Connection | None = None
         self._opening: Connection | None = None
         self._connect()
-        self._thread = threading.Thread(target=self._work, name="moe-offload-history", daemon=True)
+        self._thread = ReportedThread(target=self._work, name="moe-offload-history", daemon=True)
         self._thread.start()
 
     @property

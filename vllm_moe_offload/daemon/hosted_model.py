@@ -16,6 +16,7 @@ from ..prefetch.loader import RecordLoader
 from ..store.layout import RecordLayout
 from ..store.pools import pools_of
 from ..store.reader import Store
+from ..threads import ReportedThread
 from . import lease
 from .budget import PoolSize, bytes_for, slots_within
 from .hosted_pool import HostedPool
@@ -78,7 +79,7 @@ class HostedModel:
         self.sizes = [PoolSize(pool.experts, pool.layout.payload_bytes, slot_bytes(pool.layout)) for pool in self.pools]
         self.fds = [fd for pool in self.pools for fd in (pool.arena.mapping.reader_descriptor(), pool.table.mapping.fd)]
         """Arena, only to be read, and table of every pool; the model's."""
-        self._keeper = threading.Thread(target=self._keep, name=f"moe-offload-{self.name[:8]}", daemon=True)
+        self._keeper = ReportedThread(target=self._keep, name=f"moe-offload-{self.name[:8]}", daemon=True)
         self._keeper.start()
 
     @property

@@ -12,6 +12,7 @@ from pathlib import Path
 from ..errors import ConfigError, OffloadError, StoreError
 from ..store.manifest import RECORDS_NAME
 from ..store.reader import Store
+from ..threads import ReportedThread
 from .attachment import Attachment
 from .budget import Claim, split
 from .hosted_model import HostedModel
@@ -60,7 +61,7 @@ class HostedModels:
         """Held while models come, go, or change size."""
         self._listing = threading.Lock()
         self._closing = threading.Event()
-        self._looker = threading.Thread(target=self._look_after, name="moe-offload-budget", daemon=True)
+        self._looker = ReportedThread(target=self._look_after, name="moe-offload-budget", daemon=True)
         self._looker.start()
 
     def attach(self, request: Attach) -> Attachment:

@@ -241,6 +241,8 @@ class StatusReport(Message, frozen=True):
     uptime_seconds: float
     budget_bytes: int
     models: list[ModelStatus]
+    failed_threads: list[str]
+    """Threads of the daemon that have ended by an exception: name and exception of each."""
 
 
 Request = Hello | Attach | Demand | Hint | Adopt | OpenHistory | Remember | Search | GetStatus | Stop

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from ..threads import ReportedThread, failed_threads
 from .credentials import Peer, peer_of
 from .framing import FramedSocket, PeerError
 from .hosted_histories import HostedHistories
@@ -92,7 +93,7 @@ class DaemonServer:
 
     def status(self) -> StatusReport:
         models = self.histories.with_sizes(self.models.status())
-        return StatusReport(os.getpid(), time.monotonic() - self._born, self._budget_bytes, models)
+        return StatusReport(os.getpid(), time.monotonic() - self._born, self._budget_bytes, models, failed_threads())
 
     def serve(self) -> str:
         """Serve until told to stop or nobody is left; then no peer and no thread remains. Returns why it ended."""
@@ -184,7 +185,7 @@ class DaemonServer:
 
     def _admit(self, frames: FramedSocket[Request], peer: Peer) -> None:
         number = self._arrivals = self._arrivals + 1
-        thread = threading.Thread(
+        thread = ReportedThread(
             target=self._host, args=(number, frames, peer), name=f"peer {number} (pid {peer.pid})", daemon=True
         )
         with self._lock:

@@ -1,8 +1,6 @@
 """A loaded model and the runtime that serves its experts, as one worker holds them."""
 
 import math
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +17,7 @@ from ..slots import Ledger, embedded_pools
 from ..store.layout import RecordLayout
 from ..store.reader import Store
 from ..store.root import StoreRoot
+from ..threads import failed_threads, processors_for_reading
 from .hosting import another_rank_foretells, attach_to_daemon, daemon_socket
 from .kernel import attach_slots
 from .report import StatsReport
@@ -42,7 +41,7 @@ class ServedModel:
         needs = _needs(store, layers)
         self._expert_bytes = sum(need.record_bytes * need.experts for need in needs.values())
         budget, why = self._budget_bytes(config)
-        io_cpus = _io_cpus()
+        io_cpus = processors_for_reading()
         ledger = Ledger()
         least_slots = [need.minimum for need in needs.values()]
         self._daemon = attach_to_daemon(
@@ -149,6 +148,7 @@ class ServedModel:
             "resident_bytes": self.runtime.resident_bytes,
             "expert_bytes": self._expert_bytes,
             "daemon_pid": 0 if self._daemon is None else self._daemon.daemon_pid,
+            "failed_threads": len(failed_threads()),
             **({} if self._watch is None else self._watch.stats()),
         }
 
@@ -230,17 +230,6 @@ def _needs(store: Store, layers: "Layers") -> dict[RecordLayout, LayoutNeeds]:
             experts=before.experts + entry.experts, minimum=max(before.minimum, top_k)
         )
     return needs
-
-
-def _io_cpus() -> set[int]:
-    """Processors for reading: those vLLM has bound no compute thread to, or all where it has taken every one.
-
-    Threads started here would otherwise inherit the one core of the first compute thread.
-    """
-    allowed = os.sched_getaffinity(os.getppid())
-    threads = [os.sched_getaffinity(int(task.name)) for task in Path("/proc/self/task").iterdir()]
-    bound = {cpu for cpus in threads if len(cpus) == 1 for cpu in cpus}
-    return allowed - bound or allowed
 
 
 def _gib(size: int) -> str:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ..errors import LoadError
 from ..store.layout import ALIGNMENT
 from ..store.reader import Store
+from ..threads import ReportedThread, bind_to
 
 ATTEMPTS = 2
 CHUNK_BYTES = 2 << 20
@@ -91,7 +92,7 @@ class RecordLoader:
         self._verified = [np.zeros(layer.experts, dtype=bool) for layer in store.layers]
         self._bounce = threading.local()
         self._threads = [
-            threading.Thread(target=self._work, name=f"moe-offload-io-{i}", daemon=True) for i in range(threads)
+            ReportedThread(target=self._work, name=f"moe-offload-io-{i}", daemon=True) for i in range(threads)
         ]
         for thread in self._threads:
             thread.start()
@@ -177,13 +178,14 @@ class RecordLoader:
         return False
 
     def _work(self) -> None:
-        if self._cpus:
-            os.sched_setaffinity(threading.get_native_id(), self._cpus)
+        bind_to(self._cpus)
         while (load := self._next()) is not None:
-            self._read(load)
-            if load.guess:
-                with self._wake:
-                    self._guessing -= 1
+            try:
+                self._read(load)
+            finally:
+                if load.guess:
+                    with self._wake:
+                        self._guessing -= 1
 
     def _next(self) -> Load | None:
         """What to read now, once there is something; None at the end."""
