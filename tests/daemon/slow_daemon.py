@@ -30,6 +30,6 @@ def slowly(owner: type, verb: str, begun: str, over: str) -> None:
     setattr(owner, verb, wait_and_act)
 
 
-slowly(HistoryArchive, "save", "saving", "saved")
+slowly(HistoryArchive, "write", "saving", "saved")
 slowly(HostedModels, "close", "ending", "ended")
 app(sys.argv[2:], prog_name="vllm-moe-offload")

@@ -138,7 +138,7 @@ def top(
 
 @daemon.command()
 def stop(socket: SocketOption = None) -> None:
-    """End the daemon; engines that are attached go on with what they have."""
+    """End the daemon once it has written its histories; attached engines go on with the experts that were loaded."""
     with contextlib.closing(_connect(socket)) as connection:
         pid = connection.peer.pid
         if pid == 0:
@@ -148,7 +148,10 @@ def stop(socket: SocketOption = None) -> None:
     ended = select.select([process], [], [], END_SECONDS)[0]
     os.close(process)
     if not ended:
-        raise ConfigError(f"the daemon (pid {pid}) was told to end {END_SECONDS:g} s ago and has not; see its log")
+        raise ConfigError(
+            f"the daemon (pid {pid}) was told to end {END_SECONDS:g} s ago and has not; it may still be writing "
+            "histories, see its log"
+        )
     typer.echo(f"the daemon (pid {pid}) has ended")
 
 
