@@ -89,8 +89,10 @@ def test_processors_are_found_while_threads_come_and_go() -> None:
 def test_no_thread_of_the_package_is_of_another_kind() -> None:
     texts = {file: file.read_text() for file in Path(vllm_moe_offload.__file__).parent.rglob("*.py")}
     assert sum("ReportedThread(" in text for text in texts.values()) >= 7
-    others = [file.name for file, text in texts.items() if re.search(r"\b(Thread|Timer|ThreadPoolExecutor)\(", text)]
-    assert others == [], "use threads.ReportedThread, which reports its end"
+    others = [file.name for file, text in texts.items() if re.search(r"\b(Thread|Timer)\(", text)]
+    assert others == [], (
+        "use threads.ReportedThread, which reports its end (an executor hands exceptions on by its futures)"
+    )
 
 
 def test_doctor_tries_to_bind_a_thread() -> None:
