@@ -2,18 +2,21 @@
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from vllm_moe_offload.chronicle import learning as learning_module
 from vllm_moe_offload.chronicle.heads_file import LEARNED_VECTORS_HEADS_FILE, LOCK_FILE, read_heads, write_heads
 from vllm_moe_offload.chronicle.keeper import HistoryKeeper, seconds_between_saves
 from vllm_moe_offload.chronicle.learning import Learning
 from vllm_moe_offload.chronicle.predictors import create_predictor
 from vllm_moe_offload.errors import TraceError
 from vllm_moe_offload.history.archive import HistoryArchive
+from vllm_moe_offload.history.store import HistoryStore
 from vllm_moe_offload.history.trace import Trace
 from vllm_moe_offload.predict.base import ModelShape
 from vllm_moe_offload.predict.history import HistoryPredictor
@@ -22,6 +25,12 @@ from vllm_moe_offload.predict.token_vectors import LearnedVectors, ModelVectors,
 
 SHAPE = ModelShape(3, 8, 2)
 SIZE = NetworkSize(3, 8, 16)
+
+
+@pytest.fixture(autouse=True)
+def whole_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings do not sleep most of the time."""
+    monkeypatch.setattr(learning_module, "CPU_SHARE", 1.0)
 
 
 def request(tokens: int, seed: int = 0) -> Trace:
@@ -37,13 +46,24 @@ def embed(tokens: np.ndarray) -> np.ndarray:
 
 
 def engine(
-    folder: Path, vectors: TokenVectors | None, say: Callable[[str], None] = print
+    folder: Path,
+    vectors: TokenVectors | None,
+    say: Callable[[str], None] = print,
+    clock: Callable[[], float] = time.monotonic,
 ) -> tuple[HistoryPredictor, Learning]:
     """What one engine has of the histories in ``folder``."""
     keeper = HistoryKeeper(HistoryArchive(folder), "ab", SHAPE, say, writes=False)
     made = create_predictor("history", SHAPE, keeper.history, vectors)
     assert isinstance(made, HistoryPredictor)
-    return made, Learning(made, keeper, vectors, None, say)
+    return made, Learning(made, keeper, vectors, None, say, clock)
+
+
+def learn(learning: Learning) -> None:
+    """Let the training that is due come to its end."""
+    learning.attend()
+    assert learning._process is not None and learning._process.wait(120) == 0
+    learning.attend()
+    assert learning._process is None
 
 
 @pytest.mark.parametrize("vectors", [None, ModelVectors(embed, 16)], ids=["learned", "the model's"])
@@ -69,18 +89,94 @@ def test_heads_are_learned_beside_the_engine_and_found_at_the_next_start(
     assert restarted.trained_tokens == 600 and "heads learned from 600 tokens" in said[-1]
 
 
-def test_a_training_that_fails_is_reported_once(tmp_path: Path) -> None:
-    young, learning = engine(tmp_path, None)
+def test_a_training_that_fails_is_reported_and_tried_again_later_while_the_old_heads_serve(tmp_path: Path) -> None:
+    now = [1000.0]
+    young, learning = engine(tmp_path, None, clock=lambda: now[0])
+    young.history.add(request(600))
+    learn(learning)
+    heads = young.heads
+    young.history.add(request(700, seed=1))
+    for delay in (60, 120):
+        learning.attend()
+        assert learning._process is not None
+        learning._process.terminate()
+        learning._process.wait(60)
+        with pytest.raises(RuntimeError, match="learning from the history ended with -15; it will be tried again"):
+            learning.attend()
+        now[0] += delay - 1
+        learning.attend()
+        assert learning._process is None and young.heads is heads is not None
+        now[0] += 1
+    learn(learning)
+    assert young.trained_tokens == 1300 and young.heads is not heads
+    learning.close()
+
+
+def test_a_training_whose_heads_are_unusable_has_failed(tmp_path: Path) -> None:
+    now = [1000.0]
+    young, learning = engine(tmp_path, None, clock=lambda: now[0])
     young.history.add(request(600))
     learning.attend()
-    assert learning._process is not None
-    learning._process.terminate()
-    learning._process.wait(60)
-    with pytest.raises(RuntimeError, match="learning from the history ended with -15"):
+    assert learning._process is not None and learning._process.wait(120) == 0
+    (tmp_path / "ab" / LEARNED_VECTORS_HEADS_FILE).write_bytes(b"")
+    with pytest.raises(RuntimeError, match="left no heads"):
         learning.attend()
     learning.attend()
-    assert learning._process is None and young.heads is None
+    assert learning._process is None, "not again at once"
+    now[0] += 60
+    learn(learning)
+    assert young.heads is not None
     learning.close()
+
+
+def fill(history: HistoryStore, seed: int) -> int:
+    """Requests of 50 tokens until nothing of what was there before is left, or the history is full. The next seed."""
+    before = history.requests[-1].number if history.requests else -1
+    while not (grown := history.num_tokens) or history.requests[0].number <= before or before < 0:
+        history.add(request(50, seed))
+        seed += 1
+        if before < 0 and history.num_tokens <= grown:
+            break
+    return seed
+
+
+def test_heads_are_learned_again_when_a_full_history_holds_other_requests(tmp_path: Path) -> None:
+    young, learning = engine(tmp_path, None)
+    young.history.prune(16_000)
+    seed = fill(young.history, 0)
+    held = young.history.num_tokens
+    learn(learning)
+    assert young.trained_tokens == held >= 512 and not young.training_due
+    young.history.add(request(50, seed))
+    assert young.history.num_tokens == held, "it is full"
+    assert not young.training_due, "for one request in all those"
+    fill(young.history, seed + 1)
+    assert young.history.num_tokens <= held
+    heads = young.heads
+    learn(learning)
+    assert young.heads is not heads and not young.training_due
+    learning.close()
+
+
+def test_what_the_heads_have_not_seen_is_known_after_a_restart(tmp_path: Path) -> None:
+    """Whoever saves the history, and however often engines start: half of it new means that heads are due."""
+    archive = HistoryArchive(tmp_path)
+    keeper = HistoryKeeper(archive, "ab", SHAPE, print)
+    for seed in range(20):
+        keeper.history.add(request(50, seed))
+    keeper.save(at_once=True)
+    young, learning = engine(tmp_path, None)
+    learn(learning)
+    learning.close()
+    for share, due in ((0.4, False), (0.6, True)):
+        past = HistoryStore(SHAPE)
+        for seed in range(20):
+            past.add(request(50, seed + int(20 * share)))
+        archive.save("ab", past)
+        restarted, learning = engine(tmp_path, None)
+        learning.close()
+        assert restarted.trained_tokens == restarted.history.num_tokens == 1000
+        assert restarted.training_due is due
 
 
 @pytest.mark.parametrize(
@@ -88,16 +184,16 @@ def test_a_training_that_fails_is_reported_once(tmp_path: Path) -> None:
     [
         lambda path: path.write_bytes(path.read_bytes()[:-100]),
         lambda path: path.write_bytes(b""),
-        lambda path: write_heads(path, "another", Parameters(SIZE), LearnedVectors(16), 1),
-        lambda path: write_heads(path, "ab", Parameters(SIZE._replace(experts=9)), LearnedVectors(16), 1),
-        lambda path: write_heads(path, "ab", Parameters(SIZE), ModelVectors(embed, 16), 1),
+        lambda path: write_heads(path, "another", Parameters(SIZE), LearnedVectors(16), [request(1)]),
+        lambda path: write_heads(path, "ab", Parameters(SIZE._replace(experts=9)), LearnedVectors(16), [request(1)]),
+        lambda path: write_heads(path, "ab", Parameters(SIZE), ModelVectors(embed, 16), [request(1)]),
     ],
     ids=["cut", "empty", "another model", "another shape", "other vectors"],
 )
 def test_heads_that_do_not_fit_are_set_aside_by_name(tmp_path: Path, damage) -> None:
     path = tmp_path / "ab" / LEARNED_VECTORS_HEADS_FILE
     path.parent.mkdir()
-    write_heads(path, "ab", Parameters(SIZE), LearnedVectors(16), 1)
+    write_heads(path, "ab", Parameters(SIZE), LearnedVectors(16), [request(1)])
     read_heads(path, "ab", SIZE, learned=True)
     damage(path)
     with pytest.raises(TraceError, match=r"heads-and-vectors\.npz: not heads of this model"):
@@ -152,16 +248,22 @@ def test_an_engine_that_is_gone_leaves_the_learning_to_others(tmp_path: Path) ->
     learning.close()
 
 
-def test_what_cannot_be_learned_from_is_reported_once(tmp_path: Path) -> None:
-    def no_such_token(tokens: np.ndarray) -> np.ndarray:
-        raise IndexError("token 99 of 16")
+def test_what_cannot_be_learned_from_is_reported_and_tried_again_later(tmp_path: Path) -> None:
+    def unreadable(tokens: np.ndarray) -> np.ndarray:
+        if now[0] < 1060:
+            raise IndexError("token 99 of 16")
+        return embed(tokens)
 
-    young, learning = engine(tmp_path, ModelVectors(no_such_token, 16))
+    now = [1000.0]
+    young, learning = engine(tmp_path, ModelVectors(unreadable, 16), clock=lambda: now[0])
     young.history.add(request(600))
     with pytest.raises(IndexError, match="token 99"):
         learning.attend()
     learning.attend()
     assert learning._process is None
+    now[0] += 60
+    learning.attend()
+    assert learning._process is not None
     learning.close()
 
 

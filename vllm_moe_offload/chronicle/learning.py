@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +30,9 @@ from .training import TrainingJob
 CPU_SHARE = 0.05
 """Of one core. What ``OffloadConfig`` promises."""
 _VECTORS_FILE = "vectors.npz"
+_FIRST_DELAY = 60.0
+_LONGEST_DELAY = 3600.0
+"""Seconds from a failed training to the next: twice as long after every failure in a row, up to the longest."""
 
 
 class Learning:
@@ -40,6 +44,7 @@ class Learning:
         vectors: the model's own token embeddings; None to learn some.
         cpus: where the training may run; None leaves it where this process runs.
         say: told in a sentence what happens.
+        clock: seconds.
     """
 
     def __init__(
@@ -49,7 +54,9 @@ class Learning:
         vectors: TokenVectors | None,
         cpus: set[int] | None,
         say: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
     ):
+        self._clock = clock
         self._predictor, self._keeper, self._vectors = predictor, keeper, vectors
         self._cpus, self._say = cpus, say
         self._work = tempfile.TemporaryDirectory(prefix="moe-offload-learning-")
@@ -59,32 +66,45 @@ class Learning:
         self._process: subprocess.Popen[bytes] | None = None
         self._lock: BuildLock | None = None
         """Held while this engine is the one that learns."""
-        self._given_up = False
+        self._failures = 0
+        """Trainings that have failed in a row."""
+        self._earliest = clock()
+        """When the next may start."""
         self._adopt_newer()
 
     def attend(self) -> None:
         """Take over what a training has finished, here or in another engine, or start one where it is time.
 
+        The heads that predict stay until there are others. After a failure the next call does nothing; the training is
+        tried again some time later.
+
         Raises:
-            RuntimeError: a training failed; there will be no other.
-            OSError: none could be started; likewise.
+            RuntimeError: a training failed.
+            OSError: none could be started.
+            Exception: what it was to learn from could not be put together.
         """
-        if self._process is not None:
-            if self._process.poll() is None:
-                return
-            code, self._process = self._process.returncode, None
-            self._let_others_learn()
-            if code:
-                self._given_up = True
-                raise RuntimeError(f"learning from the history ended with {code}")
-        self._adopt_newer()
-        if self._predictor.training_due and not self._given_up:
-            try:
+        if self._process is not None and self._process.poll() is None:
+            return
+        try:
+            if self._process is not None:
+                self._conclude(self._process.returncode)
+            self._adopt_newer()
+            if self._predictor.training_due and self._clock() >= self._earliest:
                 self._start_unless_another_does()
-            except Exception:
-                self._given_up = True
-                self._let_others_learn()
-                raise
+        except Exception:
+            self._let_others_learn()
+            self._earliest = self._clock() + min(_LONGEST_DELAY, _FIRST_DELAY * 2**self._failures)
+            self._failures = min(self._failures + 1, 16)
+            raise
+
+    def _conclude(self, code: int) -> None:
+        self._process = None
+        if code:
+            raise RuntimeError(f"learning from the history ended with {code}; it will be tried again")
+        if not self._adopt_newer():
+            raise RuntimeError("learning from the history left no heads that can be used; it will be tried again")
+        self._failures = 0
+        self._let_others_learn()
 
     def close(self) -> None:
         """End a training that is under way."""
@@ -139,17 +159,18 @@ class Learning:
         np.savez(path, tokens=known, rows=self._vectors.look_up(known).astype(np.float16))
         return str(path)
 
-    def _adopt_newer(self) -> None:
-        """Predict by the heads in the file, if they are other ones than those looked at last."""
+    def _adopt_newer(self) -> bool:
+        """Predict by the heads in the file, if they are other ones than those looked at last. Whether that is so."""
         try:
             status = self._heads_file.stat()
         except OSError:
-            return
-        if (seen := (status.st_ino, status.st_mtime_ns)) != self._heads_seen:
-            self._heads_seen = seen
-            self._adopt()
+            return False
+        if (seen := (status.st_ino, status.st_mtime_ns)) == self._heads_seen:
+            return False
+        self._heads_seen = seen
+        return self._adopt()
 
-    def _adopt(self) -> None:
+    def _adopt(self) -> bool:
         shape = self._predictor.shape
         width = 0 if self._vectors is None else self._vectors.width
         size = NetworkSize(shape.layers, shape.experts, width)
@@ -158,15 +179,17 @@ class Learning:
             saved = read_heads(self._heads_file, self._keeper.fingerprint, size, learned=self._vectors is None)
         except (OSError, TraceReadError) as error:
             self._say(f"predicting without the heads in {self._heads_file}: {error}")
-            return
+            return False
         except TraceError as error:
             self._say(f"heads are learned anew: {error}; {self._set_aside(seen)}")
-            return
+            return False
         vectors = saved.vectors if self._vectors is None else self._vectors
         assert vectors is not None
         heads = HeadsPredictor(shape, saved.parameters, vectors)
-        self._predictor.use_heads(heads, saved.trained_tokens)
+        requests = [past.trace for past in list(self._predictor.history.requests)]
+        self._predictor.use_heads(heads, saved.trained_tokens, saved.unseen_tokens(requests))
         self._say(f"predicting by heads learned from {saved.trained_tokens} tokens")
+        return True
 
     def _set_aside(self, seen: FileVersion | None) -> str:
         try:

@@ -46,7 +46,7 @@ def train(job: TrainingJob) -> None:
         time.sleep(used * (1 / job.cpu_share - 1))
         if os.getppid() != job.parent:
             return
-    write_heads(Path(job.heads), job.fingerprint, trainer.parameters, trainer.vectors, trace.num_tokens)
+    write_heads(Path(job.heads), job.fingerprint, trainer.parameters, trainer.vectors, trace.requests())
 
 
 def _vectors(path: str | None) -> TokenVectors:

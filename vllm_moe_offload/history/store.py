@@ -56,6 +56,8 @@ class HistoryStore:
         self.shape = shape
         self.budget_bytes = budget_bytes
         self.requests: list[PastRequest] = []
+        self.tokens_added = 0
+        """Ever, whatever has been forgotten since."""
         self._redundancy: list[float] = []
         self._next_number = 0
         self._nbytes = 0
@@ -107,6 +109,7 @@ class HistoryStore:
         self.requests.append(past)
         self._redundancy.append(0.0)
         self._nbytes += past.nbytes
+        self.tokens_added += past.trace.num_tokens
         while self._nbytes > self.budget_bytes:
             self._forget(self._least_valuable())
 

@@ -22,8 +22,9 @@ from .network import NetworkSize, Parameters
 from .token_vectors import LearnedVectors, TokenVectors
 
 _FIRST_TRAINING_TOKENS = 512
-_GROWTH = 2.0
-"""Train again when the history holds so many times the tokens it held last time."""
+_UNSEEN_SHARE = 0.5
+"""Train again when the heads have not learned from this share of the history: it has doubled, or, where it is full and
+forgets as much as it remembers, half of it is new."""
 _HEADS_ALONE_TOKENS = 30_000
 """Heads that have learned from so many tokens see no less than neighbours."""
 _MOST_ROWS_OF_NEIGHBOURS = 4
@@ -55,24 +56,33 @@ class HistoryPredictor(Predictor):
         self.heads: HeadsPredictor | None = None
         self.trained_tokens = 0
         """Tokens in the history when the current heads were trained."""
+        self._seen_tokens = 0
+        """Of the tokens ever added to the history, those that were there when the current heads were trained."""
         self._neighbours = NeighboursPredictor(shape, history, max_candidates)
         self._vectors = vectors
         self._learn_at_once = learn_at_once
         self._lock = threading.Lock()
         """Requests may be closed in another thread than they are opened in."""
         self._trainer: HeadsTrainer | None = None
-        self._trainer_tokens = 0
+        self._trainer_tokens = self._trainer_seen = 0
         self._remember_tokens(history.to_trace())
 
     @property
     def training_due(self) -> bool:
-        """Whether a training is under way, or the history has grown enough for one."""
+        """Whether a training is under way, or too much of the history is new to the heads."""
         tokens = self.history.num_tokens
-        return self._trainer is not None or tokens >= max(_FIRST_TRAINING_TOKENS, _GROWTH * self.trained_tokens)
+        unseen = max(self.history.tokens_added - self._seen_tokens, tokens - self.trained_tokens)
+        return self._trainer is not None or tokens >= _FIRST_TRAINING_TOKENS and unseen >= _UNSEEN_SHARE * tokens
 
-    def use_heads(self, heads: HeadsPredictor, trained_tokens: int) -> None:
-        """Predict with these heads from the next step on, as after loading them from a file."""
+    def use_heads(self, heads: HeadsPredictor, trained_tokens: int, unseen_tokens: int = 0) -> None:
+        """Predict with these heads from the next step on, as after loading them from a file.
+
+        Args:
+            trained_tokens: of the history they were learned from.
+            unseen_tokens: of the history as it is now, those they were not learned from.
+        """
         self.heads, self.trained_tokens = heads, trained_tokens
+        self._seen_tokens = self.history.tokens_added - unseen_tokens
         self.learns_from_each_token &= trained_tokens < _HEADS_ALONE_TOKENS
 
     def train(self, budget_seconds: float, clock: Callable[[], float]) -> None:
@@ -119,6 +129,7 @@ class HistoryPredictor(Predictor):
         self._take_over(trainer)
 
     def _start_training(self) -> HeadsTrainer:
+        self._trainer_seen = self.history.tokens_added
         trace = self.history.to_trace()
         vectors = self._vectors()
         size = NetworkSize(self.shape.layers, self.shape.experts, vectors.width)
@@ -128,7 +139,8 @@ class HistoryPredictor(Predictor):
         return self._trainer
 
     def _take_over(self, trainer: HeadsTrainer) -> None:
-        self.use_heads(HeadsPredictor(self.shape, trainer.parameters, trainer.vectors), self._trainer_tokens)
+        heads = HeadsPredictor(self.shape, trainer.parameters, trainer.vectors)
+        self.use_heads(heads, self._trainer_tokens, self.history.tokens_added - self._trainer_seen)
         self._trainer = None
 
     def _remember_tokens(self, trace: Trace) -> None:
