@@ -165,7 +165,7 @@ def test_what_the_heads_have_not_seen_is_known_after_a_restart(tmp_path: Path) -
     for seed in range(20):
         keeper.history.add(request(50, seed))
     keeper.save(at_once=True)
-    young, learning = engine(tmp_path, None)
+    _, learning = engine(tmp_path, None)
     learn(learning)
     learning.close()
     for share, due in ((0.4, False), (0.6, True)):

@@ -51,7 +51,7 @@ def request_digest(trace: Trace) -> int:
 def write_heads(
     path: Path, fingerprint: str, parameters: Parameters, vectors: TokenVectors, trained_on: Iterable[Trace]
 ) -> None:
-    """Write heads learned from the requests ``trained_on``, so that a crash leaves the old file or the whole new one."""
+    """Write heads learned from the requests ``trained_on``. A crash leaves the old file or the whole new one."""
     requests = list(trained_on)
     learned = vectors if isinstance(vectors, LearnedVectors) else LearnedVectors(vectors.width)
     fields = {

@@ -72,7 +72,7 @@ class HistoryPredictor(Predictor):
         """Whether a training is under way, or too much of the history is new to the heads."""
         tokens = self.history.num_tokens
         unseen = max(self.history.tokens_added - self._seen_tokens, tokens - self.trained_tokens)
-        return self._trainer is not None or tokens >= _FIRST_TRAINING_TOKENS and unseen >= _UNSEEN_SHARE * tokens
+        return self._trainer is not None or (tokens >= _FIRST_TRAINING_TOKENS and unseen >= _UNSEEN_SHARE * tokens)
 
     def use_heads(self, heads: HeadsPredictor, trained_tokens: int, unseen_tokens: int = 0) -> None:
         """Predict with these heads from the next step on, as after loading them from a file.

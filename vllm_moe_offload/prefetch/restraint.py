@@ -8,8 +8,10 @@ _MOST = 8.0
 _RETRY_AFTER = 512
 """Steps of a pause, after which prefetching is tried again at the highest caution."""
 _STEPS_PER_HALVING = 256
-"""Steps without a judgement after which caution is halved: where nothing is admitted, nothing is judged. Guesses that lose
-more seldom than ``_WINDOW`` in so many steps lose little."""
+"""Steps without a judgement after which caution is halved: where nothing is admitted, nothing is judged.
+
+Guesses of which fewer than ``_WINDOW`` end in so many steps cost little.
+"""
 
 
 @dataclass
