@@ -68,8 +68,7 @@ class AttachedPool(SlotPool):
         self._uses = UseWriter(table, worker)
         self._entry = table.entries[worker].data
         self._admission = self._entry[ATTACHED]
-        if not self._admission:
-            raise DaemonGoneError("the daemon has given up this worker")
+        self._check_attached()
         self._expected = table.expected[worker]
         self._counters = table.counters[worker]
         self._foresees = False
@@ -82,7 +81,7 @@ class AttachedPool(SlotPool):
     @property
     def minded(self) -> bool:
         """Whether the daemon still keeps what this worker reads."""
-        return bool(self._entry[ATTACHED] == self._admission)
+        return bool(self._admission and self._entry[ATTACHED] == self._admission)
 
     @property
     def capacity(self) -> int:
@@ -103,9 +102,10 @@ class AttachedPool(SlotPool):
         """The daemon has done it, or it would not have granted the lease."""
 
     def hold(self, layer: Span, experts: IntArray) -> Hold:
-        if not self.minded:
-            raise DaemonGoneError("the daemon has given up this worker")
+        self._check_attached()
         self._reader.enter()
+        # detached in between, its epoch is heeded by nobody, and another worker's entry must not be touched
+        self._check_attached()
         slots = self.table.slot_of[experts]
         if (slots == ABSENT).any():
             self._reader.leave()
@@ -139,7 +139,7 @@ class AttachedPool(SlotPool):
     def release(self, hold: Hold) -> None:
         assert isinstance(hold, _TicketHold)
         if not self.minded:  # the entry may be another worker's by now
-            error = LoadError("the daemon took back its slots while they were read")
+            error = slots_taken_back()
             hold.failures = [Failure(expert, error) for expert in hold.experts.tolist()]
         elif hold.ticket:
             self._entry[DONE] = hold.ticket
@@ -174,6 +174,10 @@ class AttachedPool(SlotPool):
 
     def close(self) -> None:
         """The session ends the connection of all pools."""
+
+    def _check_attached(self) -> None:
+        if not self.minded:
+            raise DaemonGoneError("the daemon has detached this worker")
 
     def _demand(self, experts: IntArray, stream: bool) -> Hold:
         ticket = next(self._tickets)
@@ -232,6 +236,11 @@ class AttachedPool(SlotPool):
             "tokens": counters.tokens,
         }
         self._counters[:] = [shown[name] for name in COUNTERS]
+
+
+def slots_taken_back() -> LoadError:
+    """What was computed meanwhile is void."""
+    return LoadError("the daemon took back its slots while they were read")
 
 
 def _error(reason: str, damaged: bool) -> LoadError:

@@ -113,9 +113,14 @@ class DaemonClient:
         if self._next is not None:
             self._come_back(self._next)
             self._next = None
-        elif self.lease and self._current is not None and not all(pool.minded for pool in self._attached):
-            self.fail_over(DaemonGoneError("the daemon has given up this worker"))
+        elif self.lease_lost:
+            self.fail_over(DaemonGoneError("the daemon has detached this worker"))
             self._restore_lease()
+
+    @property
+    def lease_lost(self) -> bool:
+        """Whether experts may have left the slots that layers compute on without looking, since the step began."""
+        return self.lease and self._current is not None and not all(pool.minded for pool in self._attached)
 
     def fail_over(self, reason: OffloadError) -> None:
         """Go on without the daemon: slots become this process's own. Nothing may be held."""

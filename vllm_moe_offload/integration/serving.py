@@ -9,6 +9,7 @@ from vllm.logger import init_logger
 
 from ..cache.sizing import LayoutNeeds, slots_for_budget
 from ..config import ADDITIONAL_CONFIG_KEY, OffloadConfig
+from ..daemon.attached_pool import slots_taken_back
 from ..devices.memory import available_bytes
 from ..errors import LoadError, StoreError
 from ..prefetch.loader import DamagedRecordError
@@ -154,6 +155,9 @@ class ServedModel:
 
     def _take_failures(self) -> tuple[list[LoadError], set[int]]:
         failures, rows = self.runtime.take_failures()
+        if self._daemon is not None and self._daemon.lease_lost:
+            failures.append(slots_taken_back())
+            rows.update(range(sum(self._step_requests.values())))
         for failure in failures:
             if isinstance(failure, DamagedRecordError):
                 self._set_aside(str(failure))

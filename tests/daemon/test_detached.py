@@ -1,0 +1,161 @@
+"""A worker that lives but is not the daemon's any more: it computes on nothing that may have been overwritten."""
+
+import itertools
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.daemon.pools import EXPERTS, Pool, Worker
+from tests.daemon.processes import running_daemon
+from tests.daemon.reading_worker import TOP_K, Reader
+from tests.daemon.wire import wait_until
+from tests.runtime.record_stores import ALIGNED, build_store
+from vllm_moe_offload.daemon import client, worker_attachment
+from vllm_moe_offload.daemon.attached_pool import AttachedPool
+from vllm_moe_offload.daemon.connection import DaemonGoneError
+from vllm_moe_offload.daemon.protocol import Demand, Hint, Supplied, pack_ids, unpack_ids
+from vllm_moe_offload.daemon.table import ABSENT
+from vllm_moe_offload.slots import Ledger
+
+ENTRY = 3
+LAYER = range(EXPERTS)
+ASKED = np.array([0, 2, 5])
+
+
+class Direct:
+    """A connection to a pool in this process."""
+
+    def __init__(self, it: Pool):
+        self.it = it
+
+    def request(self, demand: Demand) -> Supplied:
+        supply = self.it.pool.demand(ENTRY, demand.ticket, unpack_ids(demand.experts), demand.stream)
+        return Supplied(demand.ticket, pack_ids(supply.slots), supply.loaded, supply.joined)
+
+
+def attach(it: Pool) -> AttachedPool:
+    it.pool.admit(ENTRY)
+    return AttachedPool(Direct(it), 0, it.pool.arena, it.pool.table, ENTRY, itertools.count(1), Ledger())  # type: ignore[arg-type]
+
+
+def overwrite(it: Pool, entry: int) -> None:
+    """Another worker uses every expert of the other layers, in the same entry if it is given the same."""
+    other = Worker(it, entry)
+    for layer in (1, 2, 3):
+        other.use([layer * EXPERTS + expert for expert in range(EXPERTS)])
+        it.tend()
+
+
+@pytest.mark.parametrize("demanded", [True, False])
+@pytest.mark.parametrize("successor", [ENTRY, ENTRY + 1])
+def test_what_it_was_reading_is_void_and_the_entry_of_its_successor_is_not_touched(
+    tmp_path: Path, demanded: bool, successor: int
+) -> None:
+    with Pool(tmp_path, limit=EXPERTS) as it:
+        attached = attach(it)
+        if not demanded:
+            Worker(it, 0).use(ASKED.tolist())
+        hold = attached.hold(LAYER, ASKED)
+        assert not hold.failures and bool(hold.ticket) == demanded  # type: ignore[attr-defined]
+        it.pool.dismiss(ENTRY)
+        overwrite(it, successor)
+        assert not any(it.holds(slot, expert) for slot, expert in zip(hold.slots, ASKED, strict=True))
+        entry = it.pool.table.entries[successor].copy()
+        attached.release(hold)
+        assert [failure.expert for failure in hold.failures] == ASKED.tolist()
+        assert "took back its slots" in str(hold.failures[0].error)
+        assert (it.pool.table.entries[successor] == entry).all()
+
+
+def test_it_reads_nothing_more(tmp_path: Path) -> None:
+    with Pool(tmp_path, limit=EXPERTS) as it:
+        attached = attach(it)
+        attached.release(attached.hold(LAYER, ASKED))
+        it.pool.dismiss(ENTRY)
+        with pytest.raises(DaemonGoneError, match="detached"):
+            AttachedPool(Direct(it), 0, it.pool.arena, it.pool.table, ENTRY, itertools.count(1), Ledger())  # type: ignore[arg-type]
+        Worker(it, ENTRY).reader.enter()
+        overwrite(it, ENTRY + 1)
+        entry = it.pool.table.entries[ENTRY].copy()
+        with pytest.raises(DaemonGoneError, match="detached"):
+            attached.hold(LAYER, ASKED)
+        assert (it.pool.table.entries[ENTRY] == entry).all(), "its successor is reading"
+
+
+def test_detached_at_the_moment_it_begins_to_read_it_reads_nothing_and_holds_nothing_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Pool(tmp_path, limit=EXPERTS) as it:
+        attached = attach(it)
+        attached.release(attached.hold(LAYER, ASKED))
+        enter = attached._reader.enter
+
+        def detached_first() -> None:
+            it.pool.dismiss(ENTRY)
+            enter()
+
+        monkeypatch.setattr(attached._reader, "enter", detached_first)
+        with pytest.raises(DaemonGoneError, match="detached"):
+            attached.hold(LAYER, ASKED)
+        overwrite(it, ENTRY + 1)
+        it.tend()
+        assert not it.pool.occupancy.holders() and it.pool.held <= EXPERTS
+        assert not it.pool.occupancy.held_up(0.0)
+
+
+def test_a_daemon_that_does_not_answer_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_attachment, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(client, "_DYING_SECONDS", 0.1)
+    made = build_store(tmp_path / "stores", [(ALIGNED, 12)] * 3)
+    total = 3 * 12 * ALIGNED.payload_bytes
+    with running_daemon(tmp_path / "daemon.sock", total // 2, made.store.path.parent) as daemon:
+        reader = Reader(tmp_path / "daemon.sock", made.store.path, seed=1)
+        reader.step()
+        os.kill(daemon.pid, signal.SIGSTOP)
+        try:
+            layer = next(iter(reader.runtime.layers.values()))
+            absent = np.flatnonzero(layer.pool.absent(layer.span))[:TOP_K]
+            assert len(absent) == TOP_K and (reader.client._tables[0].slot_of != ABSENT).any()
+            reader.serve(layer, absent[None].astype(np.int32))
+            assert reader.client.daemon_pid == 0 and "going on without it, with 0 experts" in reader.said[-1]
+            for _ in range(5):
+                reader.step()
+        finally:
+            os.kill(daemon.pid, signal.SIGCONT)
+        reader.close()
+
+
+def test_a_lease_that_is_lost_voids_the_step_and_is_loaded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_DYING_SECONDS", 0.1)
+    made = build_store(tmp_path / "stores", [(ALIGNED, 12)] * 3)
+    total = 3 * 12 * ALIGNED.payload_bytes
+    with running_daemon(tmp_path / "daemon.sock", total, made.store.path.parent) as daemon:
+        reader = Reader(tmp_path / "daemon.sock", made.store.path, seed=1, lease=True)
+        reader.client.begin_step()
+        assert reader.client.lease and not reader.client.lease_lost
+        assert reader.client._current is not None
+        reader.client._current.connection.send(Hint(77, b""))  # the daemon detaches who says such things
+        wait_until(lambda: reader.client.lease_lost, "the step under way finds out", 60)
+        reader.client.begin_step()
+        assert not reader.client.lease_lost and reader.client.daemon_pid == 0
+        assert reader.ledger.counters.loads == 36, "everything is read again: the daemon may have overwritten it"
+        for layer in reader.runtime.layers.values():
+            for expert in range(layer.experts):
+                reader.check(layer, expert, layer.first + expert)
+        reader.close()
+
+
+def test_an_entry_shows_whether_its_worker_is_attached(tmp_path: Path) -> None:
+    with Pool(tmp_path) as it:
+        attached = attach(it)
+        first = int(it.pool.table.attached[ENTRY])
+        assert attached.minded and first
+        it.pool.dismiss(ENTRY)
+        assert not attached.minded
+        it.pool.admit(ENTRY)
+        assert not attached.minded and int(it.pool.table.attached[ENTRY]) != first
