@@ -134,7 +134,7 @@ def test_a_lease_that_is_lost_voids_the_step_and_is_loaded_again(
     monkeypatch.setattr(client, "_DYING_SECONDS", 0.1)
     made = build_store(tmp_path / "stores", [(ALIGNED, 12)] * 3)
     total = 3 * 12 * ALIGNED.payload_bytes
-    with running_daemon(tmp_path / "daemon.sock", total, made.store.path.parent) as daemon:
+    with running_daemon(tmp_path / "daemon.sock", total, made.store.path.parent):
         reader = Reader(tmp_path / "daemon.sock", made.store.path, seed=1, lease=True)
         reader.client.begin_step()
         assert reader.client.lease and not reader.client.lease_lost

@@ -1,4 +1,4 @@
-"""Workers at random over one pool: unreadable records, hints, prefills, a limit that moves, workers that come and go."""
+"""Workers at random over one pool: unreadable records, hints, prefills, limits that move, workers that come and go."""
 
 import os
 import threading

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.daemon.wire import wait_until
 from tests.runtime.record_stores import ALIGNED, MIXED, RecordStore, build_store
+from vllm_moe_offload.daemon import hosted_model, hosted_models
 from vllm_moe_offload.daemon.arena import Arena
 from vllm_moe_offload.daemon.attachment import Attachment
 from vllm_moe_offload.daemon.epochs import Reader
@@ -260,6 +262,74 @@ def test_a_small_budget_serves_who_asked_for_little_and_names_what_would_do_othe
         for first in range(0, N, 4):
             engine.demand(list(range(first, first + 4)))
         assert memory(engine.attachment) == 4 * RECORD
+
+
+@pytest.mark.parametrize("first", ["modest", "greedy"])
+def test_models_that_fit_together_fit_in_either_order(tmp_path: Path, first: str) -> None:
+    """What a model is promised does not depend on what was free when its first engine came."""
+    modest, greedy = model(tmp_path), model(tmp_path, seed=1)
+    wanted = {"modest": ask(modest, wanted=3 * RECORD), "greedy": ask(greedy, wanted=FULL)}
+    with hosting(tmp_path, budget=12 * RECORD) as models:
+        attached = {name: models.attach(wanted[name]) for name in sorted(wanted, key=lambda name: name != first)}
+        Engine(modest, attached["modest"]).use_everything()
+        Engine(greedy, attached["greedy"]).use_everything()
+        limits = {status.store: status.limit for status in models.status()}
+        assert limits[modest.store.path.name] >= 3 and limits[greedy.store.path.name] >= EXPERTS
+        attached["greedy"].detach()
+        models.attach(ask(greedy, wanted=2 * RECORD))
+
+
+def test_what_is_promised_ends_with_the_worker_it_was_promised_to(tmp_path: Path) -> None:
+    built, other = model(tmp_path), model(tmp_path, seed=1)
+    with hosting(tmp_path, budget=12 * RECORD) as models:
+        models.attach(ask(built, wanted=3 * RECORD))
+        large = models.attach(ask(built, wanted=FULL))
+        with pytest.raises(ConfigError, match=r"96KiB are promised to"):
+            models.attach(ask(other))
+        large.detach()
+        models.attach(ask(other))
+
+
+def test_a_step_cut_up_before_its_model_shrank_is_served(tmp_path: Path) -> None:
+    first, second = model(tmp_path), model(tmp_path, seed=1)
+    with hosting(tmp_path, budget=FULL) as models:
+        engine = Engine(first, models.attach(ask(first, wanted=2 * RECORD)))
+        assert engine.attachment.reply.pools[0].limit == N
+        models.attach(ask(second))
+        assert engine.tables[0].limit < EXPERTS
+        engine.use_everything()
+
+
+def test_memory_is_looked_after_whatever_has_gone_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosted_models, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(hosted_model, "_LOOK_SECONDS", 0.01)
+    built, said = model(tmp_path), []
+    with hosting(tmp_path, said=said) as models:
+        engine = Engine(built, models.attach(ask(built)))
+        pool = next(iter(models._models.values())).pools[0]
+        tend, rebalance, looked = pool.tend, models.rebalance, threading.Event()
+
+        def fail() -> bool:
+            raise RuntimeError("unheard of")
+
+        def look() -> None:
+            rebalance()
+            looked.set()
+
+        monkeypatch.setattr(pool, "tend", fail)
+        monkeypatch.setattr(models, "rebalance", fail)
+        wait_until(lambda: len(said) >= 2, "both have said so")
+        assert sorted(line.split(";")[0] for line in said) == [
+            f"slots of store {built.store.path.name} could not be reclaimed",
+            "the memory could not be divided anew",
+        ], "said once, however often it happens"
+        assert all("RuntimeError: unheard of" in line for line in said)
+        monkeypatch.setattr(pool, "tend", tend)
+        monkeypatch.setattr(models, "rebalance", look)
+        assert looked.wait(60)
+        engine.use_everything()
+        pool.limit = 2
+        wait_until(lambda: pool.held == 2, "slots are reclaimed again")
 
 
 def test_hints_reach_the_other_ranks_of_an_engine_and_nobody_else(tmp_path: Path) -> None:

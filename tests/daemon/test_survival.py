@@ -4,6 +4,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+
 from tests.daemon.killing import run
 from tests.daemon.processes import DaemonProcess
 from tests.daemon.reading_worker import Reader
@@ -62,5 +64,24 @@ def test_a_daemon_too_small_for_a_lease_is_declined(tmp_path: Path) -> None:
         reader.close()
         assert shared_memory_held() == held_by_others
         daemon.stop()
+    finally:
+        daemon.abandon()
+
+
+def test_a_step_cut_up_before_its_model_shrank_outlives_the_daemon(tmp_path: Path) -> None:
+    made = build_store(tmp_path / "stores", [(ALIGNED, 12)] * 3)
+    daemon = DaemonProcess(tmp_path / "daemon.sock", 1 << 20, made.store.path.parent)
+    try:
+        reader = Reader(tmp_path / "daemon.sock", made.store.path, seed=1)
+        layer = next(iter(reader.runtime.layers.values()))
+        assert layer.pool.capacity > 10
+        reader.client._tables[0].limit = 2
+        daemon.kill()
+        hold = layer.pool.hold(layer.span, np.arange(10))
+        assert not hold.failures and reader.client.daemon_pid == 0
+        for expert, slot in enumerate(hold.slots.tolist()):
+            reader.check(layer, expert, slot)
+        layer.pool.release(hold)
+        reader.close()
     finally:
         daemon.abandon()

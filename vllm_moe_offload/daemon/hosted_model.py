@@ -273,7 +273,7 @@ class HostedModel:
                 complaint = f"{type(error).__name__}: {error}"
                 if complaint != self._complaint:
                     self._complaint = complaint
-                    self._say(f"memory of store {self.name} could not be looked after and will be again: {complaint}")
+                    self._say(f"slots of store {self.name} could not be reclaimed; the daemon tries again: {complaint}")
         return busy
 
 

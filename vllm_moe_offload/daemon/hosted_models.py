@@ -219,14 +219,24 @@ class HostedModels:
     def _look_after(self) -> None:
         """Move memory to where it is missed. Runs in a thread of its own."""
         missed: dict[_File, int] = {}
+        complaint = ""
         while not self._closing.wait(_LOOK_SECONDS):
-            with self._dividing:
-                for file, model in self._models.items():
-                    now = model.missed_bytes
-                    rate = (now - missed.get(file, now)) / _LOOK_SECONDS
-                    missed[file] = now
-                    model.pressure += (rate - model.pressure) * (1 - 0.5 ** (_LOOK_SECONDS / _HALF_LIFE_SECONDS))
-                self.rebalance()
+            try:
+                with self._dividing:
+                    self._measure_pressure(missed)
+                    self.rebalance()
+            except Exception as error:  # whatever it is, nobody else moves memory
+                before, complaint = complaint, f"{type(error).__name__}: {error}"
+                if complaint != before:
+                    self._say(f"the memory could not be divided anew; the daemon tries again: {complaint}")
+
+    def _measure_pressure(self, missed: dict[_File, int]) -> None:
+        """``missed``: by model, the bytes missed until the last look; updated."""
+        for file, model in self._models.items():
+            now = model.missed_bytes
+            rate = (now - missed.get(file, now)) / _LOOK_SECONDS
+            missed[file] = now
+            model.pressure += (rate - model.pressure) * (1 - 0.5 ** (_LOOK_SECONDS / _HALF_LIFE_SECONDS))
 
     def rebalance(self) -> None:
         """Go half of the way to what the models need now, if it is worth it."""
