@@ -1,6 +1,7 @@
 """A worker that lost its daemon joins the next one: never while a read is under way, and wholly or not at all."""
 
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.daemon.processes import DaemonProcess
+from tests.daemon.processes import DaemonProcess, running_daemon
 from tests.daemon.reading_worker import Reader
 from tests.daemon.wire import wait_until
 from tests.runtime.record_stores import build_store, layout
-from vllm_moe_offload.daemon import client
+from vllm_moe_offload.daemon import client, worker_attachment
 from vllm_moe_offload.daemon.connection import Connection
 from vllm_moe_offload.daemon.death import Death
 from vllm_moe_offload.daemon.protocol import GetStatus, StatusReport
@@ -132,3 +133,32 @@ def test_whether_a_process_is_dead_can_be_asked_while_another_thread_stops_askin
         death.close()
         asking.join()
         assert answers == [False] * 20
+
+
+def test_nothing_is_believed_of_a_daemon_that_only_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may go on at any time and overwrite every slot the worker saw."""
+    monkeypatch.setattr(worker_attachment, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(client, "_DYING_SECONDS", 0.1)
+    monkeypatch.setattr(client, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(client, "GRUDGE_SECONDS", 0.05)
+    made = build_store(tmp_path / "stores", [(SMALL, 24), (LARGE, 24)])
+    with running_daemon(tmp_path / "daemon.sock", 300_000, made.store.path.parent) as daemon:
+        reader = Reader(tmp_path / "daemon.sock", made.store.path, seed=1)
+        other = Reader(tmp_path / "daemon.sock", made.store.path, seed=2)
+        other.step()
+        os.kill(daemon.pid, signal.SIGSTOP)
+        while not reader.said:
+            reader.step()
+        assert "sent nothing for 0.5 s; going on without it, with 0 experts that were loaded" in reader.said[0]
+        os.kill(daemon.pid, signal.SIGCONT)
+
+        def is_back() -> bool:
+            other.step()
+            reader.step()
+            return reader.client.daemon_pid == daemon.pid
+
+        wait_until(is_back, "it has come back", 60)
+        reader.close()
+        other.close()

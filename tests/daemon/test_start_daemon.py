@@ -120,6 +120,17 @@ def test_why_it_could_not_start_is_said_with_its_last_lines(tmp_path: Path) -> N
     assert open_fds() == before
 
 
+def test_a_log_that_is_no_file_of_ours_is_named(tmp_path: Path) -> None:
+    os.mkfifo(log_path(tmp_path / "pipe"))
+    with pytest.raises(ConfigError, match=r"pipe\.log: cannot write the log of a daemon there: No such device"):
+        start_daemon(tmp_path / "pipe", "1MiB", 600)
+    if os.geteuid() == 0:
+        log_path(tmp_path / "socket").touch()
+        os.chown(log_path(tmp_path / "socket"), 65534, -1)
+        with pytest.raises(ConfigError, match=r"socket\.log: is not a file of this user"):
+            start_daemon(tmp_path / "socket", "1MiB", 600)
+
+
 def test_a_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     log_path(tmp_path / "socket").mkdir()
     with pytest.raises(ConfigError, match=r"socket\.log: cannot write the log of a daemon there: Is a directory"):

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import select
 import signal
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from vllm_moe_offload.cache import POLICY_NAMES
 from vllm_moe_offload.config import CacheBudget
 from vllm_moe_offload.daemon import membarrier
 from vllm_moe_offload.daemon.connection import Connection
+from vllm_moe_offload.daemon.death import Death
 from vllm_moe_offload.daemon.hosted_histories import HostedHistories
 from vllm_moe_offload.daemon.metrics import serve_metrics
 from vllm_moe_offload.daemon.notify import notify
@@ -143,11 +143,9 @@ def stop(socket: SocketOption = None) -> None:
         pid = connection.peer.pid
         if pid == 0:
             raise ConfigError("the daemon lives in another container, where its end cannot be seen; stop it there")
-        process = os.pidfd_open(pid)
+        death = Death(pid)
         connection.request(Stop())
-    ended = select.select([process], [], [], END_SECONDS)[0]
-    os.close(process)
-    if not ended:
+    if not death.known(END_SECONDS):
         raise ConfigError(
             f"the daemon (pid {pid}) was told to end {END_SECONDS:g} s ago and has not; it may still be writing "
             "histories, see its log"

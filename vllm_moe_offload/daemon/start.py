@@ -7,6 +7,7 @@ someone else start one meanwhile, the socket's own lock decides which of them st
 import contextlib
 import os
 import select
+import stat
 import subprocess
 import sys
 import time
@@ -117,10 +118,16 @@ def _ask(path: Path, timeout: float) -> int:
 
 def _open_log(path: Path) -> int:
     file = log_path(path)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        return os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        log = os.open(file, flags, 0o600)
     except OSError as error:
         raise ConfigError(f"{file}: cannot write the log of a daemon there: {error.strerror}") from None
+    status = os.fstat(log)
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+        os.close(log)
+        raise ConfigError(f"{file}: is not a file of this user, so no daemon can write its log there; remove it")
+    return log
 
 
 def _launch(command: list[str], log: int, cpus: set[int]) -> int:
