@@ -1,5 +1,6 @@
 """Heads are learned in another process, found again at the next start, and never believed when damaged."""
 
+import re
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import vllm_moe_offload
 from vllm_moe_offload.chronicle import learning as learning_module
 from vllm_moe_offload.chronicle.heads_file import LEARNED_VECTORS_HEADS_FILE, LOCK_FILE, read_heads, write_heads
 from vllm_moe_offload.chronicle.keeper import HistoryKeeper, seconds_between_saves
@@ -299,3 +301,26 @@ def test_a_large_history_is_written_less_often_and_a_failure_is_not_repeated_at_
     assert not archive.path("ab").exists()
     keeper.close()
     assert archive.path("ab").exists()
+
+
+def test_nothing_in_the_working_folder_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning_module, "CPU_SHARE", 1.0)
+    folder = tmp_path / "somebody's"
+    folder.mkdir()
+    (folder / "numpy.py").write_text("open('executed', 'w').close(); raise SystemExit(3)")
+    monkeypatch.chdir(folder)
+    young, learning = engine(tmp_path, None)
+    young.history.add(request(600))
+    learning.attend()
+    assert learning._process is not None and learning._process.wait(120) == 0
+    learning.close()
+    assert not (folder / "executed").exists()
+
+
+def test_every_interpreter_that_is_started_leaves_the_working_folder_out_of_its_path() -> None:
+    package = Path(vllm_moe_offload.__file__).parent
+    starts = [
+        match for file in package.rglob("*.py") for match in re.findall(r"sys\.executable,\s*(.*)", file.read_text())
+    ]
+    assert len(starts) >= 4
+    assert [start for start in starts if not start.startswith(('"-P"', '"-I"'))] == []

@@ -137,7 +137,7 @@ class Learning:
             os.getpid(),
         )
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "vllm_moe_offload.chronicle.training", msgspec.json.encode(job).decode()],
+            [sys.executable, "-P", "-m", "vllm_moe_offload.chronicle.training", msgspec.json.encode(job).decode()],
             env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,
         )
