@@ -3,17 +3,20 @@
     python -m tests.daemon.reading_worker SOCKET STORE SEED [--lease]
 
 Each line on stdin names a number of steps; when they are done a line of JSON says so. It ends with its input. A record
-that is not what it should be ends it with exit code 3.
+that is not what it should be ends it with exit code 3. With a lease it computes on every expert where it should be,
+without looking, as long as the lease is kept.
 """
 
 import json
 import os
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tests.daemon.waits import Waits
 from vllm_moe_offload.daemon.client import DaemonClient
 from vllm_moe_offload.daemon.protocol import Attach
 from vllm_moe_offload.runtime import OffloadRuntime, PooledLayer
@@ -31,6 +34,7 @@ class Reader:
         self.store = Store.open(store)
         self.random = np.random.default_rng(seed)
         self.said: list[str] = []
+        self.waits = Waits()
         wanted = sum(entry.layout.payload_bytes * entry.experts for entry in self.store.layers)
         layouts = len({entry.layout for entry in self.store.layers})
         request = Attach(
@@ -46,15 +50,28 @@ class Reader:
     def step(self) -> None:
         """One forward pass of a few rows, sometimes a long one; most of it among the experts this worker prefers."""
         rows = int(self.random.choice([1, 1, 2, 4, 64]))
-        self.client.begin_step()
+        with self._waiting():
+            self.client.begin_step()
         self.runtime.begin_step(rows)
+        wrong = []
         for layer in self.runtime.layers.values():
             noise = self.random.random((rows, layer.experts)) * self._preference[layer.name]
-            self.serve(layer, np.argsort(-noise, axis=1)[:, :TOP_K].astype(np.int32))
+            chosen = np.argsort(-noise, axis=1)[:, :TOP_K].astype(np.int32)
+            if self.client.lease:
+                wrong += [(layer, expert) for expert in set(chosen.ravel().tolist()) if not self.is_home(layer, expert)]
+            else:
+                self.serve(layer, chosen)
+        if wrong and not self.client.lease_lost:
+            self.check(wrong[0][0], wrong[0][1], wrong[0][0].first + wrong[0][1])
 
     def serve(self, layer: PooledLayer, chosen: NDArray[np.int32]) -> None:
         guess = self.random.permutation(layer.experts)[:2] + layer.first
-        for wave in self.runtime.serve(layer, chosen):
+        waves = self.runtime.serve(layer, chosen)
+        while True:
+            with self._waiting():
+                wave = next(waves, None)
+            if wave is None:
+                break
             layer.pool.expect(layer.span, self._preference[layer.name].astype(np.float32))
             layer.pool.prefetch(layer.span, guess)
             mine = chosen if wave.rows is None else chosen[wave.rows]
@@ -64,9 +81,18 @@ class Reader:
         if failures:
             raise failures[0]
 
-    def check(self, layer: PooledLayer, expert: int, slot: int) -> None:
+    def _waiting(self) -> AbstractContextManager[None]:
+        return self.waits.measured(os.getpid(), self.client.daemon_pid)
+
+    def is_home(self, layer: PooledLayer, expert: int) -> bool:
+        return self.is_right(layer, expert, layer.first + expert)
+
+    def is_right(self, layer: PooledLayer, expert: int, slot: int) -> bool:
         parts = [component[slot] for component in layer.pool.memory.components]
-        if self.store.record_digest(parts) != self.store.checksum(layer.index, expert):
+        return self.store.record_digest(parts) == self.store.checksum(layer.index, expert)
+
+    def check(self, layer: PooledLayer, expert: int, slot: int) -> None:
+        if not self.is_right(layer, expert, slot):
             print(f"WRONG: expert {expert} of {layer.name} in slot {slot}", file=sys.stderr, flush=True)
             os._exit(WRONG)
 
@@ -75,6 +101,8 @@ class Reader:
             "daemon_pid": self.client.daemon_pid,
             "said": self.said,
             "lease": self.client.lease,
+            "waits": self.waits.long,
+            "longest_wait": self.waits.longest,
         }
 
     def close(self) -> None:

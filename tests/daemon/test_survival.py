@@ -16,7 +16,7 @@ from tests.runtime.record_stores import ALIGNED, build_store
 
 def test_whoever_dies_nobody_computes_on_a_wrong_record(tmp_path: Path) -> None:
     host = run(tmp_path, kills=12, workers=2, seed=1)
-    assert host.failovers > 0 and host.comebacks > 0
+    assert host.failovers > 0 and host.comebacks > 0 and host.stops > 0 and host.leases > 0
 
 
 def shared_memory_held() -> int:

@@ -189,10 +189,8 @@ class HostedModels:
         for file, target in targets.items():
             if target < self._models[file].budget:
                 self._models[file].set_budget(target)
-        deadline = time.monotonic() + patience
-        while self._overhang() and time.monotonic() < deadline:
-            time.sleep(_NAP_SECONDS)
-        taken = {file: max(model.budget, model.held_bytes) for file, model in self._models.items()}
+        held = self._held_when_shrunk(patience)
+        taken = {file: max(model.budget, held[file]) for file, model in self._models.items()}
         for file, target in targets.items():
             free = self._budget - sum(taken.values())
             granted = min(target, taken[file] + max(0, free))
@@ -202,8 +200,18 @@ class HostedModels:
         for file, model in list(self._models.items()):
             self._close_if_idle(file, model, keep=model.held_bytes > 0 or targets.get(file, 0) > 0)
 
-    def _overhang(self) -> bool:
-        return any(model.held_bytes > model.budget for model in list(self._models.values()))
+    def _held_when_shrunk(self, patience: float) -> dict[_File, int]:
+        """What the models hold as soon as none holds more than its budget, or at last.
+
+        Pools that are contended for lend slots beyond their limits for moments, so a second look may see more again.
+        """
+        deadline = time.monotonic() + patience
+        while True:
+            held = {file: model.held_bytes for file, model in self._models.items()}
+            within = all(held[file] <= model.budget for file, model in self._models.items())
+            if within or time.monotonic() >= deadline:
+                return held
+            time.sleep(_NAP_SECONDS)
 
     def _close_if_idle(self, file: _File, model: HostedModel, keep: bool) -> None:
         if not model.workers and not keep and self._models.pop(file, None) is not None:
