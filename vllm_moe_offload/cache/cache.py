@@ -200,9 +200,7 @@ class ExpertCache:
 
         They stay resident until their slots are given away or they are forgotten. Those asked for again stay for good.
         """
-        slots = self._least_worth(count, exposed=True)
-        self.retired.update(dict.fromkeys(slots.tolist()))
-        return self.expert_of[slots].astype(np.int64)
+        return self._retire(self._least_worth(count))
 
     def retire_for(self, experts: IntArray, share: int | None = None) -> NDArray[np.int64]:
         """Retire as many others as have to leave for ``acquire``, or with a ``share`` for ``stream``, of ``experts``.
@@ -226,7 +224,7 @@ class ExpertCache:
             staying = int(np.count_nonzero(self.transient & unpinned & ~leaving))
             short -= int(np.count_nonzero(leaving & self.transient)) + min(room, others)
             short = min(short, staying + max(0, room - others))
-        newly = self.retire(short)
+        newly = self._retire(self._least_worth(short, exposed=True))
         self.pins[resident] -= 1
         return newly
 
@@ -306,14 +304,18 @@ class ExpertCache:
             taken[elsewhere] = np.flatnonzero(free)[: np.count_nonzero(elsewhere)]
         return taken
 
-    def _least_worth(self, count: int, exposed: bool) -> NDArray[np.integer]:
-        """Up to ``count`` slots that are neither free nor pinned nor retired; ``exposed`` ones only if asked for."""
+    def _retire(self, slots: NDArray[np.integer]) -> NDArray[np.int64]:
+        self.retired.update(dict.fromkeys(slots.tolist()))
+        return self.expert_of[slots].astype(np.int64)
+
+    def _least_worth(self, count: int, exposed: bool | None = None) -> NDArray[np.integer]:
+        """Up to ``count`` slots that are neither free nor pinned nor retired, and exposed or not where that is said."""
         if count <= 0:
             return _NO_SLOTS
         candidate = self.pins == 0
         candidate &= self.expert_of != FREE
-        if not exposed:
-            candidate &= ~self.exposed
+        if exposed is not None:
+            candidate &= self.exposed == exposed
         if self.retired:
             candidate[list(self.retired)] = False
         candidates = candidate.nonzero()[0]
