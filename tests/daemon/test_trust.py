@@ -1,6 +1,8 @@
 """Whom an engine takes for its daemon: the kernel says who listens, and a place says nothing that others can write."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -69,6 +71,40 @@ def test_it_is_not_where_it_may_have_made_the_folder_itself(tmp_path: Path, mode
     tmp_path.chmod(mode_above)
     with daemon_of_another(folder / "socket"), pytest.raises(UntrustedDaemonError):
         Connection.connect(folder / "socket", "control", 10)
+
+
+CLIENT = """
+import sys; from pathlib import Path
+from vllm_moe_offload.daemon.connection import Connection
+from vllm_moe_offload.errors import OffloadError
+for path in sys.argv[1:]:
+    try: print(Connection.connect(Path(path), "control", 10).peer.uid)
+    except OffloadError as error: print(error)
+"""
+
+
+@as_root
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-Ur", "true"], capture_output=True).returncode != 0,
+    reason="this machine lets nobody make user namespaces",
+)
+def test_in_a_container_with_users_of_its_own_nobody_passes_for_somebody(tmp_path: Path) -> None:
+    """Whoever it does not know is shown as one and the same user."""
+    open_to_all(tmp_path)
+    folder = tmp_path / "service"
+    folder.mkdir()
+    os.chown(folder, OTHER - 1, -1)
+    os.seteuid(OTHER - 1)
+    try:
+        daemon = ScriptedDaemon(folder / "socket", lambda request: Refused("no"))
+    finally:
+        os.seteuid(0)
+    with daemon, House(tmp_path / "ours") as house:
+        (folder / "socket").chmod(0o666)
+        command = ["unshare", "-Ur", sys.executable, "-c", CLIENT, str(folder / "socket"), str(house.path)]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
+    assert said[0].endswith("it runs as a user who does not exist in this container (seen as 65534)")
+    assert said[1] == "0", "its own user's daemon outside of it is known"
 
 
 def test_a_kernel_that_does_not_tell_groups_ends_no_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

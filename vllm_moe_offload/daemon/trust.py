@@ -8,7 +8,7 @@ import stat
 from collections.abc import Container
 from pathlib import Path
 
-from .credentials import Peer
+from .credentials import Peer, is_known
 
 _SHARED = stat.S_IWGRP | stat.S_IWOTH
 
@@ -19,6 +19,8 @@ def objection_to(daemon: Peer, socket: Path) -> str | None:
     This user and root may. Another user may where nobody else can have put the socket there: then root or this user has
     made the folder for that user, and who names a socket in it means that user's daemon.
     """
+    if not is_known(daemon.uid, "uid"):
+        return f"it runs as a user who does not exist in this container (seen as {daemon.uid})"
     own = {0, os.geteuid()}
     folder = socket.resolve().parent
     if daemon.uid in own or _belongs_to(folder, own, daemon.uid):
