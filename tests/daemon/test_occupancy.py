@@ -1,12 +1,16 @@
 """What a pool's memory shows and gives back while workers read: counted per reader, not per slot."""
 
+import os
+import threading
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.daemon.pools import EXPERTS, N, Pool, Worker
-from vllm_moe_offload.daemon.lease import _everyone_is_home, _move_some, lease
+from vllm_moe_offload.daemon.lease import lease
 from vllm_moe_offload.daemon.table import ABSENT
+from vllm_moe_offload.prefetch import loader
 
 
 def test_a_slot_hidden_twice_is_exposed_until_both_readers_have_left(tmp_path: Path) -> None:
@@ -59,7 +63,10 @@ def test_a_slot_between_two_readers_stays_exposed_when_the_earlier_one_leaves(tm
             assert not it.pool.cache.exposed[slot]
 
 
-def test_memory_an_expert_has_moved_from_is_given_back_when_nobody_reads_it_any_more(tmp_path: Path) -> None:
+def test_nothing_is_moved_for_a_lease_while_it_is_read_and_others_are_served_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_moe_offload.daemon.lease.PATIENCE_SECONDS", 0.05)
     with Pool(tmp_path, limit=6) as it:
         worker, reading, leasing = (Worker(it, entry) for entry in range(3))
         for layer in (3, 0, 2, 1):
@@ -70,20 +77,46 @@ def test_memory_an_expert_has_moved_from_is_given_back_when_nobody_reads_it_any_
         astray = np.flatnonzero((slots != ABSENT) & (slots != np.arange(N))).tolist()
         assert astray
         reading.reader.enter()
-        with it.pool.lock:
-            while not lease_step(it):
-                pass
-        for _ in range(3):
-            it.pool.tend()
-            reading.check(astray, slots[astray])
+        ended = threading.Event()
+
+        def ask() -> None:
+            while not ended.wait(0.001):
+                for first in range(0, N, EXPERTS):
+                    worker.use(list(range(first, first + EXPERTS)))
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        assert not lease(it.pool, leasing.entry)
+        reading.check(astray, slots[astray])
         reading.reader.leave()
+        granted = lease(it.pool, leasing.entry)
+        ended.set()
+        asking.join(60)
+        assert not asking.is_alive() and granted
+        leasing.check(list(range(N)), np.arange(N))
         it.tend()
         it.pool.check_integrity()
-        assert lease(it.pool, leasing.entry)
 
 
-def lease_step(it: Pool) -> bool:
-    """Whether nothing can be moved for a lease any more."""
-    it.pool.placement.release_done()
-    it.pool.occupancy.reclaim()
-    return _everyone_is_home(it.pool) or not _move_some(it.pool)
+def test_what_a_lease_has_not_read_yet_is_not_shown_to_anybody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, reading, go_on = os.preadv, threading.Event(), threading.Event()
+
+    def slow_disk(fd: int, buffers: list, offset: int) -> int:
+        reading.set()
+        assert go_on.wait(60)
+        return read(fd, buffers, offset)
+
+    with Pool(tmp_path) as it:
+        worker, leasing = Worker(it, 0), Worker(it, 1)
+        worker.use([3, 4])
+        monkeypatch.setattr(loader.os, "preadv", slow_disk)
+        thread = threading.Thread(target=lease, args=(it.pool, leasing.entry))
+        thread.start()
+        try:
+            assert reading.wait(60)
+            assert np.flatnonzero(it.pool.table.slot_of != ABSENT).tolist() == [3, 4]
+            it.pool.check_integrity()
+        finally:
+            go_on.set()
+            thread.join(60)
+        leasing.check(list(range(N)), np.arange(N))

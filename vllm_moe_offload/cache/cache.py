@@ -38,7 +38,7 @@ class ExpertCache:
     order of retirement; whoever asks for the expert meanwhile gets it back.
 
     An *exposed* slot may be read by somebody who has not pinned it; its owner keeps ``exposed`` up to date. It may be
-    retired, but is never given away, so whatever is loaded can be written into its slot at once.
+    retired, but is never given away nor emptied, so whatever is loaded can be written into its slot at once.
 
     Args:
         layer_of: int ``[N]``, the layer of each expert.
@@ -189,6 +189,7 @@ class ExpertCache:
     def forget(self, experts: IntArray) -> None:
         """Empty the slots of ``experts`` (resident, distinct): what was to be loaded into them never arrived."""
         slots = self.slot_of[experts]
+        assert not self.exposed[slots].any(), "a slot is emptied that somebody may be reading"
         self.slot_of[experts] = ABSENT
         self.expert_of[slots] = FREE
         self.occupied -= len(slots)
@@ -262,6 +263,7 @@ class ExpertCache:
         assert (self.pins >= 0).all()
         assert (self.pins[self.expert_of == FREE] == 0).all(), "a free slot is pinned"
         assert not self.transient[self.expert_of == FREE].any(), "a free slot is transient"
+        assert not self.exposed[self.expert_of == FREE].any(), "a free slot is exposed"
         retired = list(self.retired)
         assert (self.expert_of[retired] != FREE).all() and not self.pins[retired].any(), "a retired slot is in use"
 
@@ -285,16 +287,14 @@ class ExpertCache:
     @property
     def _free_room(self) -> int:
         """How many free slots can be given away now."""
-        return max(0, min(self._room, int(np.count_nonzero((self.expert_of == FREE) & ~self.exposed))))
+        return max(0, self._room)
 
     def _free_slots(self, experts: NDArray[np.int64], room: int, but: IntArray = _NO_SLOTS) -> NDArray[np.integer]:
         """Up to ``room`` free slots, none of ``but``, for the first of ``experts``."""
         if room <= 0:
             return _NO_SLOTS
         free = self.expert_of == FREE
-        free &= ~self.exposed
         free[but] = False
-        room = min(room, int(np.count_nonzero(free)))
         if not self.at_home:
             return np.flatnonzero(free)[: min(room, len(experts))]
         taken = experts[:room].copy()

@@ -125,7 +125,6 @@ class HostedPool:
 
         Raises:
             ValueError: an id is out of range or given twice, the ticket does not rise, or they are too many.
-            LoadError: there are no slots, which may only be while a lease is prepared.
         """
         self.check_ids(experts)
         with self.lock:

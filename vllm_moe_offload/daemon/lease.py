@@ -46,30 +46,31 @@ def lease(pool: HostedPool, worker: int) -> bool:
 
 def _pin_all(pool: HostedPool, worker: int) -> list[HostedLoad] | None:
     """Returns what is under way for the lease then, or None where it cannot be."""
-    everything = np.arange(pool.experts, dtype=np.int32)
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while time.monotonic() < deadline:
-        with pool.lock:
-            pool.placement.release_done()
-            pool.occupancy.reclaim()
-            if _everyone_is_home(pool):
-                if (loads := _acquire(pool, worker, everything)) is not None:
-                    return loads
-            elif _move_some(pool):
-                deadline = time.monotonic() + PATIENCE_SECONDS
-        time.sleep(_NAP_SECONDS)
-    return None
-
-
-def _acquire(pool: HostedPool, worker: int, everything: IntArray) -> list[HostedLoad] | None:
-    joined = list(pool.under_way.loads.values())
     try:
-        acquired = pool.cache.acquire(everything, use=False)
-    except ValueError:  # somebody may be reading free slots that were emptied for the lease
+        while time.monotonic() < deadline:
+            with pool.lock:
+                pool.placement.release_done()
+                if _everyone_is_home(pool):
+                    return _acquire(pool, worker)
+                if _move_some(pool):
+                    deadline = time.monotonic() + PATIENCE_SECONDS
+            time.sleep(_NAP_SECONDS)
         return None
+    finally:
+        with pool.lock:
+            pool.occupancy.withheld.clear()
+
+
+def _acquire(pool: HostedPool, worker: int) -> list[HostedLoad]:
+    everything = np.arange(pool.experts, dtype=np.int32)
+    pool.occupancy.withheld.clear()
+    joined = list(pool.under_way.loads.values())
+    acquired = pool.cache.acquire(everything, use=False)
     pool.guests[worker].lease = acquired.slots
+    begun = pool.begin(acquired)
     pool.occupancy.show_again(everything, pool.under_way.loads)
-    return [*joined, *pool.begin(acquired)]
+    return [*joined, *begun]
 
 
 def _everyone_is_home(pool: HostedPool) -> bool:
@@ -78,22 +79,25 @@ def _everyone_is_home(pool: HostedPool) -> bool:
 
 
 def _move_some(pool: HostedPool) -> bool:
-    """Move a few experts whose own slots are free, or if none is, empty one slot. Returns whether anything changed."""
-    cache = pool.cache
+    """Move a few experts whose own slots are free, or if none is, empty one slot, where nobody is reading any more.
+
+    Returns whether anything changed.
+    """
+    cache, occupancy = pool.cache, pool.occupancy
     slots = np.flatnonzero((cache.expert_of != FREE) & (cache.pins == 0))
     astray = cache.expert_of[slots[cache.expert_of[slots] != slots]]
     if len(astray) == 0:
         return False
-    homeless = cache.expert_of[astray] != FREE
-    if homeless.all():
-        _evict(pool, astray[:1])
-        return True
-    moved = 0
-    for expert in astray[~homeless][:_MOVES].tolist():
-        if not cache.exposed[expert]:
+    can_move = cache.expert_of[astray] == FREE
+    chosen = astray[can_move][:_MOVES] if can_move.any() else astray[:1]
+    occupancy.withhold(chosen)
+    unread = chosen[~cache.exposed[cache.slot_of[chosen]]]
+    if not can_move.any():
+        _evict(pool, unread)
+    else:
+        for expert in unread.tolist():
             _move(pool, expert)
-            moved += 1
-    return moved > 0
+    return len(unread) > 0
 
 
 def _move(pool: HostedPool, expert: int) -> None:
@@ -101,15 +105,14 @@ def _move(pool: HostedPool, expert: int) -> None:
     pool.occupancy.back(expert)
     for source, target in zip(pool.arena.slot(old), pool.arena.slot(expert), strict=True):
         target[:] = source
-    pool.occupancy.hide(only)
     pool.cache.move(expert, expert)
     pool.occupancy.soil(np.array([old]))
+    pool.occupancy.withheld.remove(expert)
     pool.occupancy.show(only)
 
 
-def _evict(pool: HostedPool, experts: np.ndarray) -> None:
+def _evict(pool: HostedPool, experts: IntArray) -> None:
     slots = pool.cache.slot_of[experts]
-    pool.occupancy.hide(experts)
     pool.under_way.note_evicted(experts)
     pool.cache.forget(experts)
     pool.occupancy.soil(slots)

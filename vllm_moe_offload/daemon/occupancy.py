@@ -39,6 +39,8 @@ class Occupancy:
         """What the table's ``slot_of`` should be."""
         self._being_read = np.zeros(arena.slots, dtype=np.int32)
         """How often each slot has been hidden while somebody may have been reading it who may still do so."""
+        self.withheld: set[int] = set()
+        """Experts that are not shown, since they are going to be moved."""
         self._backed = np.zeros(arena.slots, dtype=bool)
         """Slots whose memory has been allocated beforehand."""
         self._soiled: set[int] = set()
@@ -48,6 +50,8 @@ class Occupancy:
         """Their records are complete in the slots the cache gave them."""
         if self._cache.occupied > self._cache.limit:
             return
+        if self.withheld:
+            experts = experts[[expert not in self.withheld for expert in experts.tolist()]]
         slots = self._cache.slot_of[experts]
         self._cache.exposed[slots] = True
         self._reclaimer.publish(experts, slots)
@@ -73,6 +77,12 @@ class Occupancy:
             self._reclaimer.retire(np.array(shown), slots)
             self.shown_in[shown] = ABSENT
             self._being_read[slots] += 1
+
+    def withhold(self, experts: IntArray) -> None:
+        """Hide ``experts`` and show them no more, so that in the end nobody reads their slots, which may be at once."""
+        self.withheld.update(experts.tolist())
+        self.hide(experts)
+        self.reclaim()
 
     def reclaim(self) -> None:
         """Find out which of the slots hidden nobody can be reading any more."""
@@ -161,7 +171,7 @@ class Occupancy:
         for slot in list(self._soiled):
             if self._cache.expert_of[slot] != FREE:
                 self._soiled.remove(slot)
-            elif not self._cache.exposed[slot]:
+            else:
                 self._arena.punch(slot)
                 self._backed[slot] = False
                 self._soiled.remove(slot)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from ..cache import Acquisition, ExpertCache
 from ..cache.base import IntArray
 from ..cache.cache import ABSENT
-from ..errors import LoadError
 from ..slots.base import guess_room, stream_share
 from .guest import Guest
 from .occupancy import Occupancy
@@ -28,7 +27,7 @@ class Placement:
 
     A demand of at most a layer always gets its slots. Where it would have to wait for workers that do not go on, it
     gets free ones beyond the limit, so that for each worker one demand may be held that the limit does not allow.
-    There is always one: the arena has a slot for every expert.
+    There is always one: the arena has a slot for every expert, and no free slot is exposed.
 
     Args:
         layer_sizes: how many experts there are in the layer of each expert.
@@ -60,9 +59,6 @@ class Placement:
 
         Args:
             stream: a long prefill passes through, see ``ExpertCache.stream``.
-
-        Raises:
-            LoadError: there are no slots, which may only be while a lease is prepared.
         """
         if stream:  # what has streamed through goes first, but not while it is pinned
             self.release_done()
@@ -78,10 +74,7 @@ class Placement:
         finally:
             self.queue.remove(turn)
             self._turn.notify_all()
-        try:
-            return self._take(self._cache.acquire(experts, use=False, beyond_limit=True))
-        except ValueError as error:
-            raise LoadError(f"no slots can be had while another engine's lease is prepared: {error}") from error
+        return self._take(self._cache.acquire(experts, use=False, beyond_limit=True))
 
     def stream_ahead(self, absent: IntArray) -> Iterator[Acquisition]:
         """Pin ``absent`` experts of the next layer of a long prefill as slots become free within a moment."""
