@@ -63,7 +63,7 @@ class Simulated(NamedTuple):
 def record(arguments: dict[str, Any], workload: Workload, batch: int) -> Trace:
     """The trace of the warm-up and all rounds, in the order in which `Comparison` gives them to an engine."""
     with tempfile.TemporaryDirectory(prefix="agreement-") as folder:
-        path = Path(folder) / "trace.npz"
+        path = Path(folder) / "engine.trace"
         offload = {"cache": "100%", "predictor": "none", "trace": str(path)}
         engine = Engine.start(Variant("recording", offload, arguments))
         try:

@@ -68,7 +68,7 @@ def record(arguments: argparse.Namespace) -> Trace:
 
     prompts = [json.loads(line) for file in arguments.prompts for line in file.read_text().splitlines()]
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "trace.npz"
+        file = Path(folder) / "engine.trace"
         settings = {"cache": "100%", "trace": str(file), "store": folder, "history": "off"}
         llm = LLM(str(arguments.model), max_num_seqs=1, enforce_eager=True, additional_config={"moe_offload": settings})
         sampling = SamplingParams(temperature=0, max_tokens=arguments.tokens, ignore_eos=True)

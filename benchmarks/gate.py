@@ -128,7 +128,7 @@ def main() -> None:
     texts = [json.loads(line)["text"] for line in options.prompts.read_text().splitlines()]
     held_out = len(texts) // 4
     with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.npz"
+        trace = Path(folder) / "engine.trace"
         scores = {"gate": serve(options.model, texts, held_out, options.tokens, trace)}
         scores |= replay(options.model, trace, held_out)
         tokens = read_trace(trace).num_tokens

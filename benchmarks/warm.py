@@ -6,7 +6,7 @@ engine writes them, without its patience: learning takes all of a core here. Pro
     python benchmarks/warm.py /tmp/warm --model /tmp/wide --stored-tokens 20000
     python benchmarks/decode.py --model /tmp/wide --warm /tmp/warm --arm none='{}' --arm history='{"predictor": ...}'
 
-The folder then has `history/` (copied for every engine that starts with it), `trace.npz`, and `held_out.jsonl`.
+The folder then has `history/` (copied for every engine that starts with it), `engine.trace`, and `held_out.jsonl`.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from vllm_moe_offload.history.trace_file import read_trace
 from vllm_moe_offload.predict.token_vectors import ModelVectors
 
 TINY_MOE = Path(__file__).parent.parent / "examples" / "models" / "tiny-moe"
-HISTORY, TRACE, HELD_OUT = "history", "trace.npz", "held_out.jsonl"
+HISTORY, TRACE, HELD_OUT = "history", "engine.trace", "held_out.jsonl"
 SEATS = 16
 
 

@@ -99,7 +99,7 @@ class OffloadConfig(BaseModel):
         "'package.module:function', given the list of a prompt's token ids and returning a 1-D array",
     )
     trace: Path | None = Field(
-        None, description="file (.npz) to record every request's experts and routing weights in; replay reads it"
+        None, description="file (.trace) to record every request's experts and routing weights in; replay reads it"
     )
 
     daemon: str = Field(
@@ -118,8 +118,8 @@ class OffloadConfig(BaseModel):
     @field_validator("trace")
     @classmethod
     def _check_trace(cls, value: Path | None) -> Path | None:
-        if value is not None and value.suffix != ".npz":
-            raise ValueError(f"{str(value)!r} must end in .npz")
+        if value is not None and value.suffix != ".trace":
+            raise ValueError(f"{str(value)!r} must end in .trace")
         return value
 
     @field_validator("history")

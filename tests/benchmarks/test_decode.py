@@ -39,7 +39,7 @@ def test_arms_start_with_copies_of_a_warm_history_and_leave_it_as_it_was(tmp_pat
     done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     files = sorted(path.name for path in warm.rglob("*") if path.is_file())
-    assert files == ["heads.npz", "held_out.jsonl", "history.npz", "trace.npz"]
+    assert files == ["engine.trace", "heads.npz", "held_out.jsonl", "history.lock", "history.npz"]
     before = {path: path.read_bytes() for path in warm.rglob("*") if path.is_file()}
 
     arms = ["--arm", 'off={"predictor": "none"}', "--arm", 'on={"predictor": "history"}', "--reference", "off"]

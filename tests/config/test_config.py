@@ -188,7 +188,7 @@ def test_a_store_is_a_path() -> None:
     [
         ("predictor", "oracle", "'history', .*'gate', 'coactivation', 'frequency' or 'none'"),
         ("history", " ", "neither a folder nor 'off'"),
-        ("trace", "trace.txt", "must end in .npz"),
+        ("trace", "trace.npz", "must end in .trace"),
         ("embedding", "mine", "neither 'model' nor like 'package.module:function'"),
         ("embedding", "mine.py:", "neither 'model' nor like 'package.module:function'"),
     ],

@@ -43,7 +43,7 @@ def by_tokens(trace: Trace) -> dict[tuple[int, ...], Trace]:
 
 
 def test_every_token_that_was_read_is_in_the_trace(tiny_moe: Path, offloaded: EngineServer, tmp_path: Path) -> None:
-    trace, texts = record(offloaded, tiny_moe, tmp_path / "trace.npz")
+    trace, texts = record(offloaded, tiny_moe, tmp_path / "engine.trace")
     assert trace.shape == (8, 64, 4) and trace.model == "tiny-moe" and trace.fingerprint
     recorded = by_tokens(trace)
     assert set(recorded) == {tuple(text[:-1]) for text in texts}, "the last token of an answer is never read"
@@ -58,7 +58,7 @@ def test_every_token_that_was_read_is_in_the_trace(tiny_moe: Path, offloaded: En
 def test_the_trace_is_what_the_routers_say(tiny_moe: Path, offloaded: EngineServer, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    trace, _ = record(offloaded, tiny_moe, tmp_path / "trace.npz")
+    trace, _ = record(offloaded, tiny_moe, tmp_path / "engine.trace")
     model = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.bfloat16)
     agreed, weights_apart = [], []
     for request in trace.requests():
@@ -82,8 +82,8 @@ def test_residency_does_not_show_in_the_trace(
     tiny_moe: Path, offloaded: EngineServer, tmp_path: Path, settings: dict[str, str]
 ) -> None:
     rounds = [{"prompts": prompts(1, seed=3), "tokens": 12}]
-    expected, _ = record(offloaded, tiny_moe, tmp_path / "expected.npz", rounds)
-    trace, _ = record(offloaded, tiny_moe, tmp_path / "trace.npz", rounds, **settings)
+    expected, _ = record(offloaded, tiny_moe, tmp_path / "expected.trace", rounds)
+    trace, _ = record(offloaded, tiny_moe, tmp_path / "engine.trace", rounds, **settings)
     np.testing.assert_array_equal(trace.experts, expected.experts)
     np.testing.assert_array_equal(trace.weights, expected.weights)
 
@@ -92,11 +92,11 @@ def test_a_restart_continues_the_file_of_its_model_and_refuses_any_other(
     tiny_moe: Path, offloaded: EngineServer, tmp_path: Path
 ) -> None:
     rounds = [{"prompts": prompts(2, seed=4), "tokens": 4}]
-    file = tmp_path / "trace.npz"
+    file = tmp_path / "engine.trace"
     record(offloaded, tiny_moe, file, rounds)
     trace, _ = record(offloaded, tiny_moe, file, rounds)
     assert trace.num_requests == 4
     file.write_bytes(b"something else")
-    with pytest.raises(RuntimeError, match=r"trace\.npz: not a readable npz trace file"):
+    with pytest.raises(RuntimeError, match=r"engine\.trace: it is no trace that can be continued"):
         record(offloaded, tiny_moe, file, rounds)
     assert file.read_bytes() == b"something else"

@@ -59,7 +59,7 @@ def test_a_token_that_no_trace_can_hold_is_left_out_and_counted(
     for number in range(3):
         record(recorder, *sound(), request=str(number))
     record(recorder, chosen, shares, request="bad")
-    recording = TraceRecording(tmp_path / "trace.npz", SHAPE, "model", "aa")
+    recording = TraceRecording(tmp_path / "t.trace", SHAPE, "model", "aa", print)
     for request in recorder.running:
         trace = recorder.finish(request)
         assert trace is not None and trace.tokens is not None
@@ -71,7 +71,7 @@ def test_a_token_that_no_trace_can_hold_is_left_out_and_counted(
     HistoryArchive(tmp_path).save("aa", history)
     loaded, problem = HistoryArchive(tmp_path).load("aa", SHAPE)
     assert problem is None and loaded.num_tokens == 15
-    assert read_trace(tmp_path / "trace.npz").num_tokens == 15
+    assert read_trace(tmp_path / "t.trace").num_tokens == 15
 
 
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])

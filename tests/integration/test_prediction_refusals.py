@@ -30,7 +30,7 @@ CANNOT = [
 
 
 @pytest.mark.parametrize(("vllm_config", "moe_layers", "reason"), CANNOT)
-@pytest.mark.parametrize("settings", [{"predictor": "history"}, {"predictor": "gate"}, {"trace": "a.npz"}])
+@pytest.mark.parametrize("settings", [{"predictor": "history"}, {"predictor": "gate"}, {"trace": "a.trace"}])
 def test_what_was_asked_for_is_refused(
     vllm_config: Any, moe_layers: Any, reason: str, settings: dict[str, str]
 ) -> None:

@@ -90,6 +90,7 @@ def read_heads(path: Path, fingerprint: str, size: NetworkSize, learned: bool) -
             raise ValueError("other token vectors, or numbers that are not finite")
         parameters = Parameters(found, fields["parameters"].astype(np.float32, copy=False))
         vectors = _learned_vectors(fields, found.vector) if learned else None
+        trained_tokens = int(fields["trained_tokens"])
         learned_from = fields.get("learned_from", np.empty(0)).astype(np.uint64)
     except FileNotFoundError:
         raise TraceError(f"{path}: there is no such file") from None
@@ -97,7 +98,7 @@ def read_heads(path: Path, fingerprint: str, size: NetworkSize, learned: bool) -
         raise TraceReadError(f"{path}: cannot be read at present ({error})") from error
     except (ValueError, KeyError, TypeError) as error:
         raise TraceError(f"{path}: not heads of this model ({error})") from error
-    return SavedHeads(parameters, vectors, int(fields["trained_tokens"]), learned_from)
+    return SavedHeads(parameters, vectors, trained_tokens, learned_from)
 
 
 def _learned_vectors(fields: dict[str, np.ndarray], width: int) -> LearnedVectors:

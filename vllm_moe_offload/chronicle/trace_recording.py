@@ -1,58 +1,105 @@
 """``--moe-offload-trace FILE``: all requests of an engine, as a trace file that grows while it serves."""
 
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import TraceError
 from ..history.joining import join
 from ..history.trace import Trace
-from ..history.trace_file import read_trace, write_trace
+from ..history.trace_file import LogHeader, decode_log_header, encode_log_header, encode_trace
+from ..history.trace_log import LogWriter
+
+MOST_BYTES = 4 << 30
+"""Of the file. Replay reads it whole."""
+MOST_WAITING_BYTES = 64 << 20
+"""Of requests that could not be written yet, because the disk is full, say."""
 
 
 class TraceRecording:
-    """The requests that have ended, and the file they are written to.
+    """Appends the requests that have ended to a file. What is written takes no memory any more.
 
-    A sound file of the same model is continued, so that a restart loses nothing.
+    A file of the same model is continued, so that a restart loses nothing.
 
     Args:
         shape: layers, experts per layer, experts per token.
         model: what people call it.
         fingerprint: of its weights.
+        warn: called with a sentence when requests are not recorded.
 
     Raises:
-        TraceError: the file is there and is not a trace of this model, or its folder cannot be written.
+        TraceError: the file is there and is not a trace of this model, is being written by another engine, or cannot be
+            written.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, int, int], model: str, fingerprint: str):
+    def __init__(
+        self, path: Path, shape: tuple[int, int, int], model: str, fingerprint: str, warn: Callable[[str], None]
+    ):
         self.path = path
-        self._shape, self._model, self._fingerprint = shape, model, fingerprint
-        self._requests: list[Trace] = []
-        self._written = -1
-        if path.exists():
-            self._requests.append(self._earlier())
-        self.write()
+        self._shape, self._warn = shape, warn
+        self._waiting: list[Trace] = []
+        self._waiting_bytes = 0
+        self._complete = True
+        """Whether every request has been recorded."""
+        header = LogHeader(model, fingerprint, shape)
+        try:
+            self._log = LogWriter(path)
+            if self._log.first is None:
+                self._log.append(encode_log_header(header))
+            else:
+                self._check(decode_log_header(self._log.first), header)
+        except BlockingIOError:
+            raise TraceError(
+                f"trace = {path} is being written by another engine; give each a file of its own"
+            ) from None
+        except OSError as error:
+            raise TraceError(f"trace = {path} cannot be written ({error.strerror or error})") from error
+        except ValueError as error:
+            raise TraceError(f"trace = {path}: {error}; give another file, or move that one away") from None
+        if self._log.dropped:
+            warn(f"{path}: the last {self._log.dropped} bytes had not been written to the end and are dropped")
 
     def add(self, request: Trace) -> None:
-        """A request has ended. Seen by the next ``write``."""
-        self._requests.append(request)
+        """A request has ended. In the file after the next ``write``."""
+        nbytes = request.experts.nbytes + request.weights.nbytes
+        if self._log.nbytes + self._waiting_bytes + nbytes > MOST_BYTES:
+            self._stop(f"it has reached its largest size, {MOST_BYTES >> 30} GiB")
+        elif self._waiting_bytes + nbytes > MOST_WAITING_BYTES and self._waiting:
+            self._stop(f"{MOST_WAITING_BYTES >> 20} MiB wait to be written already")
+        else:
+            self._waiting.append(request)
+            self._waiting_bytes += nbytes
 
     def write(self) -> None:
-        """Replace the file by one that has all requests that have ended, if there are new ones."""
-        requests = list(self._requests)
-        if len(requests) == self._written:
+        """Append the requests that have ended since the last time.
+
+        Raises:
+            TraceError: the file cannot be written at present; the requests wait for the next time.
+        """
+        requests = list(self._waiting)
+        if not requests:
             return
-        trace = join(requests, self._shape)
         try:
-            write_trace(self.path, replace(trace, model=self._model, fingerprint=self._fingerprint), compress=False)
+            self._log.append(encode_trace(join(requests, self._shape)))
         except OSError as error:
             raise TraceError(f"trace = {self.path} cannot be written ({error.strerror})") from error
-        self._written = len(requests)
+        del self._waiting[: len(requests)]
+        self._waiting_bytes = sum(request.experts.nbytes + request.weights.nbytes for request in self._waiting)
 
-    def _earlier(self) -> Trace:
-        earlier = read_trace(self.path)
-        if earlier.fingerprint != self._fingerprint or (earlier.num_tokens and earlier.shape != self._shape):
-            raise TraceError(
-                f"trace = {self.path} holds a trace of {earlier.model or 'an unknown model'}; give another file, or "
-                "move that one away"
-            )
-        return earlier
+    def close(self) -> None:
+        """Write what is left and let go of the file. Raises TraceError."""
+        try:
+            self.write()
+        finally:
+            try:
+                self._log.close()
+            except OSError as error:
+                raise TraceError(f"trace = {self.path} cannot be written ({error.strerror})") from error
+
+    def _check(self, found: LogHeader, wanted: LogHeader) -> None:
+        if found.fingerprint != wanted.fingerprint or found.shape != wanted.shape:
+            raise ValueError(f"it is a trace of {found.model or 'an unknown model'}")
+
+    def _stop(self, reason: str) -> None:
+        if self._complete:
+            self._complete = False
+            self._warn(f"requests are missing from the trace {self.path} from now on: {reason}")

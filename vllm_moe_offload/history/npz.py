@@ -45,7 +45,7 @@ class NpzReader:
         with _damage_as_value_error():
             self._size = file.seek(0, 2)
             file.seek(0)
-            if not zipfile.is_zipfile(file):
+            if file.read(2) != b"PK" or not zipfile.is_zipfile(file):  # a zip file may have anything before it
                 raise ValueError("not an npz, or cut short")
             self._archive = zipfile.ZipFile(file)
             if _stated_members(file, self._size) not in (None, len(self._archive.infolist())):

@@ -1,21 +1,26 @@
-"""Trace files: an ``.npz`` of the arrays of ``Trace``, validated in full when read. See docs/prediction.md.
+"""Trace files, validated in full when read: an ``.npz`` of the arrays of ``Trace``, or a log of such files.
 
-Fields ``experts``, ``weights``, ``offsets`` and ``num_experts`` are required; ``version`` (1 when absent), ``model``,
-``fingerprint``, ``tokens``, ``phase``, ``embeddings``, ``group`` and ``repetitive`` are optional. Other fields are left
-alone with a warning.
+See docs/prediction.md. Required are ``experts``, ``weights``, ``offsets`` and ``num_experts``; optional ``version`` (1
+when absent), ``model``, ``fingerprint``, ``tokens``, ``phase``, ``embeddings``, ``group`` and ``repetitive``. Other fields are
+left alone with a warning.
 """
 
+import io
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import TraceError, TraceReadError
 from .files import write_atomically
+from .joining import join
 from .npz import NpzReader
 from .trace import MOST_EXPERTS, PREFILL, Trace, names_each_once, sums_to_one
+from .trace_log import is_log, read_frames
 
 VERSION = 1
 _REQUIRED = ("experts", "weights", "offsets", "num_experts")
@@ -33,14 +38,59 @@ def read_trace(path: str | Path) -> Trace:
     path = Path(path)
     try:
         with path.open("rb") as file:
-            fields = _read_fields(path, file)
+            if is_log(file):
+                return _read_log(path, file)
+            return checked_trace(path, _read_fields(path, file))
     except FileNotFoundError:
         raise TraceError(f"{path}: no such trace file") from None
     except OSError as error:
         raise TraceReadError(f"{path}: cannot be read ({error.strerror or error})") from error
     except MemoryError as error:
         raise TraceReadError(f"{path}: cannot be read (there is not enough memory for it)") from error
-    return checked_trace(path, fields)
+
+
+class LogHeader(msgspec.Struct, frozen=True):
+    """The first payload of a log: whose requests the others hold, each an ``.npz``."""
+
+    model: str
+    fingerprint: str
+    shape: tuple[int, int, int]
+
+
+def encode_log_header(header: LogHeader) -> bytes:
+    return msgspec.json.encode(header)
+
+
+def decode_log_header(payload: bytes) -> LogHeader:
+    """Raises ValueError if it is none."""
+    try:
+        return msgspec.json.decode(payload, type=LogHeader)
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"it does not say whose trace it is ({error})") from error
+
+
+def encode_trace(trace: Trace) -> bytes:
+    """The payload of some requests in a log."""
+    file = io.BytesIO()
+    np.savez(file, **_fields_of(trace))  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+def _read_log(path: Path, file: IO[bytes]) -> Trace:
+    header, traces = None, []
+    try:
+        for payload, _ in read_frames(file):
+            if header is None:
+                header = decode_log_header(payload)
+            else:
+                traces.append(checked_trace(path, _read_fields(path, io.BytesIO(payload))))
+    except ValueError as error:
+        raise TraceError(f"{path}: not a readable trace file ({error})") from error
+    if header is None:
+        raise TraceError(f"{path}: not a readable trace file (cut short)")
+    if any(trace.shape != header.shape for trace in traces):
+        raise TraceError(f"{path}: not a readable trace file (requests of different shapes)")
+    return replace(join(traces, header.shape), model=header.model, fingerprint=header.fingerprint)
 
 
 def _read_fields(path: Path, file: IO[bytes]) -> dict[str, NDArray]:
@@ -66,6 +116,11 @@ def _read_fields(path: Path, file: IO[bytes]) -> dict[str, NDArray]:
 
 def write_trace(path: str | Path, trace: Trace, compress: bool = True) -> None:
     """Write ``trace`` so that a crash leaves either the old file or the whole new one. Compressing takes seconds."""
+    save = np.savez_compressed if compress else np.savez
+    write_atomically(Path(path), lambda file: save(file, **_fields_of(trace)))  # type: ignore[arg-type]
+
+
+def _fields_of(trace: Trace) -> dict[str, NDArray]:
     fields: dict[str, NDArray] = {
         "version": np.array(VERSION),
         "experts": trace.experts,
@@ -79,8 +134,7 @@ def write_trace(path: str | Path, trace: Trace, compress: bool = True) -> None:
         value = getattr(trace, name)
         if value is not None:
             fields[name] = value
-    save = np.savez_compressed if compress else np.savez
-    write_atomically(Path(path), lambda file: save(file, **fields))  # type: ignore[arg-type]
+    return fields
 
 
 def checked_trace(path: Path | str, fields: dict[str, NDArray]) -> Trace:

@@ -56,10 +56,10 @@ def trace_recording(
         return None
     stage, replica = get_pp_group().rank_in_group, vllm_config.parallel_config.data_parallel_rank
     suffix = "".join(f".{name}{rank}" for name, rank in (("pp", stage), ("dp", replica)) if rank)
-    path = config.trace.with_name(f"{config.trace.stem}{suffix}.npz")
+    path = config.trace.with_name(f"{config.trace.stem}{suffix}{config.trace.suffix}")
     name = Path(vllm_config.model_config.model).name
     logger.info("moe-offload: recording a trace of every request in %s", path)
-    return TraceRecording(path, shape, name, fingerprint)
+    return TraceRecording(path, shape, name, fingerprint, _warn)
 
 
 def history_keeper(

@@ -143,7 +143,7 @@ class Watch:
                 self._keeper.close()
         if self._trace is not None:
             with _complaining():
-                self._trace.write()
+                self._trace.close()
 
     def _request_ended(self, trace: Trace, state: RequestState | None) -> None:
         if self._trace is not None:
