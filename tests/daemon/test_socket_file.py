@@ -90,7 +90,10 @@ def test_one_that_is_leaving_is_waited_for(tmp_path: Path) -> None:
     with other_daemon(path) as process:
         path.unlink()
         process.send_signal(signal.SIGTERM)
-        claim(path, patience=60).release()
+        place = claim(path, patience=60)
+        assert process.wait(60) != 0, "it would not have left by itself"
+        assert stat.S_ISSOCK(place.path.lstat().st_mode)
+        place.release()
 
 
 def test_the_socket_of_a_killed_daemon_is_replaced(tmp_path: Path) -> None:
@@ -215,7 +218,9 @@ def test_a_folder_others_can_write_is_no_place_for_a_socket(tmp_path: Path, owne
 
 def test_a_sticky_folder_of_root_is_a_place_for_a_socket(tmp_path: Path) -> None:
     tmp_path.chmod(0o1777)
-    claim(tmp_path / "socket").release()
+    place = claim(tmp_path / "socket")
+    assert stat.S_ISSOCK(place.path.lstat().st_mode)
+    place.release()
 
 
 @as_root

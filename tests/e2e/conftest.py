@@ -4,14 +4,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.engines import EngineServer
+from tests.e2e.engines import EngineServer, PlainServer
 from tests.models import NAMES, Checkpoint, build, unmet
 
 
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineServer]:
     """Unmodified vLLM: the plugin is not even loaded."""
-    server = EngineServer(tmp_path_factory.mktemp("plain") / "log", VLLM_PLUGINS="")
+    server = PlainServer(tmp_path_factory.mktemp("plain") / "log")
     yield server
     server.close()
 

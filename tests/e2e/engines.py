@@ -1,5 +1,7 @@
 """The test's side of ``engine_server.py``."""
 
+import functools
+import hashlib
 import json
 import os
 import subprocess
@@ -46,3 +48,31 @@ class EngineServer:
             self._process.stdin.close()
             self._process.wait()
             self._process = None
+
+
+class PlainServer(EngineServer):
+    """Unmodified vLLM: the plugin is not even loaded.
+
+    What it answers depends on the job alone, so one answer serves all tests and workers of a session.
+    """
+
+    def __init__(self, log: Path, **environment: str):
+        super().__init__(log, VLLM_PLUGINS="", **environment)
+        self._answers = Path(os.environ["MOE_OFFLOAD_TEST_ROOT"]) / "plain-answers"
+        self._answers.mkdir(exist_ok=True)
+
+    def run(self, model: Path, engine: dict[str, Any], rounds: list[dict[str, Any]]) -> dict[str, Any]:
+        """As ``EngineServer.run``; the files of ``model`` must not change."""
+        job = json.dumps([_contents(model), engine, rounds], sort_keys=True, default=str)
+        kept = self._answers / f"{hashlib.sha256(job.encode()).hexdigest()}.json"
+        if not kept.exists():
+            answer = super().run(model, engine, rounds)
+            written = kept.with_suffix(f".{os.getpid()}")
+            written.write_text(json.dumps(answer))
+            written.replace(kept)
+        return json.loads(kept.read_text())
+
+
+@functools.cache
+def _contents(model: Path) -> list[str]:
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(model.iterdir()) if file.is_file()]

@@ -13,6 +13,7 @@ from tests.e2e.identity import ROUNDS, prompts
 from tests.e2e.live_engine import LiveEngine
 from tests.models import Checkpoint, build
 
+TINY_MOE = {"enforce_eager": True, "dtype": "bfloat16"}
 ROOM = 1.1
 """What pages at the ends of records may add."""
 
@@ -26,20 +27,22 @@ def through(daemon: DaemonProcess, **settings: Any) -> dict[str, Any]:
     return {"additional_config": {"moe_offload": offload}}
 
 
-def expert_bytes(server: EngineServer, model: Path, engine: dict[str, Any]) -> int:
+@pytest.fixture(scope="module")
+def tiny_moe_bytes(tiny_moe: Path, offloaded: EngineServer) -> int:
+    """Of its experts."""
     embedded = {"additional_config": {"moe_offload": {"cache": "100%", "daemon": "off"}}}
-    return server.run(model, engine | embedded, ROUNDS[:1])["stats"][0]["expert_bytes"]
+    return offloaded.run(tiny_moe, TINY_MOE | embedded, ROUNDS[:1])["stats"][0]["expert_bytes"]
 
 
 def test_same_tokens_through_a_daemon(
     checkpoint: Checkpoint, plain: EngineServer, offloaded: EngineServer, tmp_path: Path
 ) -> None:
-    """With a quarter of the experts, and with all of them on a lease."""
+    """With all of the experts on a lease, and with a quarter of them."""
     engine = checkpoint.engine_args | {"enforce_eager": True}
     expected = plain.run(checkpoint.path, engine, ROUNDS)["rounds"]
-    total = expert_bytes(offloaded, checkpoint.path, engine)
-    for share in (0.25, 1.0):
-        with running_daemon(tmp_path / f"{share}.sock", int(total * share * ROOM), store_root()) as daemon:
+    room = 64 << 20
+    for share in (1.0, 0.25):
+        with running_daemon(tmp_path / f"{share}.sock", room, store_root()) as daemon:
             answer = offloaded.run(checkpoint.path, engine | through(daemon, cache=f"{share:.0%}"), ROUNDS)
             assert answer["rounds"] == expected
             stats = answer["stats"][0]
@@ -48,18 +51,17 @@ def test_same_tokens_through_a_daemon(
             assert (stats["misses"] > 0) == (share < 1)
             (model,) = daemon.status().models
             assert model.resident <= model.limit and not model.workers
+            room = int(stats["expert_bytes"] * 0.25 * ROOM)
 
 
 @pytest.mark.parametrize("share", [0.25, 1.0])
 def test_the_next_engine_finds_the_daemon_warm(
-    tiny_moe: Path, offloaded: EngineServer, tmp_path: Path, share: float
+    tiny_moe: Path, tiny_moe_bytes: int, offloaded: EngineServer, tmp_path: Path, share: float
 ) -> None:
-    engine = {"enforce_eager": True, "dtype": "bfloat16"}
-    total = expert_bytes(offloaded, tiny_moe, engine)
     one_request = [{"prompts": prompts(1, seed=6), "tokens": 48}]
-    with running_daemon(tmp_path / "daemon.sock", int(total * share * ROOM), store_root()) as daemon:
+    with running_daemon(tmp_path / "daemon.sock", int(tiny_moe_bytes * share * ROOM), store_root()) as daemon:
         first, second = (
-            offloaded.run(tiny_moe, engine | through(daemon, cache=f"{share:.0%}"), one_request) for _ in range(2)
+            offloaded.run(tiny_moe, TINY_MOE | through(daemon, cache=f"{share:.0%}"), one_request) for _ in range(2)
         )
         assert first["rounds"] == second["rounds"]
         (model,) = daemon.status().models

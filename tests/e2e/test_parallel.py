@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.engines import EngineServer
+from tests.e2e.engines import EngineServer, PlainServer
 from tests.models import build
 
 CORES = sorted(os.sched_getaffinity(0))
@@ -26,7 +26,7 @@ LONG_ROUNDS = [{"prompts": TEXTS[:8], "tokens": 24}] + [{"prompts": [text], "tok
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[EngineServer, EngineServer]]:
     folder = tmp_path_factory.mktemp("parallel")
-    plain = EngineServer(folder / "plain", VLLM_PLUGINS="", **ONE_CORE_EACH)
+    plain = PlainServer(folder / "plain", **ONE_CORE_EACH)
     offloaded = EngineServer(folder / "offloaded", **ONE_CORE_EACH)
     yield plain, offloaded
     plain.close()

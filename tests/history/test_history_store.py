@@ -24,8 +24,10 @@ def test_never_more_than_the_budget(lengths, budget):
     store = HistoryStore(SHAPE, budget)
     for seed, tokens in enumerate(lengths):
         store.add(request(tokens=tokens, seed=seed))
+        assert store.nbytes <= budget
         store.check_integrity()
     store.prune(budget // 2)
+    assert store.nbytes <= budget // 2
     store.check_integrity()
 
 

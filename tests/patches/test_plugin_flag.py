@@ -9,7 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+import threading
+import urllib.error
 import urllib.request
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -153,17 +154,16 @@ def test_serve_loads_it_in_every_process_although_vllm_plugins_lists_another(pat
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     arguments = ["--plugin", "dummy", "--enforce-eager", "--max-model-len", "256", "--port", str(port)]
-    output = patched.log.with_suffix(".server")
-    with output.open("w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(tiny_moe), *arguments],
-            env=patched.environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    server = subprocess.Popen(
+        [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(tiny_moe), *arguments],
+        env=patched.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        _wait_until_healthy(server, port, output)
+        _wait_until_started(server, port)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/dummy", timeout=30) as answer:
             assert json.load(answer) == {"here": True}
         children = _descendants(server.pid)
@@ -178,6 +178,8 @@ def test_serve_loads_it_in_every_process_although_vllm_plugins_lists_another(pat
         except subprocess.TimeoutExpired:
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()
+        assert server.stdout is not None
+        server.stdout.close()
 
 
 def _descendants(pid: int) -> set[int]:
@@ -186,14 +188,24 @@ def _descendants(pid: int) -> set[int]:
     return {child.pid for child in psutil.Process(pid).children(recursive=True)}
 
 
-def _wait_until_healthy(server: subprocess.Popen[bytes], port: int, output: Path) -> None:
-    deadline = time.monotonic() + START_UP_SECONDS
-    while time.monotonic() < deadline:
-        if server.poll() is not None:
+def _wait_until_started(server: subprocess.Popen[str], port: int) -> None:
+    """Read the server's output until it says that it has started, and from then on in a thread of its own."""
+    guard = threading.Timer(START_UP_SECONDS, os.killpg, (server.pid, signal.SIGKILL))
+    guard.start()
+    assert server.stdout is not None
+    output = []
+    for line in server.stdout:
+        output.append(line)
+        if "Application startup complete" in line:
             break
+    else:
+        pytest.fail(f"the server did not start; its output:\n{''.join(output)[-4000:]}")
+    threading.Thread(target=server.stdout.read, daemon=True).start()
+    while True:  # the socket listens an instant after that line
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                return
-        except OSError:
-            time.sleep(0.5)
-    pytest.fail(f"the server is not healthy; its output:\n{output.read_text()[-4000:]}")
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=30) as answer:
+                assert answer.status == 200
+            break
+        except urllib.error.URLError as error:
+            assert isinstance(error.reason, ConnectionRefusedError) and server.poll() is None
+    guard.cancel()
