@@ -74,7 +74,9 @@ class OffloadConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    cache: str = Field("auto", description=f"fast memory for routed experts, per worker: {_CACHE_EXAMPLES}")
+    cache: str = Field(
+        "auto", description=f"fast memory for routed experts, per worker, a drafter's included: {_CACHE_EXAMPLES}"
+    )
     policy: Literal[POLICY_NAMES] = Field(  # type: ignore[valid-type]
         "lfu", description="which resident expert leaves when another must come"
     )

@@ -1,7 +1,9 @@
 """Slots for a budget: never over it, never under what one token needs, and the advice in the error works."""
 
+import itertools
 import math
 import re
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -25,27 +27,51 @@ def models(draw: st.DrawFn) -> dict[str, LayoutNeeds]:
 
 
 def total_bytes(needs: dict[str, LayoutNeeds]) -> int:
-    return sum(need.record_bytes * need.experts for need in needs.values())
+    return sum(need.total_bytes for need in needs.values())
+
+
+def everything(needs: dict[str, LayoutNeeds]) -> dict[str, int]:
+    return {name: need.experts for name, need in needs.items()}
 
 
 @given(models(), st.floats(0, 1.5))
 def test_a_budget_is_used_and_never_exceeded(needs: dict[str, LayoutNeeds], share: float) -> None:
     budget = int(total_bytes(needs) * share)
-    try:
-        slots = slots_for_budget(needs, budget, "it")
-    except ConfigError:
-        assert any(need.experts * budget < need.minimum * total_bytes(needs) for need in needs.values())
+    if budget < sum(need.minimum_bytes for need in needs.values()):
+        with pytest.raises(ConfigError):
+            slots_for_budget(needs, budget, "it")
         return
+    slots = slots_for_budget(needs, budget, "it")
     assert sum(needs[name].record_bytes * count for name, count in slots.items()) <= budget
     for name, need in needs.items():
         assert need.minimum <= slots[name] <= need.experts
-        assert slots[name] == need.experts or (slots[name] + 1) * total_bytes(needs) > need.experts * budget
+
+
+@given(models(), st.floats(0, 1))
+def test_layouts_above_their_minimum_hold_the_same_share_and_nothing_is_left(
+    needs: dict[str, LayoutNeeds], share: float
+) -> None:
+    budget = max(int(total_bytes(needs) * share), sum(need.minimum_bytes for need in needs.values()))
+    slots = slots_for_budget(needs, budget, "it")
+    for one, other in itertools.permutations(needs, 2):
+        if slots[other] > needs[other].minimum:
+            fraction = Fraction(slots[other], needs[other].experts)
+            assert fraction < Fraction(slots[one] + 1, needs[one].experts), "each is rounded down by less than a slot"
+    left = budget - sum(needs[name].record_bytes * count for name, count in slots.items())
+    assert left < sum(need.record_bytes for need in needs.values()) or slots == everything(needs)
+
+
+def test_a_small_model_beside_a_large_one_gets_what_one_token_needs() -> None:
+    """A budget that is plenty for both must not be refused because a small model's share is below one token's need."""
+    needs = {"60 layers": LayoutNeeds(1000, 60 * 256, 8), "one layer": LayoutNeeds(1000, 256, 8)}
+    slots = slots_for_budget(needs, 1000 * 200, "it")
+    assert slots == {"60 layers": 192, "one layer": 8}
 
 
 @given(models())
 def test_a_budget_of_everything_holds_everything(needs: dict[str, LayoutNeeds]) -> None:
     for budget in (total_bytes(needs), total_bytes(needs) + 1, 10 * total_bytes(needs)):
-        assert slots_for_budget(needs, budget, "it") == {name: need.experts for name, need in needs.items()}
+        assert slots_for_budget(needs, budget, "it") == everything(needs)
 
 
 @given(st.integers(1, 50_000), st.data())
@@ -60,7 +86,7 @@ def test_what_the_error_advises_works(needs: dict[str, LayoutNeeds]) -> None:
         slots_for_budget(needs | {"small": LayoutNeeds(2, 2, 1)}, 1, "'1B'")
     advised = re.search(r"is '(\d+MiB)' \(([\d.]+%)\)", str(caught.value))
     assert advised is not None
-    needs |= {"small": LayoutNeeds(2, 2, 1)}
+    needs = needs | {"small": LayoutNeeds(2, 2, 1)}
     size, share = CacheBudget.parse(advised[1]).size, CacheBudget.parse(advised[2]).share
     assert size is not None and share is not None
     slots_for_budget(needs, size, "as advised")

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from vllm_moe_offload.devices import HostPool
-from vllm_moe_offload.devices.memory import available_bytes
+from vllm_moe_offload.devices.memory import available_bytes, equal_share, memory_limits, room_on_nodes
 from vllm_moe_offload.store import Component, RecordLayout
 
 MIB = 2**20
@@ -73,7 +73,7 @@ def memory_group() -> Iterator[Path]:
 USE = """
 import os, sys
 open(sys.argv[1] + "/cgroup.procs", "w").write(str(os.getpid()))
-from vllm_moe_offload.devices.memory import available_bytes
+from vllm_moe_offload.devices.memory import available_bytes, equal_share, memory_limits, room_on_nodes
 before = available_bytes()
 taken = bytearray(b"x") * (100 << 20)
 after_memory = available_bytes()
@@ -100,3 +100,50 @@ def test_the_tightest_control_group_counts_and_its_page_cache_is_room(memory_gro
 def test_components_do_not_share_memory() -> None:
     pool = HostPool(layout(4096, 4096), 2)
     assert not np.shares_memory(*pool.components)
+
+
+GIB = 2**30
+
+
+def test_processes_that_share_memory_get_equal_parts_of_what_the_last_to_look_saw() -> None:
+    workers = [{"a machine": 100 * GIB}, {"a machine": 96 * GIB}, {"b machine": 50 * GIB}, {"a machine": 99 * GIB}]
+    assert [equal_share(workers, number) for number in range(4)] == [32 * GIB, 32 * GIB, 50 * GIB, 32 * GIB]
+
+
+def test_the_tightest_bound_decides_whoever_it_is_shared_with() -> None:
+    machine = {"a machine": 100 * GIB}
+    workers = [machine | {"a nodes 0": 30 * GIB}, machine | {"a nodes 1": 60 * GIB}, machine | {"a cgroup 7": 8 * GIB}]
+    assert [equal_share(workers, number) for number in range(3)] == [30 * GIB, 100 * GIB // 3, 8 * GIB]
+
+
+def test_two_processes_of_this_machine_share_what_one_would_have() -> None:
+    limits = memory_limits()
+    assert equal_share([limits], 0) == min(limits.values())
+    assert equal_share([limits, limits], 1) == min(limits.values()) // 2
+
+
+@pytest.fixture
+def two_nodes(tmp_path: Path) -> Path:
+    """The kernel's folder of a machine with memory on two nodes, 3 GiB free on the first and 5 GiB on the second."""
+    (tmp_path / "has_memory").write_text("0-1\n")
+    for node, free in enumerate((3, 5)):
+        lines = {"MemTotal": 64 * GIB, "MemFree": free * GIB - 3 * MIB} | dict.fromkeys(
+            ("Active(file)", "Inactive(file)", "SReclaimable"), MIB
+        )
+        folder = tmp_path / f"node{node}"
+        folder.mkdir()
+        (folder / "meminfo").write_text(
+            "".join(f"Node {node} {name}: {size // 1024} kB\n" for name, size in lines.items())
+        )
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("policy", "room"),
+    [("bind:0", {"nodes 0": 3 * GIB}), ("bind:1", {"nodes 1": 5 * GIB}), ("bind:0-1", {}), ("default", {})],
+)
+def test_a_process_bound_to_some_nodes_has_only_their_memory(
+    two_nodes: Path, policy: str, room: dict[str, int]
+) -> None:
+    numa_maps = f"55d0 bind:1 heap anon=10\n7ffc {policy} stack anon=4 N0=4 kernelpagesize_kB=4\n7f00 default anon=2\n"
+    assert room_on_nodes(numa_maps, two_nodes) == room

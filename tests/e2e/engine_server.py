@@ -43,9 +43,19 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             ]
         )
     stats = llm.collective_rpc("moe_offload_stats") if "additional_config" in job["engine"] else []
+    drafts = drafts_of(llm) if "speculative_config" in job["engine"] else {}
     llm.llm_engine.engine_core.shutdown()
     del llm
-    return {"rounds": rounds, "stats": stats}
+    return {"rounds": rounds, "stats": stats, "drafts": drafts}
+
+
+def drafts_of(llm: Any) -> dict[str, int]:
+    """How many tokens were drafted and how many of them accepted."""
+    return {
+        metric.name.rpartition("_num_")[2]: metric.value
+        for metric in llm.get_metrics()
+        if metric.name.startswith("vllm:spec_decode_num_") and hasattr(metric, "value")
+    }
 
 
 def main() -> None:

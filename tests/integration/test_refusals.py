@@ -62,6 +62,41 @@ def test_a_feature_that_the_cpu_platform_itself_refuses_is_named_too(
     assert f"does not work with {feature}" in str(error.value) and OFF in str(error.value)
 
 
+def test_a_model_loaded_by_anything_but_a_starting_worker_is_named(tiny_moe: Path) -> None:
+    """It would have all of its experts in memory, beside those the budget counts."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import get_model
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    vllm_config = EngineArgs(str(tiny_moe), additional_config={"moe_offload": {}}).create_engine_config()
+    with pytest.raises(UnsupportedError, match="tiny-moe is being loaded by something else than a starting worker"):
+        get_model(vllm_config=vllm_config)
+
+
+def test_a_drafter_with_a_load_format_that_does_not_work_is_named(tiny_moe: Path) -> None:
+    """A drafter may have load settings of its own, which nobody sees before it is loaded."""
+    from vllm.config.load import LoadConfig
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import get_model
+    from vllm.plugins import load_general_plugins
+
+    from vllm_moe_offload.integration.loading import WorkerLoading
+
+    load_general_plugins()
+    vllm_config = EngineArgs(str(tiny_moe), additional_config={"moe_offload": {}}).create_engine_config()
+    with WorkerLoading(), pytest.raises(UnsupportedError, match="tiny-moe with load format dummy: use one of auto"):
+        get_model(vllm_config=vllm_config, load_config=LoadConfig(load_format="dummy"))
+
+
+def test_moe_layers_that_no_loader_has_made_are_named() -> None:
+    from vllm_moe_offload.integration.worker import refuse_unaccounted
+
+    with pytest.raises(UnsupportedError, match=r"cannot offload one\.experts, two\.experts: made by none of"):
+        refuse_unaccounted([], ["one.experts", "two.experts"])
+    refuse_unaccounted([], [])
+
+
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[EngineServer]:
     server = EngineServer(tmp_path / "log")
@@ -89,7 +124,7 @@ def test_a_budget_below_one_token_names_the_smallest_that_works(engine: EngineSe
         engine.run(mixtral.path, offloading("100KiB"), [ROUND])
     said = str(error.value).splitlines()[0]
     assert said.startswith("ConfigError: cache = '100KiB' gives 0.1 MiB, too little to hold the experts of one token")
-    named = re.search(r"the smallest that works for this model is '(\d+MiB)' \((\d+\.\d%)\)", said)
+    named = re.search(r"the smallest that works is '(\d+MiB)' \((\d+\.\d%)\)", said)
     assert named is not None
     for budget in named.groups():
         stats = engine.run(mixtral.path, offloading(budget), [ROUND])["stats"][0]

@@ -1,5 +1,7 @@
 """DeepSeek-V2 and V3: latent attention, a dense first layer, shared experts, routing limited to groups of experts."""
 
+from dataclasses import replace
+
 import torch
 
 from .layers import experts, gated_mlp, layer_norms, linear, model_ends, norm, prefixed, router
@@ -117,3 +119,20 @@ def deepseek_v3() -> Recipe:
     layout = deepseek_layout(q_lora_rank, 1, routing)
     notes = "sigmoid scores plus a correction bias that steers selection only; groups ranked by their two best"
     return Recipe(config, layout, LAYERS - 1, COUNT, TOP_K, notes)
+
+
+def deepseek_v3_with_mtp() -> Recipe:
+    """Its last layer foretells the token after the next: a drafter in the same checkpoint, with experts of its own."""
+    base = deepseek_v3()
+    last = f"model.layers.{LAYERS - 1}."
+    layer = {name.removeprefix(last): normal for name, normal in base.layout.items() if name.startswith(last)}
+    layer |= {
+        "embed_tokens.weight": base.layout["model.embed_tokens.weight"],
+        "enorm.weight": norm(HIDDEN),
+        "hnorm.weight": norm(HIDDEN),
+        "eh_proj.weight": linear(HIDDEN, 2 * HIDDEN),
+        "shared_head.norm.weight": norm(HIDDEN),
+        "shared_head.head.weight": base.layout["lm_head.weight"],
+    }
+    layout = base.layout | prefixed(f"model.layers.{LAYERS}", layer)
+    return replace(base, config={**base.config, "num_nextn_predict_layers": 1}, layout=layout)

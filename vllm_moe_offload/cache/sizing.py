@@ -1,6 +1,6 @@
 """How many slots a budget gives each record layout. Pure arithmetic."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple, TypeVar
 
 from ..errors import ConfigError
@@ -18,9 +18,19 @@ class LayoutNeeds(NamedTuple):
     minimum: int
     """Slots that the largest choice of one token takes."""
 
+    @property
+    def total_bytes(self) -> int:
+        return self.record_bytes * self.experts
+
+    @property
+    def minimum_bytes(self) -> int:
+        return self.record_bytes * self.minimum
+
 
 def slots_for_budget(needs: Mapping[Layout, LayoutNeeds], budget_bytes: int, setting: str) -> dict[Layout, int]:
     """Slots per layout, by the layouts' shares of all expert bytes, never more than a layout has experts.
+
+    A layout whose share is less than one token needs gets what one token needs; the others share the rest.
 
     Args:
         needs: by layout, or whatever stands for it.
@@ -28,15 +38,30 @@ def slots_for_budget(needs: Mapping[Layout, LayoutNeeds], budget_bytes: int, set
         setting: what the user wrote, for the error.
 
     Raises:
-        ConfigError: some layout would get fewer slots than one token needs; names the smallest budget that works.
+        ConfigError: the budget cannot hold one token's experts of every layout; names the smallest that works.
     """
-    total = sum(need.record_bytes * need.experts for need in needs.values())
-    slots = {key: min(need.experts, need.experts * budget_bytes // total) for key, need in needs.items()}
-    if any(slots[key] < need.minimum for key, need in needs.items()):
-        smallest = max(-(-1000 * need.minimum // need.experts) for need in needs.values())
-        minimum_bytes = max(-(-total * need.minimum // need.experts) for need in needs.values())
-        raise ConfigError(
-            f"cache = {setting} gives {budget_bytes / 2**20:.1f} MiB, too little to hold the experts of one token; "
-            f"the smallest that works for this model is '{-(-minimum_bytes // 2**20)}MiB' ({smallest / 10:.1f}%)"
-        )
-    return slots
+    if budget_bytes < sum(need.minimum_bytes for need in needs.values()):
+        raise _too_little(needs.values(), budget_bytes, setting)
+    slots: dict[Layout, int] = {}
+    rest = budget_bytes
+    sharing = dict(needs)
+    while sharing:
+        total = sum(need.total_bytes for need in sharing.values())
+        shares = {key: min(need.experts, need.experts * rest // total) for key, need in sharing.items()}
+        short = [key for key, need in sharing.items() if shares[key] < need.minimum]
+        if not short:
+            return {key: (slots | shares)[key] for key in needs}
+        for key in short:
+            need = sharing.pop(key)
+            slots[key] = need.minimum
+            rest -= need.minimum_bytes
+    return {key: slots[key] for key in needs}
+
+
+def _too_little(needs: Collection[LayoutNeeds], budget_bytes: int, setting: str) -> ConfigError:
+    smallest = sum(need.minimum_bytes for need in needs)
+    per_mille = -(-1000 * smallest // sum(need.total_bytes for need in needs))
+    return ConfigError(
+        f"cache = {setting} gives {budget_bytes / 2**20:.1f} MiB, too little to hold the experts of one token; "
+        f"the smallest that works is '{-(-smallest // 2**20)}MiB' ({per_mille / 10:.1f}%)"
+    )

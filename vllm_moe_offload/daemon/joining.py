@@ -31,7 +31,7 @@ def join_daemon(
     request: Attach,
     store: Store,
     policy: str,
-    ranks: int,
+    daemon_bytes: int,
     io_cpus: set[int] | None,
     ledger: Ledger,
     say: Callable[[str], None],
@@ -42,7 +42,7 @@ def join_daemon(
         request: what to attach to.
         store: the model's.
         policy: name of the eviction policy while there is no daemon.
-        ranks: how many workers the engine has; a daemon that is started gets what all of them want.
+        daemon_bytes: size of a daemon that is started, whole pages of slots included (``bytes_with_pages``).
         io_cpus: where a daemon that is started, and loader threads while there is none, may run; None for anywhere.
         ledger: the worker's books.
         say: told in a sentence what an operator would want to know.
@@ -61,7 +61,7 @@ def join_daemon(
         if setting == "auto":
             return join(path) if path.exists() else None
         if setting == "start":
-            return _start_and_join(path, store, ranks * request.wanted_bytes, io_cpus, join)
+            return _start_and_join(path, store, daemon_bytes, io_cpus, join)
         return join(path)
     except (OffloadError, OSError) as error:
         reason = str(error)
@@ -86,7 +86,7 @@ def socket_of(setting: str) -> Path:
 
 
 def _start_and_join(path: Path, store: Store, nbytes: int, cpus: set[int] | None, join: Join) -> DaemonClient:
-    cache = f"{_with_pages(nbytes, store)}B"
+    cache = f"{nbytes}B"
     options = ["--store", str(store.path.parent.absolute())]
     for _ in range(STARTS - 1):
         start_daemon(path, cache, LEAVE_AFTER_SECONDS, options, cpus=cpus)
@@ -96,7 +96,7 @@ def _start_and_join(path: Path, store: Store, nbytes: int, cpus: set[int] | None
     return join(path)
 
 
-def _with_pages(nbytes: int, store: Store) -> int:
+def bytes_with_pages(nbytes: int, store: Store) -> int:
     """Memory that records of ``nbytes`` together take in a daemon, which gives every slot whole pages."""
     layouts = {entry.layout for entry in store.layers}
     return math.ceil(nbytes * max(slot_bytes(layout) / layout.payload_bytes for layout in layouts))

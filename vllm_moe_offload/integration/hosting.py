@@ -26,13 +26,17 @@ def attach_to_daemon(
     least_slots: list[int],
     io_cpus: set[int],
     ledger: Ledger,
+    model: int,
+    daemon_bytes: int,
 ) -> DaemonClient | None:
     """The daemon that ``config.daemon`` asks for, or None where this worker keeps its own slots.
 
     Args:
-        wanted_bytes: fast memory this worker would use for experts.
+        wanted_bytes: fast memory this worker would use for experts of this model.
         wants_all: whether that is every expert, so that the layers may rely on all being there.
         least_slots: per record layout, how many experts a single token needs.
+        model: number of the model among those of this worker, the same for every rank.
+        daemon_bytes: size of a daemon that is started: what all models of all workers want.
 
     Raises:
         ConfigError: the daemon that was named does not answer, will not serve this model, or could not be started.
@@ -42,12 +46,11 @@ def attach_to_daemon(
         pid=os.getpid(),
         wanted_bytes=wanted_bytes,
         lease=wants_all,
-        group=f"{vllm_config.instance_id}.{vllm_config.parallel_config.data_parallel_rank}",
+        group=f"{vllm_config.instance_id}.{vllm_config.parallel_config.data_parallel_rank}.{model}",
         rank=get_tensor_model_parallel_rank(),
         least_slots=least_slots,
     )
-    ranks = vllm_config.parallel_config.world_size
-    client = join_daemon(config.daemon, request, store, config.policy, ranks, io_cpus, ledger, _say)
+    client = join_daemon(config.daemon, request, store, config.policy, daemon_bytes, io_cpus, ledger, _say)
     if client is not None:
         logger.info("moe-offload: experts are kept by the daemon (pid %d) at %s", client.daemon_pid, client.path)
     return client

@@ -1,12 +1,13 @@
 """Loading a model whose experts go into a store instead of into memory.
 
 The first time, vLLM's own loaders and processing run layer by layer and each finished layer becomes records; later
-the store is found and the checkpoint's expert tensors are passed over unread.
+the store is found and the checkpoint's expert tensors are passed over unread. A worker may load several models, one
+after the other; when all are there, worker.py gives their layers slots.
 """
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
@@ -14,25 +15,24 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
 from ..config import OffloadConfig
-from ..errors import UnsupportedError
+from ..errors import StoreError
 from ..store.reader import Store
 from ..store.root import StoreRoot
 from ..store.writer import StoreWriter
 from . import seams
+from .budget import LoadedModel
 from .engine_config import offload_config
 from .identity import store_identity
 from .records import NOT_EXPERT_WEIGHTS, as_bytes, expert_tensors, record_layout
-from .serving import ServedModel
 from .streaming import DIRECT_WRITERS, StreamedLayer
+from .support import refuse_loading
 
 if TYPE_CHECKING:
     from .method import OffloadedMoEMethod
 
 logger = init_logger("vllm.moe_offload")
 
-PREPARE_ONLY = "moe_offload_prepare_only"
-"""Key of ``additional_config`` that ends loading when the store is complete (see prepare.py)."""
-
+_worker: ContextVar["WorkerLoading | None"] = ContextVar("moe_offload_worker", default=None)
 _loading: ContextVar["ModelOffload | None"] = ContextVar("moe_offload_loading", default=None)
 
 
@@ -45,21 +45,42 @@ def loading_offload() -> "ModelOffload | None":
     return _loading.get()
 
 
+class WorkerLoading:
+    """What a worker loads while it is the context: the model it serves first, then those that draft for it."""
+
+    def __init__(self) -> None:
+        self.models: list[LoadedModel] = []
+        """Those with MoE layers."""
+
+    def __enter__(self) -> "WorkerLoading":
+        self._token = _worker.set(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        _worker.reset(self._token)
+        if kind is not None:
+            for model in self.models:
+                model.store.close()
+
+
 def _load_with_store(load_model: Callable[..., Any]) -> Callable[..., Any]:
     def load(self: Any, vllm_config: Any, model_config: Any, prefix: str = "") -> torch.nn.Module:
         config = offload_config(vllm_config)
-        if config is None or model_config is not vllm_config.model_config:
+        if config is None:
             return load_model(self, vllm_config, model_config, prefix)
+        worker = _worker.get()
+        refuse_loading(model_config.model, self.load_config.load_format, worker is not None)
+        assert worker is not None
         from .forward import register_op
 
         register_op()
         self.download_model(model_config)
-        offload = ModelOffload(vllm_config, config)
+        offload = ModelOffload(vllm_config, model_config, self.load_config, prefix, config)
         token = _loading.set(offload)
         try:
             model = load_model(self, vllm_config, model_config, prefix)
-            if offload.engaged:
-                _finish(model, offload, vllm_config)
+            if offload.layers:
+                worker.models.append(offload.finish(model))
         except BaseException:
             offload.abort()
             raise
@@ -70,30 +91,22 @@ def _load_with_store(load_model: Callable[..., Any]) -> Callable[..., Any]:
     return load
 
 
-def _finish(model: torch.nn.Module, offload: "ModelOffload", vllm_config: Any) -> None:
-    if PREPARE_ONLY in vllm_config.additional_config:
-        model.moe_offload_prepared = offload.prepared()
-    else:
-        model.moe_offload = offload.finish(model)
-
-
-class PreparedStore(NamedTuple):
-    """A complete store, as ``prepare`` reports it."""
-
-    path: str
-    size: int
-    """Bytes."""
-    built: bool
-    """Just now, rather than found."""
-
-
 class ModelOffload:
-    """One model on its way from checkpoint to store to slots."""
+    """One model on its way from checkpoint to store.
 
-    def __init__(self, vllm_config: Any, config: OffloadConfig):
+    Args:
+        prefix: what vLLM puts before the names of the model's layers in this engine. The store does without, so that
+            it is the same whether the model is served or drafts.
+    """
+
+    def __init__(self, vllm_config: Any, model_config: Any, load_config: Any, prefix: str, config: OffloadConfig):
         self._vllm_config = vllm_config
+        self._model_config = model_config
+        self._load_config = load_config
+        self._prefix = f"{prefix}." if prefix else ""
         self._config = config
-        self._methods: dict[str, tuple[torch.nn.Module, OffloadedMoEMethod]] = {}
+        self.layers: dict[str, tuple[torch.nn.Module, OffloadedMoEMethod]] = {}
+        """By their names in the store."""
         self._store: Store | None = None
         self._writer: StoreWriter | None = None
         self._arriving: dict[str, StreamedLayer] = {}
@@ -102,9 +115,9 @@ class ModelOffload:
 
     def adopt(self, layer: torch.nn.Module, method: "OffloadedMoEMethod") -> None:
         """Create the parameters of a layer in the way its weights are going to arrive."""
-        if not self._methods:
+        if not self.layers:
             self._open(method)
-        self._methods[layer.layer_name] = (layer, method)
+        self.layers[self._name(layer)] = (layer, method)
         if self._writer is not None and type(layer).__name__ in DIRECT_WRITERS:
             method.create_real_weights(layer)
             return
@@ -125,7 +138,7 @@ class ModelOffload:
             arriving.materialize()
         method.real.process_weights_after_loading(layer)
         tensors = expert_tensors(layer)
-        self._writer.add_layer(layer.layer_name, record_layout(tensors), as_bytes(layer.layer_name, tensors))
+        self._writer.add_layer(self._name(layer), record_layout(tensors), as_bytes(layer.layer_name, tensors))
         del tensors
         self._show_progress()
         method.real.moe_kernel = method.real.moe_quant_config = None
@@ -135,53 +148,38 @@ class ModelOffload:
     def _show_progress(self) -> None:
         if self._progress is None:
             silent = get_tensor_model_parallel_rank() > 0
-            self._progress = tqdm(total=len(self._methods), desc="Building expert store", unit="layer", disable=silent)
+            self._progress = tqdm(total=len(self.layers), desc="Building expert store", unit="layer", disable=silent)
         self._progress.update()
-        if len(self._recorded) == len(self._methods):
+        if len(self._recorded) == len(self.layers):
             self._progress.close()
 
-    def finish(self, model: torch.nn.Module) -> ServedModel:
-        """All layers are loaded: complete the store and give every layer its slots.
+    def finish(self, model: torch.nn.Module) -> LoadedModel:
+        """All layers are loaded: complete the store.
 
         Raises:
             StoreError: the store cannot be completed, or is not this model's.
         """
-        return ServedModel(self._vllm_config, self._config, model, self._complete(), self._methods)
-
-    def prepared(self) -> PreparedStore:
-        """All layers are loaded: complete the store, and leave it at that. Raises what ``finish`` raises."""
         built = self._writer is not None
-        store = self._complete()
-        store.close()
-        return PreparedStore(str(store.path), store.data_bytes, built)
+        if self._writer is not None:
+            self._store, self._writer = self._writer.finish(), None
+        assert self._store is not None
+        stored = [entry.name for entry in self._store.layers]
+        if set(stored) != set(self.layers):
+            raise StoreError(f"store {self._store.path} has the layers {stored}, this model has {list(self.layers)}")
+        return LoadedModel(self._vllm_config, self._model_config.model, model, self._store, self.layers, built)
 
     def abort(self) -> None:
         """Leave nothing half-built behind."""
         if self._writer is not None:
             self._writer.abort()
+        if self._store is not None:
+            self._store.close()
 
-    @property
-    def engaged(self) -> bool:
-        """Whether this worker has MoE layers: a pipeline stage may have none.
-
-        Raises:
-            UnsupportedError: the whole model has none.
-        """
-        if not self._methods and self._vllm_config.parallel_config.pipeline_parallel_size == 1:
-            raise UnsupportedError(
-                f"moe-offload is on, but {self._vllm_config.model_config.model} has no MoE layers it could offload; "
-                "switch moe-offload off for this model"
-            )
-        return bool(self._methods)
-
-    def _complete(self) -> Store:
-        if self._writer is not None:
-            self._store, self._writer = self._writer.finish(), None
-        assert self._store is not None
-        return self._store
+    def _name(self, layer: torch.nn.Module) -> str:
+        return str(layer.layer_name).removeprefix(self._prefix)
 
     def _open(self, method: "OffloadedMoEMethod") -> None:
-        identity = store_identity(self._vllm_config, method.real)
+        identity = store_identity(self._vllm_config, self._model_config, self._load_config, method.real)
         root = StoreRoot(self._config.store) if self._config.store else StoreRoot()
         found = root.open_or_build(identity, lambda sentence: logger.warning("moe-offload: %s", sentence))
         if isinstance(found, Store):

@@ -13,14 +13,14 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.executor import Executor
 
 from .engine_config import PLUGIN_NAME
-from .loading import PREPARE_ONLY, PreparedStore
+from .worker import PREPARE_ONLY, PreparedStore
 
 NO_KV_CACHE = 0.01
 """Share of the machine's memory that vLLM is to find free: it refuses to start where its KV cache would not fit."""
 
 
 def prepare_stores(model: str, arguments: list[str], store: Path | None) -> list[PreparedStore]:
-    """Build or find the store of every worker of an engine.
+    """Build or find the stores of every worker of an engine, its drafter's included.
 
     Args:
         model: as given to ``vllm serve``.
@@ -43,11 +43,11 @@ def prepare_stores(model: str, arguments: list[str], store: Path | None) -> list
         vllm_config.parallel_config.distributed_executor_backend = "uni"
     executor = Executor.get_class(vllm_config)(vllm_config)
     try:
-        return [PreparedStore(*found) for found in executor.collective_rpc(_prepared)]
+        return [PreparedStore(*found) for worker in executor.collective_rpc(_prepared) for found in worker]
     finally:
         executor.shutdown()
         cleanup_dist_env_and_memory()
 
 
-def _prepared(worker: Any) -> tuple[str, int, bool]:
-    return tuple(worker.model_runner.get_model().moe_offload_prepared)
+def _prepared(worker: Any) -> list[tuple[str, int, bool]]:
+    return [tuple(found) for found in worker.moe_offload_prepared]

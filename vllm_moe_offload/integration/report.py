@@ -13,9 +13,14 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class StatsReport:
-    """One line for every period in which experts were used."""
+    """One line for every period in which experts were used.
 
-    def __init__(self, runtime: OffloadRuntime):
+    Args:
+        owner: whose experts, as it stands before that word; empty for the served model's.
+    """
+
+    def __init__(self, runtime: OffloadRuntime, owner: str = ""):
+        self._owner = owner
         self._runtime = runtime
         self._since = time.monotonic()
         self._before = replace(runtime.counters)
@@ -29,10 +34,11 @@ class StatsReport:
         hits, misses = counters.hits - before.hits, counters.misses - before.misses
         if hits + misses:
             logger.info(
-                "moe-offload: %.1f%% of %d experts were in fast memory; %.1f MiB/s loaded, %.0f%% of the time stalled"
+                "moe-offload: %.1f%% of %d %sexperts were in fast memory; %.1f MiB/s loaded, %.0f%% of the time stalled"
                 "; prefetched %d useful, %d late, %d wasted",
                 100 * hits / (hits + misses),
                 hits + misses,
+                self._owner,
                 (counters.loaded_bytes - before.loaded_bytes) / 2**20 / (now - self._since),
                 100 * (counters.stall_seconds - before.stall_seconds) / (now - self._since),
                 counters.prefetch_useful - before.prefetch_useful,

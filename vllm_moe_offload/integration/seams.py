@@ -73,10 +73,13 @@ QUANT_METHOD = Seam(
     "take over the MoE layers, subclasses included",
     ("self", "prefix", "quant_config", "moe_config"),
 )
+LOAD_WORKER_MODEL = Seam(
+    "vllm.v1.worker.gpu_worker", "Worker.load_model", "know when a worker has loaded all of its models", ("self",)
+)
 LOAD_MODEL = Seam(
     "vllm.model_executor.model_loader.base_loader",
     "BaseModelLoader.load_model",
-    "know where loading begins and ends",
+    "know where loading a model begins and ends",
     ("self", "vllm_config", "model_config", "prefix"),
 )
 RELOAD_WEIGHTS = Seam("vllm.v1.worker.gpu_worker", "Worker.reload_weights", "refuse what would leave the store behind")
@@ -138,6 +141,7 @@ LEANED_ON = (
         "know when a layer has all its weights",
         ("weight_loader", "args"),
     ),
+    Seam("vllm.distributed", "get_world_group", "'auto': see what the other workers of a host take"),
     Seam("vllm.forward_context", "get_forward_context", "find a layer from inside the compiled graph"),
     Seam(
         "vllm.utils.torch_utils",
@@ -187,6 +191,7 @@ SEAMS: tuple[Seam, ...] = (
     CLI_ARGUMENTS,
     CLI_VALUES,
     QUANT_METHOD,
+    LOAD_WORKER_MODEL,
     LOAD_MODEL,
     RELOAD_WEIGHTS,
     EXECUTE_MODEL,

@@ -1,94 +1,70 @@
 """A loaded model and the runtime that serves its experts, as one worker holds them."""
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from vllm.logger import init_logger
 
-from ..cache.sizing import LayoutNeeds, slots_for_budget
-from ..config import ADDITIONAL_CONFIG_KEY, OffloadConfig
+from ..config import OffloadConfig
 from ..daemon.attached_pool import slots_taken_back
-from ..devices.memory import available_bytes
 from ..errors import LoadError, StoreError
 from ..prefetch.loader import DamagedRecordError
 from ..runtime import OffloadRuntime
-from ..slots import Ledger, embedded_pools
-from ..store.layout import RecordLayout
-from ..store.reader import Store
 from ..store.root import StoreRoot
-from ..threads import failed_threads, processors_for_reading
-from .hosting import another_rank_foretells, attach_to_daemon, daemon_socket
+from ..threads import failed_threads
+from .budget import LoadedModel, ModelSlots
+from .hosting import another_rank_foretells, daemon_socket
 from .kernel import attach_slots
 from .report import StatsReport
 
 if TYPE_CHECKING:
     from .method import OffloadedMoEMethod
-    from .watching import Layers, Watch
+    from .watching import Watch
 
 logger = init_logger("vllm.moe_offload")
 
-SPARE_SHARE = 0.9
-"""Of the memory that is free when the dense weights are loaded, this much may become slots and KV cache."""
+GRAPH_KEY = "moe_offload_graph"
+"""Key of ``additional_config`` that is only hashed, never read."""
 
 
 class ServedModel:
-    """Gives every layer its slots, and answers for the runtime to the rest of the integration."""
+    """Puts slots in place of every layer's experts, and answers for the runtime to the rest of the integration.
 
-    def __init__(self, vllm_config: Any, config: OffloadConfig, model: torch.nn.Module, store: Store, layers: "Layers"):
-        self._vllm_config = vllm_config
-        self._check_layers(store, layers)
-        needs = _needs(store, layers)
-        self._expert_bytes = sum(need.record_bytes * need.experts for need in needs.values())
-        budget, why = self._budget_bytes(config)
-        io_cpus = processors_for_reading()
-        ledger = Ledger()
-        least_slots = [need.minimum for need in needs.values()]
-        self._daemon = attach_to_daemon(
-            vllm_config, config, store, budget, budget >= self._expert_bytes, least_slots, io_cpus, ledger
-        )
-        if self._daemon is not None:
-            self._resident = self._daemon.lease
-            pools = self._daemon.pools
-        else:
-            slots = slots_for_budget(needs, budget, f"{config.cache!r}{why}")
-            self._resident = all(slots[layout] == need.experts for layout, need in needs.items())
-            pools = embedded_pools(store, slots, config.policy, io_cpus, ledger)
-        self.runtime = OffloadRuntime(store, pools, ledger)
-        for layer, method in layers.values():
-            self._attach(layer, method)
+    Args:
+        config: of this model: what is remembered and predicted is the business of the model whose tokens are served.
+        drafts: whether it drafts for another model, so that the rows of its passes are not those of a step.
+    """
+
+    def __init__(self, model: LoadedModel, config: OffloadConfig, slots: ModelSlots, io_cpus: set[int], drafts: bool):
+        self.name, self.drafts = model.name, drafts
+        self._vllm_config = model.vllm_config
+        self._expert_bytes = model.expert_bytes
+        self._daemon = slots.daemon
+        self._resident = slots.resident
+        self.runtime = OffloadRuntime(model.store, slots.pools, slots.ledger)
+        for name, (layer, method) in model.layers.items():
+            self._attach(name, layer, method)
         if self._resident:
             self._load_everything()
-        self._mark_in_config()
+        mark_graph(self._vllm_config, self._resident, [pool.memory.slots for pool in self.runtime.pools])
         self._step_requests: dict[str, int] = {}
-        self._watch: Watch | None = None
         self._closed = False
-        if self._resident and config.predictor != "none":
-            logger.info("moe-offload: every expert is resident: nothing to predict, and nothing is remembered")
-            config = config.model_copy(update={"predictor": "none"})
-        if self._daemon is not None and another_rank_foretells(vllm_config):
-            config = config.model_copy(update={"predictor": "none"})
-        if config.trace is not None or config.predictor != "none":
-            from .watching import watch_if_possible  # brings a compiler along, which nobody else needs
-
-            socket = None if self._daemon is None else daemon_socket(config)
-            self._watch = watch_if_possible(vllm_config, config, model, layers, self.runtime, io_cpus, socket)
-        self._report = StatsReport(self.runtime)
-        if not store.direct:
+        self._watch = self._start_watch(model, config, io_cpus)
+        self._report = StatsReport(self.runtime, "the drafter's " if drafts else "")
+        if not model.store.direct:
             logger.warning(
                 "moe-offload: the file system of %s has no O_DIRECT: records are read through a bounded buffered path",
-                store.path,
+                model.store.path,
             )
-        logger.info(
-            "moe-offload: offloading %d of %d MoE layers: %s of %s GiB of experts in %d slots%s, store %s",
-            len(layers),
-            len(vllm_config.compilation_config.static_all_moe_layers),
-            _gib(self.runtime.resident_bytes),
-            _gib(self._expert_bytes),
-            self.runtime.slots,
-            " (all resident)" if self._resident else why,
-            store.path,
+
+    @property
+    def summary(self) -> str:
+        """Its experts in slots, for the log."""
+        resident, every = _gib(self.runtime.resident_bytes), _gib(self._expert_bytes)
+        return (
+            f"{resident} of {every} GiB of experts in {self.runtime.slots} slots"
+            f"{' (all resident)' if self._resident else ''}, store {self.runtime.store.path}"
         )
 
     def begin_step(self, model_runner: Any, scheduler_output: Any) -> None:
@@ -129,7 +105,7 @@ class ServedModel:
         if self._vllm_config.parallel_config.world_size > 1:
             raise failures[0]
         order = getattr(getattr(model_runner, "input_batch", None), "req_ids", None)
-        if order is None or set(order) != set(self._step_requests):
+        if self.drafts or order is None or set(order) != set(self._step_requests):
             return dict.fromkeys(self._step_requests, reason)
         owner = np.repeat(np.arange(len(order)), [self._step_requests[request] for request in order])
         return {order[index]: reason for index in {int(owner[row]) for row in rows if row < len(owner)}}
@@ -181,13 +157,26 @@ class ServedModel:
         else:
             logger.error("moe-offload: store %s is damaged; the next start builds it again", store.path)
 
-    def _attach(self, layer: torch.nn.Module, method: "OffloadedMoEMethod") -> None:
+    def _start_watch(self, model: LoadedModel, config: OffloadConfig, io_cpus: set[int]) -> "Watch | None":
+        if self._resident and config.predictor != "none":
+            logger.info("moe-offload: every expert is resident: nothing to predict, and nothing is remembered")
+            config = config.model_copy(update={"predictor": "none"})
+        if self._daemon is not None and another_rank_foretells(model.vllm_config):
+            config = config.model_copy(update={"predictor": "none"})
+        if config.trace is None and config.predictor == "none":
+            return None
+        from .watching import watch_if_possible  # brings a compiler along, which nobody else needs
+
+        socket = None if self._daemon is None else daemon_socket(config)
+        return watch_if_possible(model.vllm_config, config, model.module, model.layers, self.runtime, io_cpus, socket)
+
+    def _attach(self, name: str, layer: torch.nn.Module, method: "OffloadedMoEMethod") -> None:
         """Put slots in place of the layer's experts: its own window if all are resident, else the whole pool.
 
         Expert-parallel layers take the pool even then: CPU kernels crash on the choices of other ranks, which only
         ``compute`` takes out.
         """
-        pooled = self.runtime.layers[layer.layer_name]
+        pooled = self.runtime.layers[name]
         memory = pooled.pool.memory
         if self._resident and layer._expert_map is None:
             attach_slots(layer, method, memory, pooled.first, pooled.experts)
@@ -195,45 +184,15 @@ class ServedModel:
             attach_slots(layer, method, memory, 0, memory.slots)
             method.pooled = (self.runtime, pooled)
 
-    def _budget_bytes(self, config: OffloadConfig) -> tuple[int, str]:
-        """Fast memory for experts in bytes, and how ``auto`` came to it."""
-        budget = config.budget
-        if budget.share is not None:
-            return math.ceil(self._expert_bytes * budget.share), ""
-        if budget.size is not None:
-            return budget.size, ""
-        spare = int(available_bytes() * SPARE_SHARE)
-        kv_cache = self._vllm_config.cache_config.kv_cache_memory_bytes
-        chosen = spare // 2 if kv_cache is None else spare - kv_cache
-        kept = "half of it for" if kv_cache is None else f"{_gib(kv_cache)} GiB for"
-        return max(chosen, 0), f" (auto: {_gib(spare)} GiB to spare, {kept} the KV cache)"
 
-    def _check_layers(self, store: Store, layers: "Layers") -> None:
-        stored = [entry.name for entry in store.layers]
-        if set(stored) != set(layers):
-            raise StoreError(f"store {store.path} has the layers {stored}, this model has {list(layers)}")
+def mark_graph(vllm_config: Any, resident: bool, slots: list[int]) -> None:
+    """Make vLLM keep the compiled graphs of this configuration apart from those of other numbers of slots.
 
-    def _mark_in_config(self) -> None:
-        """Resident and pooled layers compile to different graphs, which vLLM keeps under a hash of this dict."""
-        settings = self._vllm_config.additional_config[ADDITIONAL_CONFIG_KEY]
-        slots = sum(pool.memory.slots for pool in self.runtime.pools)
-        self._vllm_config.additional_config = {
-            **self._vllm_config.additional_config,
-            ADDITIONAL_CONFIG_KEY: {**settings, "cache": "100%" if self._resident else f"{slots}B"},
-        }
-
-
-def _needs(store: Store, layers: "Layers") -> dict[RecordLayout, LayoutNeeds]:
-    """What each record layout asks of its pool."""
-    needs: dict[RecordLayout, LayoutNeeds] = {}
-    for entry in store.layers:
-        _, method = layers[entry.name]
-        top_k = min(method.moe.experts_per_token, entry.experts)
-        before = needs.get(entry.layout, LayoutNeeds(entry.layout.payload_bytes, 0, 0))
-        needs[entry.layout] = before._replace(
-            experts=before.experts + entry.experts, minimum=max(before.minimum, top_k)
-        )
-    return needs
+    Graphs are kept under a hash that includes ``additional_config``, and hold what layers look like: resident ones are
+    computed by vLLM, pooled ones by an opaque op, and both hold as many slots as their pool.
+    """
+    mark = ["resident" if resident else "pooled", *slots]
+    vllm_config.additional_config = {**vllm_config.additional_config, GRAPH_KEY: mark}
 
 
 def _gib(size: int) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 from vllm.logger import init_logger
 
 from . import seams
-from .serving import ServedModel
+from .worker import WorkerOffload
 
 logger = init_logger("vllm.moe_offload")
 
@@ -21,9 +21,9 @@ def install() -> None:
     _add_stats_method()
 
 
-def offload_of(worker: Any) -> ServedModel | None:
-    """The offload of the model a worker runs, or None."""
-    return getattr(worker.model_runner.get_model(), "moe_offload", None)
+def offload_of(worker: Any) -> WorkerOffload | None:
+    """What a worker offloads, or None."""
+    return getattr(worker, "moe_offload", None)
 
 
 def _begin_step(execute_model: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,8 +123,7 @@ def _leave_room_for_slots(determine_available_memory: Callable[..., Any]) -> Cal
 
 def _close(shutdown: Callable[..., Any]) -> Callable[..., Any]:
     def close_and_shutdown(self: Any) -> None:
-        runner = getattr(self, "model_runner", None)
-        offload = offload_of(self) if getattr(runner, "model", None) is not None else None
+        offload = offload_of(self)
         if offload is not None:
             offload.close()
         shutdown(self)

@@ -42,6 +42,26 @@ def refuse_unsupported(vllm_config: Any) -> None:
             raise UnsupportedError(f"moe-offload does not work with {feature}: {way_out}, or switch moe-offload off")
 
 
+def refuse_loading(model: str, load_format: object, by_worker: bool) -> None:
+    """Refuse ways of loading a model of an engine that offloads, a drafter's included.
+
+    Args:
+        by_worker: whether a worker loads it while it starts.
+
+    Raises:
+        UnsupportedError: naming the model and the way.
+    """
+    if str(load_format) not in LOAD_FORMATS:
+        raise UnsupportedError(
+            f"moe-offload cannot load {model} with load format {load_format}: use one of {', '.join(LOAD_FORMATS)}"
+        )
+    if not by_worker:
+        raise UnsupportedError(
+            f"moe-offload is on, but {model} is being loaded by something else than a starting worker of the engine, "
+            "which would keep all of its experts in memory; switch moe-offload off in this configuration"
+        )
+
+
 def refuse_method(layer_name: str, method: Any) -> None:
     """Refuse quantization methods whose kernels do not take routing decisions from outside.
 

@@ -1,0 +1,160 @@
+"""One worker's fast memory for experts, and the slots it gives each of the worker's models.
+
+A worker may load several models: the one it serves and those that draft for it. They share one budget.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from vllm.distributed import get_world_group
+
+from ..cache.sizing import LayoutNeeds, slots_for_budget
+from ..config import OffloadConfig
+from ..daemon.client import DaemonClient
+from ..daemon.joining import bytes_with_pages
+from ..devices.memory import Limits, equal_share, memory_limits
+from ..slots import Ledger, SlotPool, embedded_pools
+from ..store.files import size_text
+from ..store.layout import RecordLayout
+from ..store.reader import Store
+from .hosting import attach_to_daemon
+
+if TYPE_CHECKING:
+    from .watching import Layers
+
+SPARE_SHARE = 0.9
+"""Of the memory that is free when all weights are loaded, this much may become slots and KV cache."""
+
+
+class LoadedModel(NamedTuple):
+    """A model whose store is complete and whose layers have no slots yet."""
+
+    vllm_config: Any
+    """What it was loaded with: a drafter has one of its own."""
+    name: str
+    """Of its checkpoint."""
+    module: torch.nn.Module
+    store: Store
+    layers: "Layers"
+    """By their names in the store."""
+    built: bool
+    """The store: just now, rather than found."""
+
+    def needs(self) -> dict[RecordLayout, LayoutNeeds]:
+        """What each of its record layouts asks of its pool."""
+        needs: dict[RecordLayout, LayoutNeeds] = {}
+        for entry in self.store.layers:
+            _, method = self.layers[entry.name]
+            top_k = min(method.moe.experts_per_token, entry.experts)
+            before = needs.get(entry.layout, LayoutNeeds(entry.layout.payload_bytes, 0, 0))
+            needs[entry.layout] = before._replace(
+                experts=before.experts + entry.experts, minimum=max(before.minimum, top_k)
+            )
+        return needs
+
+    @property
+    def expert_bytes(self) -> int:
+        return sum(entry.layout.payload_bytes * entry.experts for entry in self.store.layers)
+
+
+class ModelSlots(NamedTuple):
+    """The pools of one model."""
+
+    pools: Mapping[RecordLayout, SlotPool]
+    ledger: Ledger
+    resident: bool
+    """Whether every expert is to stay in the slot of its own number."""
+    daemon: DaemonClient | None
+    """What keeps the slots, if not this process."""
+
+
+class Budget(NamedTuple):
+    """Fast memory for the experts of all models of a worker."""
+
+    nbytes: int
+    reason: str = ""
+    """How ``auto`` came to it, to stand behind the setting."""
+
+
+def worker_budget(vllm_config: Any, config: OffloadConfig, expert_bytes: int) -> Budget:
+    """What ``config.cache`` gives this worker. All workers of an engine must ask for it when they have loaded.
+
+    Args:
+        expert_bytes: of all the worker's models.
+    """
+    if config.budget.share is not None:
+        return Budget(math.ceil(expert_bytes * config.budget.share))
+    if config.budget.size is not None:
+        return Budget(config.budget.size)
+    workers = _limits_of_all_workers()
+    free = equal_share(workers, get_world_group().rank_in_group)
+    return auto_budget(free, vllm_config.cache_config.kv_cache_memory_bytes)
+
+
+def auto_budget(free: int, kv_cache: int | None) -> Budget:
+    """What ``auto`` makes of free memory.
+
+    Args:
+        free: this worker's share, in bytes.
+        kv_cache: bytes the KV cache was given; None where vLLM is to size it.
+    """
+    spare = int(free * SPARE_SHARE)
+    chosen = spare // 2 if kv_cache is None else spare - kv_cache
+    kept = "half of it" if kv_cache is None else size_text(kv_cache)
+    return Budget(max(chosen, 0), f" (auto: {size_text(spare)} to spare, {kept} for the KV cache)")
+
+
+def slots_of_models(
+    vllm_config: Any, config: OffloadConfig, models: Sequence[LoadedModel], budget: Budget, io_cpus: set[int]
+) -> list[ModelSlots]:
+    """Slots for every model: the daemon's, or those of this process where it uses none.
+
+    Args:
+        vllm_config: the worker's.
+
+    Raises:
+        ConfigError: the budget is too small, or the daemon that was named cannot be used.
+    """
+    total = sum(model.expert_bytes for model in models)
+    shares = [budget.nbytes * model.expert_bytes // total for model in models]
+    with_pages = [bytes_with_pages(share, model.store) for share, model in zip(shares, models, strict=True)]
+    daemon_bytes = vllm_config.parallel_config.world_size * sum(with_pages)
+    ledgers = [Ledger() for _ in models]
+    daemons = [
+        attach_to_daemon(
+            vllm_config,
+            config,
+            model.store,
+            shares[number],
+            budget.nbytes >= total,
+            [need.minimum for need in model.needs().values()],
+            io_cpus,
+            ledgers[number],
+            number,
+            daemon_bytes,
+        )
+        for number, model in enumerate(models)
+    ]
+    own = [number for number, daemon in enumerate(daemons) if daemon is None]
+    needs = {(number, layout): need for number in own for layout, need in models[number].needs().items()}
+    slots = slots_for_budget(needs, sum(shares[number] for number in own), f"{config.cache!r}{budget.reason}")
+    found = []
+    for number, (model, ledger, daemon) in enumerate(zip(models, ledgers, daemons, strict=True)):
+        if daemon is not None:
+            found.append(ModelSlots(daemon.pools, ledger, daemon.lease, daemon))
+            continue
+        of_model = {layout: count for (owner, layout), count in slots.items() if owner == number}
+        resident = all(count == needs[number, layout].experts for layout, count in of_model.items())
+        pools = embedded_pools(model.store, of_model, config.policy, io_cpus, ledger)
+        found.append(ModelSlots(pools, ledger, resident, None))
+    return found
+
+
+def _limits_of_all_workers() -> list[Limits]:
+    """By rank. Returns when every worker has looked, so that none has begun to fill what it takes."""
+    group = get_world_group()
+    limits: list[Any] = [None] * group.world_size
+    torch.distributed.all_gather_object(limits, memory_limits(), group=group.cpu_group)
+    return limits

@@ -1,0 +1,163 @@
+"""Everything one worker offloads: the model it serves, and those that draft for it."""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
+
+from vllm.logger import init_logger
+
+from ..config import OffloadConfig
+from ..errors import UnsupportedError
+from ..threads import processors_for_reading
+from . import seams
+from .budget import LoadedModel, slots_of_models, worker_budget
+from .engine_config import offload_config
+from .loading import WorkerLoading
+from .serving import ServedModel
+
+logger = init_logger("vllm.moe_offload")
+
+PREPARE_ONLY = "moe_offload_prepare_only"
+"""Key of ``additional_config`` that ends loading when the stores are complete (see prepare.py)."""
+
+
+class PreparedStore(NamedTuple):
+    """A complete store, as ``prepare`` reports it."""
+
+    path: str
+    size: int
+    """Bytes."""
+    built: bool
+    """Just now, rather than found."""
+
+
+def install() -> None:
+    seams.LOAD_WORKER_MODEL.wrap(_offload_what_is_loaded)
+
+
+def _offload_what_is_loaded(load_model: Callable[..., Any]) -> Callable[..., Any]:
+    def load(self: Any, *args: Any, **kwargs: Any) -> None:
+        config = offload_config(self.vllm_config)
+        if config is None:
+            load_model(self, *args, **kwargs)
+            return
+        with WorkerLoading() as loading:
+            load_model(self, *args, **kwargs)
+            if self.vllm_config.parallel_config.pipeline_parallel_size == 1:
+                refuse_dense(loading.models, self.vllm_config.model_config.model)
+            refuse_unaccounted(loading.models, self.vllm_config.compilation_config.static_all_moe_layers)
+            if PREPARE_ONLY in self.vllm_config.additional_config:
+                self.moe_offload_prepared = [_prepared(model) for model in loading.models]
+            else:
+                self.moe_offload = WorkerOffload(self, config, loading.models)
+
+    return load
+
+
+def refuse_dense(models: Collection[LoadedModel], name: str) -> None:
+    """Refuse to offload where there is nothing to offload.
+
+    Raises:
+        UnsupportedError: the engine has no MoE layers.
+    """
+    if not models:
+        raise UnsupportedError(
+            f"moe-offload is on, but {name} has no MoE layers it could offload; switch moe-offload off for this model"
+        )
+
+
+def refuse_unaccounted(models: Collection[LoadedModel], moe_layers: Collection[str]) -> None:
+    """Refuse an engine in which some experts would take memory that no budget counts.
+
+    Args:
+        moe_layers: names of all MoE layers that vLLM has made.
+
+    Raises:
+        UnsupportedError: naming those that no model's loading has made.
+    """
+    offloaded = {layer.layer_name for model in models for layer, _ in model.layers.values()}
+    resident = [name for name in moe_layers if name not in offloaded]
+    if resident:
+        raise UnsupportedError(
+            f"moe-offload cannot offload {', '.join(resident)}: made by none of vLLM's model loaders, so all of "
+            "their experts would stay in memory; switch moe-offload off, or serve without what brings these layers"
+        )
+
+
+def _prepared(model: LoadedModel) -> PreparedStore:
+    model.store.close()
+    return PreparedStore(str(model.store.path), model.store.data_bytes, model.built)
+
+
+class WorkerOffload:
+    """The offloaded models of one worker, as its steps see them.
+
+    All workers of an engine make this at the same time, those without MoE layers too.
+
+    Args:
+        models: those with MoE layers.
+
+    Raises:
+        ConfigError: the budget is too small, or the daemon that was named cannot be used.
+    """
+
+    def __init__(self, worker: Any, config: OffloadConfig, models: Sequence[LoadedModel]):
+        cpus = processors_for_reading()
+        budget = worker_budget(worker.vllm_config, config, sum(model.expert_bytes for model in models))
+        slots = slots_of_models(worker.vllm_config, config, models, budget, cpus)
+        target = worker.model_runner.get_model()
+        self._models: list[ServedModel] = []
+        for model, of_model in zip(models, slots, strict=True):
+            drafts = model.module is not target
+            served = ServedModel(model, _of_drafter(config) if drafts else config, of_model, cpus, drafts)
+            model.module.moe_offload = served
+            self._models.append(served)
+        self._log(len(worker.vllm_config.compilation_config.static_all_moe_layers), budget.reason)
+
+    def begin_step(self, model_runner: Any, scheduler_output: Any) -> None:
+        """A step has been scheduled. Where it schedules no tokens, it only says which requests have ended."""
+        for model in self._models:
+            model.begin_step(model_runner, scheduler_output)
+
+    def end_step(self) -> None:
+        """The forward pass is over, and what follows it up to the next tokens' drafts."""
+        for model in self._models:
+            model.end_step()
+
+    def failed_requests(self, model_runner: Any) -> dict[str, str]:
+        """Requests of the running step that met an expert that could not be read, with the reason."""
+        failed: dict[str, str] = {}
+        for model in self._models:
+            failed = model.failed_requests(model_runner) | failed
+        return failed
+
+    def untouched_bytes(self) -> int:
+        """Slot memory that has not been taken from the system yet by this process."""
+        return sum(model.untouched_bytes() for model in self._models)
+
+    def stats(self) -> dict[str, int | float]:
+        """Counters and sizes of the served model; those of a drafter, if it has MoE layers, begin with ``drafter_``."""
+        stats: dict[str, int | float] = {}
+        for model in self._models:
+            for name, value in model.stats().items():
+                key = f"drafter_{name}" if model.drafts else name
+                stats[key] = stats.get(key, 0) + value
+        return stats
+
+    def close(self) -> None:
+        """The worker ends: write what is to be kept, end the threads, let go of the stores. Idempotent."""
+        for model in self._models:
+            model.close()
+
+    def _log(self, moe_layers: int, budget: str) -> None:
+        offloaded = sum(len(model.runtime.layers) for model in self._models)
+        summaries = [model.summary for model in self._models]
+        if len(summaries) > 1:
+            summaries = [f"{model.name} {summary}" for model, summary in zip(self._models, summaries, strict=True)]
+        logger.info(
+            "moe-offload: offloading %d of %d MoE layers: %s%s", offloaded, moe_layers, "; ".join(summaries), budget
+        )
+
+
+def _of_drafter(config: OffloadConfig) -> OffloadConfig:
+    """What is remembered, recorded and predicted is the business of the model whose tokens are served."""
+    return config.model_copy(update={"predictor": "none", "trace": None})
