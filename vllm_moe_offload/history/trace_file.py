@@ -1,8 +1,8 @@
 """Trace files, validated in full when read: an ``.npz`` of the arrays of ``Trace``, or a log of such files.
 
-See docs/prediction.md. Required are ``experts``, ``weights``, ``offsets`` and ``num_experts``; optional ``version`` (1
-when absent), ``model``, ``fingerprint``, ``tokens``, ``phase``, ``embeddings``, ``group`` and ``repetitive``. Other fields are
-left alone with a warning.
+See docs/prediction.md. Required are ``experts``, ``weights``, ``offsets`` and ``num_experts``; optional are ``version``
+(1 when absent), ``model``, ``fingerprint``, ``tokens``, ``phase``, ``embeddings``, ``group`` and ``repetitive``. Others
+are left alone with a warning.
 """
 
 import io
