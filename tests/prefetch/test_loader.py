@@ -500,3 +500,21 @@ def test_threads_run_where_they_are_told_to(tmp_path: Path, opened: Opener) -> N
     assert touched.wait(30)
     loader.join([load])
     assert seen[0] == {cpu} and cpu in os.sched_getaffinity(0)
+
+
+def test_a_read_that_was_cut_short_is_no_damage_while_the_file_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A medium may return a part before it reports its error; no store is set aside for that."""
+    built, memory = build_store(tmp_path, [(ALIGNED, 4)]), HostPool(ALIGNED, 4)
+    loader, whole = RecordLoader(built.store, threads=1), os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, parts, offset: whole(fd, parts[:1], offset))
+    load = Load(0, 1, memory.slot(1))
+    loader.demand([load])
+    assert isinstance(load.error, LoadError) and not isinstance(load.error, DamagedRecordError)
+    assert "the read was cut short" in str(load.error)
+    monkeypatch.undo()
+    again = Load(0, 1, memory.slot(1))
+    loader.demand([again])
+    loader.close()
+    assert again.error is None

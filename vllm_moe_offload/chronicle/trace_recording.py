@@ -40,6 +40,8 @@ class TraceRecording:
         self._waiting_bytes = 0
         self._complete = True
         """Whether every request has been recorded."""
+        self._failing: str | None = None
+        """Why the last write failed."""
         header = LogHeader(model, fingerprint, shape)
         try:
             self._log = LogWriter(path)
@@ -73,7 +75,8 @@ class TraceRecording:
         """Append the requests that have ended since the last time.
 
         Raises:
-            TraceError: the file cannot be written at present; the requests wait for the next time.
+            TraceError: the file cannot be written at present; the requests wait for the next time. Raised once for a
+                reason that persists.
         """
         requests = list(self._waiting)
         if not requests:
@@ -81,7 +84,11 @@ class TraceRecording:
         try:
             self._log.append(encode_trace(join(requests, self._shape)))
         except OSError as error:
+            if error.strerror == self._failing:
+                return
+            self._failing = error.strerror
             raise TraceError(f"trace = {self.path} cannot be written ({error.strerror})") from error
+        self._failing = None
         del self._waiting[: len(requests)]
         self._waiting_bytes = sum(request.experts.nbytes + request.weights.nbytes for request in self._waiting)
 

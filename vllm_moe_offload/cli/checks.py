@@ -13,6 +13,7 @@ from ..store.files import ROOT_SETTING, free_bytes, open_direct, size_text
 from ..store.layout import ALIGNMENT
 from ..store.root import default_root
 from ..threads import ReportedThread
+from .daemon_check import daemon_health
 from .installed import INSTALL_HINT, SUPPORTED, installed_version, is_supported
 
 _RANGE = f">= {SUPPORTED[0]}, < {SUPPORTED[1]}"
@@ -96,6 +97,13 @@ def check_affinity() -> Check:
     return Check("affinity", OK, "threads can be bound to processors")
 
 
+def check_daemon() -> Iterator[Check]:
+    """The daemon at the usual place, if one runs there."""
+    health = daemon_health()
+    if health is not None:
+        yield Check("daemon", OK if health[1] else HINT, health[0])
+
+
 def check_store_root(root: Path) -> Iterator[Check]:
     """Can stores be built and read quickly there? Tried with a file that is gone afterwards."""
     subject = "store root"
@@ -122,6 +130,7 @@ def all_checks() -> Iterator[Check]:
     if installed_version() is not None and torchvision.state != BROKEN:
         yield from check_machine()
     yield check_affinity()
+    yield from check_daemon()
     yield from check_store_root(default_root())
     if installed_version() is not None and torchvision.state != BROKEN:
         yield from check_seams()

@@ -8,6 +8,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -258,14 +259,19 @@ class RecordLoader:
             got = os.preadv(self._store.fd, piece, position + count)  # type: ignore[arg-type]  # ndarrays are buffers
             count += got
             if got != wanted:
-                raise DamagedRecordError(
-                    f"{count} of {layout.record_bytes} bytes at offset {position}: the file is too short"
-                )
+                self._raise_short_read(position, layout.record_bytes, count)
         if not self._store.direct:
             os.posix_fadvise(self._store.fd, position, count, os.POSIX_FADV_DONTNEED)
         for part, window in unaligned:
             part[:] = window[: part.nbytes]
         self._verify(load)
+
+    def _raise_short_read(self, position: int, wanted: int, got: int) -> NoReturn:
+        """Raise what a read that brought too little means: only a file that ends there is damaged."""
+        read = f"{got} of {wanted} bytes at offset {position}"
+        if os.fstat(self._store.fd).st_size < position + wanted:
+            raise DamagedRecordError(f"{read}: the file is too short")
+        raise LoadError(f"{read}: the read was cut short")
 
     def _verify(self, load: Load) -> None:
         verified = self._verified[load.layer]
