@@ -173,13 +173,15 @@ class HostedPool:
             self.occupancy.make_room()
             return not self.occupancy.settled
 
-    def begin(self, acquired: Acquisition, guess_of: int | None = None, pinned: bool = False) -> list[HostedLoad]:
-        """Load what an acquisition asks for; see ``HostedLoad`` for the arguments. Under the lock.
+    def begin(
+        self, acquired: Acquisition, guess_of: int | None = None, pinned: bool = False, joined: bool = False
+    ) -> list[HostedLoad]:
+        """Load what an acquisition asks for; see ``HostedLoad`` and ``start`` for the arguments. Under the lock.
 
         The loader has the loads before anybody can see them: whoever joins one waits for no other thread to start it.
         """
         begun = self.under_way.begin(acquired, guess_of, pinned)
-        self.loader.start(begun, guesses=guess_of is not None)
+        self.loader.start(begun, guesses=guess_of is not None, joined=joined)
         return begun
 
     def freeze(self) -> None:
@@ -225,7 +227,7 @@ class HostedPool:
         demand = _Demand(self.placement.acquire(experts, stream), [], [])
         try:
             demand.joined.extend(self.under_way.wait_for(experts))
-            demand.own.extend(self.begin(demand.acquired))
+            demand.own.extend(self.begin(demand.acquired, joined=True))
             self._take_back_wrong_guesses(worker, experts)
             self.counters.demands += 1
             self.counters.joined += len(demand.joined)
@@ -262,6 +264,7 @@ class HostedPool:
 
     def _give_back(self, demand: "_Demand") -> None:
         """Unpin what a demand had pinned that ends early. Under the lock."""
+        self.loader.start(self.loader.withdraw(demand.own))  # nobody joins them now
         void = self.under_way.disown(demand.acquired, demand.own)
         void += [load.slot for load in demand.joined if load.error is not None and not self.under_way.has(load)]
         slots = demand.acquired.slots

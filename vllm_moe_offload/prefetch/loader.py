@@ -114,17 +114,19 @@ class RecordLoader:
         finally:
             self._see_through(loads[1:])
 
-    def start(self, loads: Sequence[Load], guesses: bool = False) -> None:
+    def start(self, loads: Sequence[Load], guesses: bool = False, joined: bool = False) -> None:
         """Queue ``loads`` behind every demand and return at once.
 
         Args:
             guesses: nobody knows whether they will be needed; few are read at a time.
+            joined: the calling thread will ``join`` them next and read along, so no worker is woken for them before.
         """
         with self._wake:
             for load in loads:
                 load.guess = guesses
             self._started.extend(loads)
-            self._wake.notify(len(loads))
+            if not joined:
+                self._wake.notify(len(loads))
 
     def withdraw(self, loads: Sequence[Load]) -> list[Load]:
         """Take back those of ``loads`` that are still queued, and return them: they will never finish."""
@@ -143,7 +145,10 @@ class RecordLoader:
             if queued:
                 self._started = deque(load for load in self._started if not load.awaited)
                 self._demanded.extend(queued)
-            self._wake.notify_all()
+            if len(queued) < len(pending):  # a worker may have made way with one of them
+                self._wake.notify_all()
+            else:
+                self._wake.notify(len(queued) - 1)
         self._see_through(pending)
 
     def _see_through(self, loads: Sequence[Load]) -> None:
