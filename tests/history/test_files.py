@@ -6,6 +6,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from vllm_moe_offload.history import archive as archive_module
 from vllm_moe_offload.history.archive import HistoryArchive
 from vllm_moe_offload.history.files import locked, remove_leftovers, write_atomically
 from vllm_moe_offload.history.store import HistoryStore
+from vllm_moe_offload.history.temporary_folder import TemporaryFolder
 
 SHAPE = (4, 8, 2)
 
@@ -212,3 +214,32 @@ def test_a_file_is_on_the_disk_before_it_takes_the_place_of_another_and_its_name
     monkeypatch.setattr(os, "fsync", watched)
     write_atomically(path, lambda file: file.write(b"new"))
     assert events == [(path.stat().st_ino, b"old"), (tmp_path.stat().st_ino, b"new")]
+
+
+KILLED_LEARNER = """
+import sys
+from vllm_moe_offload.history.temporary_folder import TemporaryFolder
+folder = TemporaryFolder("moe-offload-test-")
+(folder.path / "history.npz").write_bytes(b"prompts")
+print(folder.path, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_temporary_folder_of_a_killed_process_is_removed_and_that_of_a_living_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    command, environment = [sys.executable, "-c", KILLED_LEARNER], os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as learner:
+        assert learner.stdout is not None
+        theirs = Path(learner.stdout.readline().decode().strip())
+        mine = TemporaryFolder("moe-offload-test-")
+        assert (theirs / "history.npz").exists() and stat.S_IMODE(theirs.stat().st_mode) == 0o700
+        learner.send_signal(signal.SIGKILL)
+    other = TemporaryFolder("moe-offload-test-")
+    assert not theirs.exists() and mine.path.exists()
+    for folder in (mine, other):
+        folder.cleanup()
+        folder.cleanup()
+    assert list(tmp_path.iterdir()) == []

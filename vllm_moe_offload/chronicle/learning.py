@@ -7,7 +7,6 @@ The learning itself happens in another process (``training``); everything here i
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from ..errors import TraceError, TraceReadError
 from ..history.files import FileVersion, file_version, make_private_folder, set_aside
+from ..history.temporary_folder import TemporaryFolder
 from ..predict.heads import HeadsPredictor
 from ..predict.history import HistoryPredictor
 from ..predict.network import NetworkSize
@@ -59,9 +59,9 @@ class Learning:
         self._clock = clock
         self._predictor, self._keeper, self._vectors = predictor, keeper, vectors
         self._cpus, self._say = cpus, say
-        self._work = tempfile.TemporaryDirectory(prefix="moe-offload-learning-")
+        self._work = TemporaryFolder("moe-offload-learning-")
         name = LEARNED_VECTORS_HEADS_FILE if vectors is None else HEADS_FILE
-        self._heads_file = (keeper.folder or Path(self._work.name)) / name
+        self._heads_file = (keeper.folder or self._work.path) / name
         self._heads_seen: tuple[int, int] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._lock: BuildLock | None = None
@@ -121,7 +121,7 @@ class Learning:
         if self._lock is None:
             return
         self._adopt_newer()
-        history = self._keeper.snapshot(Path(self._work.name)) if self._predictor.training_due else None
+        history = self._keeper.snapshot(self._work.path) if self._predictor.training_due else None
         if history is None:
             self._let_others_learn()
         else:
@@ -155,7 +155,7 @@ class Learning:
             if "tokens" not in archive:
                 return None
             known = np.unique(archive["tokens"])
-        path = Path(self._work.name) / _VECTORS_FILE
+        path = self._work.path / _VECTORS_FILE
         np.savez(path, tokens=known, rows=self._vectors.look_up(known).astype(np.float16))
         return str(path)
 
