@@ -19,6 +19,7 @@ from ..store.reader import Store
 from ..threads import ReportedThread
 from . import lease
 from .budget import PoolSize, bytes_for, slots_within
+from .entries import Entries
 from .hosted_pool import HostedPool
 from .mapping import whole_pages
 from .protocol import MAX_WORKERS, Attach, ModelStatus, PoolInfo, WorkerStatus
@@ -64,7 +65,7 @@ class HostedModel:
         """Bytes per second that workers lately waited for; kept by whoever divides the memory."""
         self.budget = 0
         self.workers: dict[int, Lodger] = {}
-        self._last_entry = -1
+        self._entries = Entries()
         self._departed: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._stirred = threading.Event()
@@ -149,12 +150,9 @@ class HostedModel:
         """
         least_bytes = self.least_bytes(request.wanted_bytes, request.least_slots)
         with self._lock:
-            entries = (self._last_entry + 1 + number for number in range(MAX_WORKERS))
-            free = [number % MAX_WORKERS for number in entries if number % MAX_WORKERS not in self.workers]
-            if not free:
+            worker = self._entries.take(request.pid)
+            if worker is None:
                 raise OffloadError(f"{MAX_WORKERS} workers are attached to store {self.name}, as many as can be")
-            # one that was given up while it lived should find nobody else in its entry
-            worker = self._last_entry = free[0]
             self.workers[worker] = Lodger(
                 request.pid, request.group, request.rank, leased, request.wanted_bytes, least_bytes
             )
@@ -189,6 +187,7 @@ class HostedModel:
             for pool in self.pools:
                 pool.dismiss(worker)
             del self.workers[worker]
+            self._entries.give_back(worker)
 
     def freeze(self) -> None:
         """The daemon ends: what workers have seen stays true, and may outlive it."""
@@ -246,6 +245,7 @@ class HostedModel:
         self._stirred.set()
         self._keeper.join()
         self._loader.close()
+        self._entries.close()
         for fd in self.fds[::2]:
             os.close(fd)
         for pool in self.pools:
