@@ -8,8 +8,8 @@ class Entries:
     """Given to workers in turn. Not thread-safe.
 
     A worker that was detached while it lived, at the moment it was writing its entry, writes it once more when it goes
-    on. Its entry is given to others when its process has died, or when there is no other. A process that cannot be seen,
-    in a container with pids of its own, is only protected by the turn.
+    on. Its entry is given to others when its process has died, or when there is no other. Of a process that cannot be
+    seen, in a container with pids of its own, only the turn keeps others away.
     """
 
     def __init__(self) -> None:
