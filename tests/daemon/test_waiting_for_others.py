@@ -81,6 +81,21 @@ def test_a_stopped_worker_is_walked_around(tmp_path: Path, limit: int, stops: st
         assert not other.use(layer(3)), "what is loaded is found without asking again"
 
 
+def test_what_was_read_while_others_were_in_the_way_is_found_by_everybody_afterwards(tmp_path: Path) -> None:
+    with Pool(tmp_path, limit=12) as it:
+        stopped, other = Worker(it, 0), Worker(it, 1)
+        stopped.use(layer(0))
+        stopped.reader.enter()
+        other.demand(layer(1))
+        assert it.pool.cache.occupied > 12 and (it.pool.table.slot_of[layer(1)] == ABSENT).any()
+        stopped.reader.leave()
+        it.tend()
+        shown = it.pool.table.slot_of[layer(1)]
+        assert (shown != ABSENT).all()
+        other.check(layer(1), shown)
+        it.pool.check_integrity()
+
+
 def test_many_stopped_workers_are_walked_around(tmp_path: Path) -> None:
     with Pool(tmp_path, limit=10) as it:
         for entry in range(6):

@@ -171,6 +171,7 @@ class HostedPool:
             self.placement.release_done()
             self._hear_of_uses()
             self.occupancy.make_room()
+            self.occupancy.show_rest(self.under_way.loads)
             return not self.occupancy.settled
 
     def begin(

@@ -69,6 +69,13 @@ class Occupancy:
         self._reclaimer.freeze()
         self._table.freeze()
 
+    def show_rest(self, loading: Container[int]) -> None:
+        """Show what was not shown while too much was occupied, and is neither incomplete nor retired, as ``show``."""
+        hidden = np.flatnonzero((self._cache.slot_of != ABSENT) & (self.shown_in == ABSENT))
+        if len(hidden):
+            staying = [slot not in self._cache.retired for slot in self._cache.slot_of[hidden].tolist()]
+            self.show_again(hidden[staying], loading)
+
     def hide(self, experts: IntArray) -> None:
         """Nobody shall begin to read ``experts``, as far as they are shown."""
         shown = [expert for expert in experts.tolist() if self.shown_in[expert] != ABSENT]
