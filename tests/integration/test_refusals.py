@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tests.e2e.engines import EngineServer
 from tests.integration.dense import dense_llama
 from tests.models import build
 from tests.models.recipe import write
+from vllm_moe_offload.config import OffloadConfig
 from vllm_moe_offload.errors import UnsupportedError
 from vllm_moe_offload.store import StoreRoot
 
@@ -95,6 +97,19 @@ def test_moe_layers_that_no_loader_has_made_are_named() -> None:
     with pytest.raises(UnsupportedError, match=r"cannot offload one\.experts, two\.experts: made by none of"):
         refuse_unaccounted([], ["one.experts", "two.experts"])
     refuse_unaccounted([], [])
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [({"trace": "a.trace"}, True), ({"predictor": "history"}, True), ({"predictor": "none"}, False), ({}, False)],
+)
+def test_prediction_where_only_the_drafter_has_experts_is_refused_if_it_was_asked_for(
+    settings: dict[str, str], refused: bool
+) -> None:
+    from vllm_moe_offload.integration.worker import refuse_to_predict
+
+    with pytest.raises(UnsupportedError, match="only the drafter has MoE layers") if refused else nullcontext():
+        refuse_to_predict(OffloadConfig.from_mapping(settings, "here"))
 
 
 @pytest.fixture

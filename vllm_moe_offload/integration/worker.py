@@ -105,6 +105,8 @@ class WorkerOffload:
         budget = worker_budget(worker.vllm_config, config, sum(model.expert_bytes for model in models))
         slots = slots_of_models(worker.vllm_config, config, models, budget, cpus)
         target = worker.model_runner.get_model()
+        if models and all(model.module is not target for model in models):
+            refuse_to_predict(config)
         self._models: list[ServedModel] = []
         for model, of_model in zip(models, slots, strict=True):
             drafts = model.module is not target
@@ -149,12 +151,23 @@ class WorkerOffload:
             model.close()
 
     def _log(self, moe_layers: int, budget: str) -> None:
+        if not self._models:
+            return
         offloaded = sum(len(model.runtime.layers) for model in self._models)
         summaries = [model.summary for model in self._models]
         if len(summaries) > 1:
             summaries = [f"{model.name} {summary}" for model, summary in zip(self._models, summaries, strict=True)]
         logger.info(
             "moe-offload: offloading %d of %d MoE layers: %s%s", offloaded, moe_layers, "; ".join(summaries), budget
+        )
+
+
+def refuse_to_predict(config: OffloadConfig) -> None:
+    """Raises ``UnsupportedError`` where a trace or prediction was asked for and the served model has no MoE layers."""
+    if config.trace is not None or (config.insists_on_prediction and config.predictor != "none"):
+        raise UnsupportedError(
+            "only the drafter has MoE layers here, and traces and prediction are of the served model alone; "
+            "leave out trace and predictor"
         )
 
 
