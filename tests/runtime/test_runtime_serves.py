@@ -217,6 +217,7 @@ class Guesser:
         self.runtime = runtime
         self.draw = np.random.default_rng(seed)
         self.useful = self.late = self.wasted = 0
+        self.stalled = 0.0
 
     def look_ahead(self) -> None:
         layer = self.draw.choice(list(self.runtime.layers.values()))
@@ -225,6 +226,10 @@ class Guesser:
 
     def note_demand(self, loads: int, seconds: float) -> None:
         assert loads > 0 and seconds > 0
+        self.stalled += seconds
+
+    def note_stall(self, seconds: float) -> None:
+        self.stalled += seconds
 
     def note_useful(self, count: int) -> None:
         self.useful += count
@@ -253,6 +258,8 @@ def test_guesses_do_not_show_in_what_a_wave_finds(stores: dict[str, RecordStore]
     finally:
         for layer, expert in script.damaged:
             made.flip(layer, expert)
+    stalled = checked.runtime.counters.stall_seconds
+    assert guesser.stalled == pytest.approx(stalled), "every wait is told once, whoever began the load"
     checked.runtime.anticipation = None
     checked.damaged = set()
     checked.check_contents()

@@ -14,7 +14,7 @@ from ..predict.base import Predictor, Step, union_probability
 from ..predict.context import RequestState, TokenContext, TokenMap
 from .estimates import Estimates
 from .planner import Outlook, Phase, Planner
-from .trials import Trials
+from .trials import Trials, kind_of
 
 MOST_ROWS = 32
 """Steps with more rows need nearly every expert of a layer: nothing to predict."""
@@ -55,7 +55,7 @@ class Anticipation:
         self.planner = Planner(estimates)
         self._residency = residency
         self._clock = clock
-        self._trials = {phase: Trials() for phase in Phase}
+        self._trials = Trials()
         self._chunk_share = estimates.chunk_seconds / estimates.load_seconds
         self._states: dict[str, RequestState] = {}
         self._num_rows = 0
@@ -87,7 +87,7 @@ class Anticipation:
                 self._states[part.request] = self.predictor.open(embeddings.get(part.request))
         self._num_rows = sum(len(part.tokens) for part in rows)
         self.planner.begin_step(self._phase)
-        predicts = self._is_small and self._trials[self._phase].begin_step(self._num_rows)
+        predicts = self._is_small and self._trials.begin_step(kind_of(self._phase, self._num_rows))
         predicts = predicts and not self.planner.is_off(self._phase)
         if predicts:
             self._step = self.predictor.begin([row for part in rows for row in self._contexts(part)])
@@ -125,7 +125,7 @@ class Anticipation:
         if self._is_small:
             seconds = self._clock() - self._step_began
             thinking = None if self._step is None else self._thinking
-            self._trials[self._phase].end_step(self._num_rows, seconds, self._step_stalled, thinking)
+            self._trials.end_step(seconds, self._step_stalled, thinking)
         for part in maps:
             state = self._states.get(part.rows.request)
             if state is not None and len(part.tokens):
@@ -142,7 +142,7 @@ class Anticipation:
         estimates.note_load(seconds / loads)
         estimates.chunk_seconds = estimates.load_seconds * self._chunk_share
         self._demands += loads
-        self._note_stall(seconds)
+        self.note_stall(seconds)
 
     def note_useful(self, count: int) -> None:
         """``count`` prefetches were there when they were needed."""
@@ -150,17 +150,17 @@ class Anticipation:
             self.planner.note_useful(self._phase)
 
     def note_late(self, count: int, waited_seconds: float) -> None:
-        """``count`` prefetches were waited for, together for ``waited_seconds``."""
+        """``count`` prefetches were waited for, together for ``waited_seconds``, which ``note_stall`` hears of too."""
         for _ in range(count):
             self.planner.note_late(self._phase, waited_seconds / count)
-        self._note_stall(waited_seconds)
 
     def note_wasted(self, count: int) -> None:
         """``count`` prefetches were evicted unused."""
         for _ in range(count):
             self.planner.note_wasted(self._phase)
 
-    def _note_stall(self, seconds: float) -> None:
+    def note_stall(self, seconds: float) -> None:
+        """The step has waited for loads, whoever had started them. ``note_demand`` implies it."""
         self._stalled += seconds
         self._step_stalled += seconds
 

@@ -11,7 +11,7 @@ from ..history.trace import PREFILL, Trace
 from ..prefetch.anticipation import MOST_ROWS
 from ..prefetch.estimates import Estimates
 from ..prefetch.planner import Outlook, Phase, Planner
-from ..prefetch.trials import Trials
+from ..prefetch.trials import Trials, kind_of
 from ..prefetch.waves import streams
 from .forecast import Forecast
 from .hardware import HardwareProfile, ModelProfile
@@ -84,7 +84,7 @@ class Timeline:
         self._chunk_share = chunk / loads[0] if len(loads) == 1 else 1.0
         layer_seconds = self._layer_seconds(trace.top_k, 1)
         self._planner = Planner(Estimates(loads[0], layer_seconds, loads[0] * self._chunk_share))
-        self._trials = {phase: Trials() for phase in Phase}
+        self._trials = Trials()
         self._chosen = trace.experts.astype(np.int64) + (np.arange(layers) * experts)[None, :, None]
         self._under_way: list[list[int]] = [[] for _ in range(layers)]
         self._everything, self._decoding = Share(), Share()
@@ -128,10 +128,10 @@ class Timeline:
             self._layer(layer, ids, len(rows), merged, streaming)
         if len(rows) <= MOST_ROWS:
             thought = None if merged is None else self._thought
-            self._trials[self._phase].end_step(len(rows), self._seconds - began, self._stalled, thought)
+            self._trials.end_step(self._seconds - began, self._stalled, thought)
 
     def _predicts(self, rows: int) -> bool:
-        tried = rows <= MOST_ROWS and self._trials[self._phase].begin_step(rows)
+        tried = rows <= MOST_ROWS and self._trials.begin_step(kind_of(self._phase, rows))
         return tried and not self._planner.is_off(self._phase)
 
     def _layer(

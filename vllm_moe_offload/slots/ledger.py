@@ -22,6 +22,8 @@ class Ledger:
     def waited(self, seconds: float) -> None:
         """The pass waited for loads that were on their way."""
         self.counters.stall_seconds += seconds
+        if self.anticipation is not None:
+            self.anticipation.note_stall(seconds)
 
     def loaded(self, records: int, record_bytes: int, failed: int = 0) -> None:
         """So many reads have ended."""
