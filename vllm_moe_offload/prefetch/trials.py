@@ -16,6 +16,8 @@ Guarantees, where a predicted step affects no more than the next ``_WASHOUT`` st
 - In any ``N`` steps the measured loss is at most ``_SHARE * N + _MOST + _ROUND`` steps' worth of time: 98 of 10,000,
   below 1 %. The true loss differs by the error of the measurement. Its mean is zero; it grows with the noise of steps
   and shrinks with the square root of their number. ``benchmarks/policy.py`` simulates how large it becomes.
+  Steps' worth are those of the steps being served: where steps become ten times shorter after a loss, that loss weighs
+  ten times as much beside them, which nobody can know beforehand.
 - A trial comes within ``(_TRIAL + _ROUND) / _SHARE`` = 4,800 steps, whatever came before; only after a round that lost
   more than ``_ROUND`` against both rests it may take ``(_TRIAL + _WORST) / _SHARE`` = 27,200. From then on, one round
   that gains clearly suffices for long runs, or two that gain at all.
