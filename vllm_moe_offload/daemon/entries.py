@@ -15,8 +15,10 @@ class Entries:
     def __init__(self) -> None:
         self._last = -1
         self._taken: set[int] = set()
+        self._pids: dict[int, int] = {}
+        """Of the process that has, or had last, each entry."""
         self._deaths: dict[int, Death] = {}
-        """Of the workers that have, or had last, each entry."""
+        """By pid."""
 
     def take(self, pid: int) -> int | None:
         """An entry for a worker of process ``pid``, which lives; None if all are taken."""
@@ -25,10 +27,9 @@ class Entries:
         if not free:
             return None
         entry = self._last = next(filter(self._is_left, free), free[0])
-        if entry in self._deaths:
-            self._deaths[entry].close()
-        self._deaths[entry] = Death(pid)
+        self._pids[entry] = pid
         self._taken.add(entry)
+        self._watch(pid)
         return entry
 
     def give_back(self, entry: int) -> None:
@@ -41,4 +42,12 @@ class Entries:
             death.close()
 
     def _is_left(self, entry: int) -> bool:
-        return entry not in self._deaths or self._deaths[entry].known()
+        return entry not in self._pids or self._deaths[self._pids[entry]].known()
+
+    def _watch(self, pid: int) -> None:
+        if pid in self._deaths and self._deaths[pid].known():  # another process had this pid
+            self._deaths.pop(pid).close()
+        if pid not in self._deaths:
+            self._deaths[pid] = Death(pid)
+        for other in self._deaths.keys() - set(self._pids.values()):
+            self._deaths.pop(other).close()
