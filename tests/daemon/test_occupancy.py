@@ -66,7 +66,6 @@ def test_a_slot_between_two_readers_stays_exposed_when_the_earlier_one_leaves(tm
 def test_nothing_is_moved_for_a_lease_while_it_is_read_and_others_are_served_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vllm_moe_offload.daemon.lease.PATIENCE_SECONDS", 0.05)
     with Pool(tmp_path, limit=6) as it:
         worker, reading, leasing = (Worker(it, entry) for entry in range(3))
         for layer in (3, 0, 2, 1):
@@ -86,7 +85,9 @@ def test_nothing_is_moved_for_a_lease_while_it_is_read_and_others_are_served_mea
 
         asking = threading.Thread(target=ask)
         asking.start()
-        assert not lease(it.pool, leasing.entry)
+        with monkeypatch.context() as patch:
+            patch.setattr("vllm_moe_offload.daemon.lease.PATIENCE_SECONDS", 0.05)
+            assert not lease(it.pool, leasing.entry)
         reading.check(astray, slots[astray])
         reading.reader.leave()
         granted = lease(it.pool, leasing.entry)

@@ -117,7 +117,6 @@ def test_many_stopped_workers_are_walked_around(tmp_path: Path) -> None:
 def test_a_lease_is_not_granted_while_a_worker_is_stopped_and_nothing_stays_pinned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vllm_moe_offload.daemon.lease.PATIENCE_SECONDS", 0.05)
     with Pool(tmp_path, limit=6) as it:
         stopped, leasing = Worker(it, 0), Worker(it, 1)
         for number in (3, 0, 2, 1):
@@ -125,7 +124,9 @@ def test_a_lease_is_not_granted_while_a_worker_is_stopped_and_nothing_stays_pinn
         astray = np.flatnonzero((it.pool.cache.slot_of != ABSENT) & (it.pool.cache.slot_of != np.arange(N)))
         stopped.demand(astray[:1].tolist())
         it.pool.limit = N
-        assert not lease(it.pool, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr("vllm_moe_offload.daemon.lease.PATIENCE_SECONDS", 0.05)
+            assert not lease(it.pool, 1)
         stopped.done()
         it.tend()
         assert not it.pool.cache.pins.any()
@@ -258,3 +259,20 @@ def test_a_demand_that_fails_anywhere_pins_nothing(
         it.tend()
         it.pool.check_integrity()
         assert (it.pool.table.slot_of[[0, 1, 8, 9, 10]] != ABSENT).all()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_hint_that_fails_pins_nothing(tmp_path: Path, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Pool(tmp_path, limit=20) as it:
+        worker = Worker(it, 0)
+
+        def fail(*_: object) -> None:
+            raise MemoryError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(it.pool.under_way, "_load", fail)
+            with pytest.raises(MemoryError):
+                it.pool.hint(0, np.array([0, 1, 2], np.int32), stream)
+        assert not it.pool.cache.pins.any()
+        it.pool.check_integrity()
+        worker.demand([0, 1, 2])

@@ -181,7 +181,11 @@ class HostedPool:
 
         The loader has the loads before anybody can see them: whoever joins one waits for no other thread to start it.
         """
-        begun = self.under_way.begin(acquired, guess_of, pinned)
+        try:
+            begun = self.under_way.begin(acquired, guess_of, pinned)
+        except BaseException:
+            self.under_way.disown(acquired, [])
+            raise
         self.loader.start(begun, guesses=guess_of is not None, joined=joined)
         return begun
 

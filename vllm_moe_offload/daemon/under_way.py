@@ -136,7 +136,7 @@ class UnderWay:
         return self.loads.get(load.flat) is load
 
     def disown(self, acquired: Acquisition, begun: Sequence[HostedLoad]) -> list[int]:
-        """Whoever wanted what is missing in an acquisition does not want it any more.
+        """Whoever wanted what is missing in an acquisition does not want it any more. Idempotent under one lock.
 
         Args:
             begun: its loads, as far as it came. What is being read keeps its slot until it has arrived.
@@ -149,8 +149,9 @@ class UnderWay:
         for expert, slot in zip(acquired.missing.tolist(), acquired.missing_slots.tolist(), strict=True):
             load = loads.get(expert)
             if load is None:
-                self._cache.cancel(np.array([expert]))
-                self._occupancy.soil(np.array([slot]))
+                if self._cache.slot_of[expert] == slot:
+                    self._cache.cancel(np.array([expert]))
+                    self._occupancy.soil(np.array([slot]))
                 void.append(slot)
             elif self.has(load):
                 load.pinned = True
