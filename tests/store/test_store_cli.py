@@ -1,7 +1,9 @@
 """`vllm-moe-offload store ls|verify|prune`, as typed by a user."""
 
+import os
 import re
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,7 @@ from test_store_processes import expect_line
 from typer.testing import CliRunner, Result
 
 from vllm_moe_offload.cli.store import store as app
-from vllm_moe_offload.store import StoreIdentity, StoreRoot
+from vllm_moe_offload.store import Store, StoreIdentity, StoreRoot
 
 RECORDS = EXPERTS * len(LAYERS)
 
@@ -30,8 +32,8 @@ def test_ls_shows_model_size_age_and_fingerprint(
     result = run("ls")
     assert result.exit_code == 0
     heading, row = result.stdout.splitlines()
-    assert heading.split() == ["MODEL", "SIZE", "AGE", "FINGERPRINT", "STATE"]
-    assert re.fullmatch(rf"checkpoint +12\d\.\d KiB +\d+ s +{identity.fingerprint} +complete", row)
+    assert heading.split() == ["MODEL", "SIZE", "AGE", "UNUSED", "FINGERPRINT", "STATE"]
+    assert re.fullmatch(rf"checkpoint +12\d\.\d KiB +\d+ s +\d+ s +{identity.fingerprint} +complete", row)
 
 
 def test_ls_names_hub_models_as_their_users_do(run: Callable[..., Result], root: StoreRoot) -> None:
@@ -108,6 +110,53 @@ def test_prune_removes_leftovers_damage_and_orphans_and_nothing_else(
         [*names, *(f"{name}.lock" for name in names), "notes"]
     )
     assert run("prune").stdout == f"nothing to prune in {root.path}\n"
+
+
+def aged(root: StoreRoot, store: Store, days: float) -> None:
+    """Make a store as old, and as long unused, as that."""
+    then = time.time() - days * 86400
+    for path in [*store.path.iterdir(), store.path]:
+        os.utime(path, (then, then))
+
+
+def removed_by(run: Callable[..., Result], root: StoreRoot, *options: str) -> set[str]:
+    before = {info.fingerprint for info in root.ls()}
+    result = run("prune", "--yes", *options)
+    assert result.exit_code == 0, result.output
+    return before - {info.fingerprint for info in root.ls()}
+
+
+def test_prune_offers_what_a_newer_store_of_the_same_settings_has_superseded(
+    run: Callable[..., Result], root: StoreRoot, identity: StoreIdentity
+) -> None:
+    upgraded = StoreIdentity({**identity.facts, "vllm": "0.33.0"}, identity.model)
+    other_dtype = StoreIdentity({**identity.facts, "dtype": "float32"}, identity.model)
+    for one, days in ((identity, 3), (other_dtype, 2), (upgraded, 1)):
+        aged(root, build(root, one), days)
+    assert run("ls").stdout.count("complete, superseded") == 1
+    assert run("prune").stdout == f"nothing to prune in {root.path}\n"
+    assert removed_by(run, root, "--superseded") == {identity.fingerprint}
+
+
+def test_prune_by_time_unused_and_by_size_takes_the_longest_unused(
+    run: Callable[..., Result], root: StoreRoot, tmp_path: Path
+) -> None:
+    kinds = [StoreIdentity({"kind": number}, str(tmp_path)) for number in range(4)]
+    for number, one in enumerate(kinds):
+        aged(root, build(root, one), 10 * (4 - number))
+    opened = root.open_or_build(kinds[0], pytest.fail)
+    assert isinstance(opened, Store)
+    assert removed_by(run, root, "--unused-for", "25") == {kinds[1].fingerprint}
+    size = next(info.size for info in root.ls())
+    assert removed_by(run, root, "--keep", f"{2 * size}B") == {kinds[2].fingerprint}
+    assert removed_by(run, root, "--keep", f"{2 * size}B") == set()
+    assert removed_by(run, root, "--keep", f"{2 * size - 1}B") == {kinds[3].fingerprint}
+
+
+@pytest.mark.parametrize("size", ["25%", "auto", "much", "9" * 400 + "TiB"])
+def test_prune_down_to_what_is_no_size_is_refused(run: Callable[..., Result], size: str) -> None:
+    result = run("prune", "--keep", size)
+    assert result.exit_code == 2 and "is not a size like 500GiB" in result.stderr
 
 
 def test_prune_all_removes_stores_in_use_too(

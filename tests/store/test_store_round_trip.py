@@ -148,6 +148,6 @@ def test_an_unknown_layer_is_named_with_those_there_are(root: StoreRoot, identit
 
 def test_readers_outlive_the_files(root: StoreRoot, identity: StoreIdentity) -> None:
     store = build(root, identity)
-    root.prune(root.prunable(everything=True))
+    root.prune(root.prunable(everything=True), pytest.fail)
     assert not store.path.exists()
     assert store.verify() == []

@@ -1,5 +1,6 @@
 """`vllm-moe-offload store …`: see, check and remove what is on disk. Must never remove without being told to."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +11,12 @@ import typer
 from rich.console import Console
 from rich.progress import DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from vllm_moe_offload.config import CacheBudget
 from vllm_moe_offload.errors import StoreError
 from vllm_moe_offload.store import Store, StoreInfo, StoreRoot
 from vllm_moe_offload.store.files import size_text
+
+DAY = 86400
 
 store = typer.Typer(name="store", help="List, verify and prune the stores of expert records.", no_args_is_help=True)
 
@@ -24,17 +28,17 @@ RootOption = Annotated[
 
 @store.command()
 def ls(root: RootOption = None) -> None:
-    """Show each store's model, size, age and fingerprint."""
+    """Show each store's model, size, age, time since an engine last opened it, and fingerprint."""
     with _plain_errors():
         stores = StoreRoot(root)
         infos = stores.ls()
     if not infos:
         typer.echo(f"no stores in {stores.path}")
         return
-    rows = [("MODEL", "SIZE", "AGE", "FINGERPRINT", "STATE")] + [_row(info) for info in infos]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    rows = [("MODEL", "SIZE", "AGE", "UNUSED", "FINGERPRINT", "STATE")] + [_row(info) for info in infos]
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
     for row in rows:
-        typer.echo("  ".join([*map(str.ljust, row[:4], widths), row[4]]).rstrip())
+        typer.echo("  ".join([*map(str.ljust, row[:5], widths), row[5]]).rstrip())
 
 
 @store.command()
@@ -58,13 +62,30 @@ def verify(
 @store.command()
 def prune(
     everything: Annotated[bool, typer.Option("--all", help="Remove every store, not only those of no use.")] = False,
+    superseded: Annotated[
+        bool,
+        typer.Option("--superseded", help="Also those a newer store of the same model and settings has replaced."),
+    ] = False,
+    unused_for: Annotated[
+        float | None,
+        typer.Option("--unused-for", min=0, metavar="DAYS", help="Also those unused for so long.", show_default=False),
+    ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option("--keep", metavar="SIZE", help="Also those longest unused, until the rest fits in SIZE (500GiB)."),
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     root: RootOption = None,
 ) -> None:
-    """Remove what killed builds left, damaged stores, and stores whose checkpoint is gone."""
+    """Remove what killed builds left, stores that are damaged or outdated, and stores whose checkpoint is gone."""
     with _plain_errors():
         stores = StoreRoot(root)
-        doomed = stores.prunable(everything)
+        doomed = stores.prunable(
+            everything,
+            superseded,
+            math.inf if unused_for is None else unused_for * DAY,
+            math.inf if keep is None else _size_of(keep),
+        )
         if not doomed:
             typer.echo(f"nothing to prune in {stores.path}")
             return
@@ -72,7 +93,12 @@ def prune(
             typer.echo("  ".join(_row(info)))
         if not yes:
             typer.confirm(f"remove {len(doomed)} from {stores.path}?", abort=True)
-        typer.echo(f"freed {size_text(stores.prune(doomed))}")
+        kept: list[str] = []
+        typer.echo(f"freed {size_text(stores.prune(doomed, kept.append))}")
+    for problem in kept:
+        typer.echo(f"error: {problem}", err=True)
+    if kept:
+        raise typer.Exit(1)
 
 
 @contextmanager
@@ -88,15 +114,29 @@ def _is_store(info: StoreInfo) -> bool:
     return info.path.name == info.fingerprint
 
 
-def _row(info: StoreInfo) -> tuple[str, str, str, str, str]:
+def _row(info: StoreInfo) -> tuple[str, str, str, str, str, str]:
     state = f"{info.state}, checkpoint gone" if info.orphaned else info.state
+    if info.superseded:
+        state += ", superseded"
     return (
         _model_name(info.model),
         size_text(info.size),
         _age_text(time.time() - info.built),
+        _age_text(time.time() - info.used),
         info.fingerprint,
         f"{state}: {info.detail}" if info.detail else state,
     )
+
+
+def _size_of(text: str) -> int:
+    """Bytes, from a size as settings write it. Raises StoreError for anything else."""
+    try:
+        size = CacheBudget.parse(text).size
+    except (ValueError, OverflowError) as error:
+        raise StoreError(f"--keep {text!r} is not a size like 500GiB") from error
+    if size is None:
+        raise StoreError(f"--keep {text!r} is not a size like 500GiB")
+    return size
 
 
 def _model_name(model: str) -> str:
@@ -108,7 +148,7 @@ def _model_name(model: str) -> str:
 
 
 def _age_text(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+    for unit, length in (("d", DAY), ("h", 3600), ("min", 60)):
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"
     return f"{max(seconds, 0):.0f} s"

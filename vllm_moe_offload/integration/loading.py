@@ -5,8 +5,10 @@ the store is found and the checkpoint's expert tensors are passed over unread. A
 after the other; when all are there, worker.py gives their layers slots.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,9 +24,9 @@ from ..store.writer import StoreWriter
 from . import seams
 from .budget import LoadedModel
 from .engine_config import offload_config
-from .identity import store_identity
+from .identity import checkpoint_read, store_identity
 from .records import NOT_EXPERT_WEIGHTS, as_bytes, expert_tensors, record_layout
-from .streaming import DIRECT_WRITERS, StreamedLayer
+from .streaming import DIRECT_WRITERS, DirectlyWrittenLayers, StreamedLayer, refuse_late_loads
 from .support import refuse_loading
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ _loading: ContextVar["ModelOffload | None"] = ContextVar("moe_offload_loading", 
 
 def install() -> None:
     seams.LOAD_MODEL.wrap(_load_with_store)
+    seams.LOAD_WEIGHTS.wrap(_load_into_store)
 
 
 def loading_offload() -> "ModelOffload | None":
@@ -74,8 +77,7 @@ def _load_with_store(load_model: Callable[..., Any]) -> Callable[..., Any]:
         from .forward import register_op
 
         register_op()
-        self.download_model(model_config)
-        offload = ModelOffload(vllm_config, model_config, self.load_config, prefix, config)
+        offload = ModelOffload(vllm_config, model_config, prefix, config)
         token = _loading.set(offload)
         try:
             model = load_model(self, vllm_config, model_config, prefix)
@@ -91,6 +93,17 @@ def _load_with_store(load_model: Callable[..., Any]) -> Callable[..., Any]:
     return load
 
 
+def _load_into_store(load_weights: Callable[..., Any]) -> Callable[..., Any]:
+    def load(self: Any, model: torch.nn.Module, model_config: Any) -> None:
+        offload = loading_offload()
+        if offload is None or not offload.layers:
+            return load_weights(self, model, model_config)
+        with offload.taking_in(self, model):
+            return load_weights(self, model, model_config)
+
+    return load
+
+
 class ModelOffload:
     """One model on its way from checkpoint to store.
 
@@ -99,10 +112,9 @@ class ModelOffload:
             it is the same whether the model is served or drafts.
     """
 
-    def __init__(self, vllm_config: Any, model_config: Any, load_config: Any, prefix: str, config: OffloadConfig):
+    def __init__(self, vllm_config: Any, model_config: Any, prefix: str, config: OffloadConfig):
         self._vllm_config = vllm_config
         self._model_config = model_config
-        self._load_config = load_config
         self._prefix = f"{prefix}." if prefix else ""
         self._config = config
         self.layers: dict[str, tuple[torch.nn.Module, OffloadedMoEMethod]] = {}
@@ -110,40 +122,96 @@ class ModelOffload:
         self._store: Store | None = None
         self._writer: StoreWriter | None = None
         self._arriving: dict[str, StreamedLayer] = {}
-        self._recorded: set[str] = set()
+        self._recorded: dict[str, int] = {}
+        """Bytes of each layer that is in the store."""
+        self._loaded_bytes: dict[str, int] = {}
+        """Bytes of each layer's expert tensors as vLLM loads them, before it processes them."""
         self._progress: tqdm[Any] | None = None
 
     def adopt(self, layer: torch.nn.Module, method: "OffloadedMoEMethod") -> None:
-        """Create the parameters of a layer in the way its weights are going to arrive."""
-        if not self.layers:
-            self._open(method)
+        """A layer is being made: it gets its parameters, without memory behind them."""
         self.layers[self._name(layer)] = (layer, method)
-        if self._writer is not None and type(layer).__name__ in DIRECT_WRITERS:
-            method.create_real_weights(layer)
-            return
         method.create_placeholders(layer)
-        if self._store is not None:
-            _pass_over_weights(layer)
+
+    @contextmanager
+    def taking_in(self, loader: Any, model: torch.nn.Module) -> Iterator[None]:
+        """Around the loading of ``model``'s weights: layers hand them to the store, or pass them over if it is built.
+
+        Raises:
+            StoreError: the checkpoint cannot be identified or lacks an expert's tensor; the store cannot be written.
+        """
+        checkpoint = checkpoint_read(loader, model, self._model_config)
+        self._loaded_bytes = {
+            name: sum(tensor.nbytes for tensor in layer.parameters(recurse=False))
+            for name, (layer, _) in self.layers.items()
+        }
+        root = StoreRoot(self._config.store) if self._config.store else StoreRoot()
+        facts = checkpoint.facts(root, _warn)
+        identity = store_identity(self._vllm_config, self._model_config, model, self.layers, facts, checkpoint.folder)
+        found = root.open_or_build(identity, _warn)
+        if isinstance(found, Store):
+            logger.info("moe-offload: experts come from store %s", found.path)
+            self._store = found
+            for layer, _ in self.layers.values():
+                _pass_over_weights(layer)
+            yield
             return
-        self._arriving[layer.layer_name] = StreamedLayer(
-            layer, lambda: method.create_real_weights(layer), lambda: self.record(layer, method)
-        )
+        logger.info("moe-offload: building store %s", root.path / identity.fingerprint)
+        self._writer = found
+        directly_written = DirectlyWrittenLayers(self._receive(checkpoint.mapped))
+        with directly_written:
+            yield
+        directly_written.refuse_incomplete()
+
+    def _receive(self, mapped: bool) -> list[torch.nn.Module]:
+        """Make every layer ready to be loaded into the store; returns those whose model writes by itself.
+
+        Args:
+            mapped: the checkpoint's tensors are views of mapped files, so that keeping them back takes no memory. Then
+                layers wait for the end of the checkpoint, as a tensor may come twice.
+        """
+        directly_written = []
+        for name, (layer, method) in self.layers.items():
+            if type(layer).__name__ in DIRECT_WRITERS:
+                method.create_real_weights(layer)
+                directly_written.append(layer)
+                continue
+            self._arriving[name] = StreamedLayer(
+                layer,
+                partial(method.create_real_weights, layer),
+                None if mapped else partial(self.record, layer, method),
+            )
+        return directly_written
 
     def record(self, layer: torch.nn.Module, method: "OffloadedMoEMethod") -> None:
         """Process a layer that is loaded and turn it into records, once."""
-        if self._writer is None or layer.layer_name in self._recorded:
+        name = self._name(layer)
+        if self._writer is None or name in self._recorded:
             return
-        self._recorded.add(layer.layer_name)
-        if arriving := self._arriving.pop(layer.layer_name, None):
+        if arriving := self._arriving.pop(name, None):
             arriving.materialize()
         method.real.process_weights_after_loading(layer)
         tensors = expert_tensors(layer)
-        self._writer.add_layer(self._name(layer), record_layout(tensors), as_bytes(layer.layer_name, tensors))
+        layout = record_layout(tensors)
+        self._recorded[name] = layout.record_bytes * layer.local_num_experts
+        self._announce_size(name)
+        self._writer.add_layer(name, layout, as_bytes(layer.layer_name, tensors))
         del tensors
         self._show_progress()
         method.real.moe_kernel = method.real.moe_quant_config = None
         method.create_placeholders(layer)
-        _pass_over_weights(layer)
+        refuse_late_loads(layer, expert_tensors(layer))
+
+    def _announce_size(self, layer_name: str) -> None:
+        """Have the disk looked at before the first layer of each size is written: layers loaded alike become alike.
+
+        Raises:
+            StoreError: the whole store would not fit.
+        """
+        assert self._writer is not None
+        known = {self._loaded_bytes[name]: size for name, size in self._recorded.items()}
+        if [self._loaded_bytes[name] for name in self._recorded].count(self._loaded_bytes[layer_name]) == 1:
+            self._writer.expect(sum(known.get(size, size) for size in self._loaded_bytes.values()))
 
     def _show_progress(self) -> None:
         if self._progress is None:
@@ -178,16 +246,9 @@ class ModelOffload:
     def _name(self, layer: torch.nn.Module) -> str:
         return str(layer.layer_name).removeprefix(self._prefix)
 
-    def _open(self, method: "OffloadedMoEMethod") -> None:
-        identity = store_identity(self._vllm_config, self._model_config, self._load_config, method.real)
-        root = StoreRoot(self._config.store) if self._config.store else StoreRoot()
-        found = root.open_or_build(identity, lambda sentence: logger.warning("moe-offload: %s", sentence))
-        if isinstance(found, Store):
-            logger.info("moe-offload: experts come from store %s", found.path)
-            self._store = found
-        else:
-            logger.info("moe-offload: building store %s", root.path / identity.fingerprint)
-            self._writer = found
+
+def _warn(sentence: str) -> None:
+    logger.warning("moe-offload: %s", sentence)
 
 
 def _pass_over_weights(layer: torch.nn.Module) -> None:

@@ -82,6 +82,12 @@ LOAD_MODEL = Seam(
     "know where loading a model begins and ends",
     ("self", "vllm_config", "model_config", "prefix"),
 )
+LOAD_WEIGHTS = Seam(
+    "vllm.model_executor.model_loader.default_loader",
+    "DefaultModelLoader.load_weights",
+    "know a model's layers and files before its weights are loaded",
+    ("self", "model", "model_config"),
+)
 RELOAD_WEIGHTS = Seam("vllm.v1.worker.gpu_worker", "Worker.reload_weights", "refuse what would leave the store behind")
 EXECUTE_MODEL = Seam(
     "vllm.v1.worker.gpu_worker", "Worker.execute_model", "know where a step begins", ("self", "scheduler_output")
@@ -136,10 +142,16 @@ LEANED_ON = (
     ),
     Seam("vllm.config", "VllmConfig.use_v2_model_runner", "know whether the rows of a step can be told apart"),
     Seam(
-        "vllm.model_executor.model_loader.reload.meta",
-        "get_numel_loaded",
-        "know when a layer has all its weights",
-        ("weight_loader", "args"),
+        "vllm.model_executor.model_loader.default_loader",
+        "DefaultModelLoader._prepare_weights",
+        "know which files weights are read from",
+        ("model_name_or_path", "subfolder", "revision", "fall_back_to_pt", "allow_patterns_overrides"),
+    ),
+    Seam(
+        "vllm.model_executor.model_loader.default_loader",
+        "DefaultModelLoader.Source",
+        "know which files weights are read from",
+        ("model_or_path", "revision", "subfolder", "fall_back_to_pt", "allow_patterns_overrides"),
     ),
     Seam("vllm.distributed", "get_world_group", "'auto': see what the other workers of a host take"),
     Seam("vllm.forward_context", "get_forward_context", "find a layer from inside the compiled graph"),
@@ -193,6 +205,7 @@ SEAMS: tuple[Seam, ...] = (
     QUANT_METHOD,
     LOAD_WORKER_MODEL,
     LOAD_MODEL,
+    LOAD_WEIGHTS,
     RELOAD_WEIGHTS,
     EXECUTE_MODEL,
     SAMPLE_TOKENS,

@@ -4,7 +4,8 @@ Bytes in, bytes out: this room knows nothing of tensors, engines or devices, and
 of another checkpoint, another kernel or an unfinished build.
 """
 
-from vllm_moe_offload.store.identity import StoreIdentity, checkpoint_identity
+from vllm_moe_offload.store.checkpoint import FileDigests
+from vllm_moe_offload.store.identity import StoreIdentity
 from vllm_moe_offload.store.layout import ALIGNMENT, Component, RecordLayout
 from vllm_moe_offload.store.manifest import FORMAT_VERSION, LayerEntry
 from vllm_moe_offload.store.reader import Store, UnusableStoreError
@@ -15,6 +16,7 @@ __all__ = [
     "ALIGNMENT",
     "FORMAT_VERSION",
     "Component",
+    "FileDigests",
     "LayerEntry",
     "RecordLayout",
     "Store",
@@ -23,6 +25,5 @@ __all__ = [
     "StoreRoot",
     "StoreWriter",
     "UnusableStoreError",
-    "checkpoint_identity",
     "default_root",
 ]

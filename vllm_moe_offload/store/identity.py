@@ -1,23 +1,24 @@
-"""What makes a store foreign: one changed fact, another fingerprint. Must never call two checkpoints the same
-because they merely have the same shapes.
+"""What makes a store foreign: one changed fact, another fingerprint.
+
+What identifies a checkpoint is its content: the sha256 of every weight file that vLLM reads, by the file's name, and
+the configuration as it is written, together with what was overridden in it. Neither the time of a file nor its folder
+counts, nor the installed transformers and the defaults it fills in, nor a file that is not read. A second download, a
+copy and a touched file are the same checkpoint; one changed bit is another.
+
+A **history** depends on nothing else but that (and the pipeline stage): routing survives kernels, dtypes, ranks and
+versions. A **store** depends besides on everything that decides which bytes are made of it: the model's class and the
+shapes of its layers, vLLM, torch, quantization, dtype, kernel, instruction set, ranks.
 """
 
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from vllm_moe_offload.errors import StoreError
-from vllm_moe_offload.store.files import explained
-
-WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt")
-CONFIG_PATTERNS = ("config.json", "quant*_config.json", "hf_quant_config.json", "*.index.json")
-SAMPLES = 32
-SAMPLE_BYTES = 4096
-_CONTENT_ADDRESS = re.compile(r"[0-9a-f]{64}")
+PASSING = frozenset({"format", "checkpoint", "model", "vllm", "torch"})
+"""Facts that move on: of two stores that differ in nothing else, the older one is superseded. All others are settings
+and machines, which may be in use side by side."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,25 @@ class StoreIdentity:
     @property
     def fingerprint(self) -> str:
         """32 hex digits of the sha256 of the facts as canonical JSON. Raises TypeError for a fact JSON cannot hold."""
-        return hashlib.sha256(_canonical(self.facts).encode()).hexdigest()[:32]
+        return digest(self.facts)
 
     def differences(self, other: "StoreIdentity") -> list[str]:
         """Names of the facts that differ, nested ones dotted: `["vllm", "checkpoint.config.json"]`."""
         ours, theirs = dict(_leaves(self.facts)), dict(_leaves(other.facts))
         return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+
+    def could_replace(self, other: "StoreIdentity") -> bool:
+        """Whether both are of one model in one setting on one kind of machine."""
+        return bool(self.model) and self.model == other.model and _lasting(self.facts) == _lasting(other.facts)
+
+
+def digest(value: Any) -> str:
+    """32 hex digits of the sha256 of a JSON-like value, whatever the order of its names."""
+    return hashlib.sha256(_canonical(value).encode()).hexdigest()[:32]
+
+
+def _lasting(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in facts.items() if name not in PASSING}
 
 
 def _canonical(value: Any) -> str:
@@ -53,53 +67,3 @@ def _leaves(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, _canonical(value)
-
-
-def checkpoint_identity(model_dir: Path, patterns: Iterable[str] = WEIGHT_PATTERNS) -> dict[str, Any]:
-    """Facts that change whenever the weights under `model_dir` matching the glob `patterns` may have changed.
-
-    Config files are hashed whole. A safetensors file counts with its size, header hash, the hash of `SAMPLES` blocks
-    spread over it, and its modification time; other files with size and modification time. Fine-tunes of one model
-    agree in names, sizes and headers, hence the samples and the time. Where the file is a link to a blob named by
-    its own sha256 (the Hugging Face cache), that name replaces the time, so that a second download is the same.
-
-    Raises StoreError if nothing matches or a file is unreadable or cut short.
-    """
-    patterns = tuple(patterns)
-    with explained("read the checkpoint", model_dir):
-        files = {path.relative_to(model_dir).as_posix(): path for glob in patterns for path in model_dir.glob(glob)}
-        if not files:
-            raise StoreError(f"no checkpoint in {model_dir}: no file matches {', '.join(patterns)}")
-        configs = {path.name: _sha256(path.read_bytes()) for glob in CONFIG_PATTERNS for path in model_dir.glob(glob)}
-        return configs | {name: _file_facts(path) for name, path in sorted(files.items())}
-
-
-def _file_facts(path: Path) -> dict[str, Any]:
-    status = path.stat()
-    facts: dict[str, Any] = {"size": status.st_size}
-    target = path.resolve().name
-    if _CONTENT_ADDRESS.fullmatch(target):
-        facts["blob"] = target
-    else:
-        facts["mtime_ns"] = status.st_mtime_ns
-    if path.suffix == ".safetensors":
-        facts |= _safetensors_facts(path, status.st_size)
-    return facts
-
-
-def _safetensors_facts(path: Path, size: int) -> dict[str, str]:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise StoreError(f"{path} is not a whole safetensors file: {size} bytes do not hold its header")
-        header = file.read(length)
-        samples = hashlib.sha256()
-        last = max(size - SAMPLE_BYTES, 0)
-        for step in range(SAMPLES):
-            file.seek(last * step // (SAMPLES - 1))
-            samples.update(file.read(SAMPLE_BYTES))
-    return {"header": _sha256(header), "samples": samples.hexdigest()}
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

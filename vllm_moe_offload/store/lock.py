@@ -6,16 +6,22 @@ import fcntl
 import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import TextIO
+
+from vllm_moe_offload.store.ownership import require_trusted
 
 
 class BuildLock:
-    """An exclusive flock on the file it was acquired on; holds until `release` or the end of the process."""
+    """An exclusive flock on the file it was acquired on; holds until `release` or the end of the process.
 
-    def __init__(self, file: TextIO):
-        self._file = file
+    A lock that another user made is waited for like one's own: flock needs no right to write. In a folder everyone
+    can write to, only locks of trusted users count; others' raise StoreError.
+    """
+
+    def __init__(self, fd: int):
+        self._fd = fd
 
     @classmethod
     def acquire(cls, path: Path, on_wait: Callable[[str], None]) -> "BuildLock":
@@ -24,35 +30,83 @@ class BuildLock:
             lock = cls.try_acquire(path)
             if lock is not None:
                 return lock
-            with path.open("a+") as file:
-                file.seek(0)
-                on_wait(file.read().strip() or "another process")
-                fcntl.flock(file, fcntl.LOCK_EX)
+            fd = _open(path)
+            try:
+                on_wait(os.pread(fd, 200, 0).decode(errors="replace").strip() or "another process")
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            finally:
+                os.close(fd)
 
     @classmethod
     def try_acquire(cls, path: Path) -> "BuildLock | None":
         """The lock, or None while another process has it."""
         while True:
-            file = path.open("a+")
+            fd = _open(path)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                file.close()
+                os.close(fd)
                 return None
             # `store prune` may have unlinked the file between open and flock: such a lock excludes nobody
-            if _is_at(file, path):
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%H:%M:%S}\n")
-                file.flush()
-                return cls(file)
-            file.close()
+            if _is_at(fd, path):
+                _sign(fd)
+                return cls(fd)
+            os.close(fd)
+
+    @staticmethod
+    def held(path: Path) -> bool:
+        """Whether a process has the lock, or may have: it cannot be looked at. Leaves no trace."""
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+        return False
 
     def release(self) -> None:
-        self._file.close()
+        """Let go, once or more often."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
 
 
-def _is_at(file: TextIO, path: Path) -> bool:
+def _open(path: Path) -> int:
+    """Open the lock file, made if it is missing; for reading only where it is another user's. Follows no link.
+
+    Raises OSError, StoreError.
+    """
+    flags = os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o644)
+    except PermissionError:
+        try:
+            fd = os.open(path, os.O_RDONLY | flags)
+        except FileNotFoundError:
+            raise PermissionError(13, "Permission denied", str(path)) from None
+    try:
+        require_trusted(path, os.fstat(fd), path.parent)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _sign(fd: int) -> None:
+    """Say in the file who has the lock, where one may write to it."""
+    with suppress(OSError):
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%H:%M:%S}\n".encode(), 0)
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
     except FileNotFoundError:
         return False

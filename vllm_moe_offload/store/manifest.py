@@ -8,9 +8,13 @@ import msgspec
 from vllm_moe_offload.errors import StoreError
 from vllm_moe_offload.store.layout import RecordLayout
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 RECORDS_NAME = "records.bin"
+
+
+class OutdatedError(StoreError):
+    """What was written by an earlier version of this package, in a form that no engine of this one can use."""
 
 
 class LayerEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -64,7 +68,8 @@ def decode(text: bytes) -> Manifest:
     try:
         version = msgspec.json.decode(text, type=_Versioned).format_version
         if version != FORMAT_VERSION:
-            raise StoreError(f"it has format version {version}, this package reads {FORMAT_VERSION}")
+            kind = OutdatedError if version < FORMAT_VERSION else StoreError
+            raise kind(f"it has format version {version}, this package reads {FORMAT_VERSION}")
         manifest = msgspec.json.decode(text, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise StoreError(f"its {MANIFEST_NAME} cannot be parsed ({error})") from error

@@ -13,6 +13,7 @@ from vllm_moe_offload.store.files import aligned_buffer, explained, open_direct
 from vllm_moe_offload.store.identity import StoreIdentity
 from vllm_moe_offload.store.layout import record_digest
 from vllm_moe_offload.store.manifest import LayerEntry
+from vllm_moe_offload.store.ownership import require_trusted
 
 VERIFY_BYTES = 8 << 20
 
@@ -43,23 +44,26 @@ class Store:
     def open(cls, path: Path, identity: StoreIdentity | None = None) -> "Store":
         """Open the store in folder `path` if it is whole and, given `identity`, built for exactly that.
 
-        Raises UnusableStoreError if it must be rebuilt, StoreError if it cannot be read at all.
+        Raises UnusableStoreError if it must be rebuilt, StoreError if it cannot be read at all or is not trusted.
         """
         with explained("read the store", path):
             try:
-                contents = manifest.decode((path / manifest.MANIFEST_NAME).read_bytes())
-                _check_identity(contents, identity)
+                text = _read_trusted(path, path / manifest.MANIFEST_NAME)
+                contents = _decode(path, text, identity)
                 fd, direct = open_direct(path / manifest.RECORDS_NAME, os.O_RDONLY)
             except FileNotFoundError as error:
                 raise UnusableStoreError(f"store {path} is incomplete: {error.filename} is missing") from error
-            except StoreError as error:
-                raise UnusableStoreError(f"store {path} cannot be used: {error}") from error
-            size = os.fstat(fd).st_size
-        if size != contents.data_bytes:
+        try:
+            status = os.fstat(fd)
+            require_trusted(path, status, path.parent)
+            if status.st_size != contents.data_bytes:
+                raise UnusableStoreError(
+                    f"store {path} cannot be used: {manifest.RECORDS_NAME} has {status.st_size} bytes, "
+                    f"not {contents.data_bytes}"
+                )
+        except BaseException:
             os.close(fd)
-            raise UnusableStoreError(
-                f"store {path} cannot be used: {manifest.RECORDS_NAME} has {size} bytes, not {contents.data_bytes}"
-            )
+            raise
         return cls(path, contents, fd, direct)
 
     def layer(self, name: str) -> LayerEntry:
@@ -118,6 +122,21 @@ class Store:
                 break
             done += got
         return done
+
+
+def _read_trusted(store: Path, file_path: Path) -> bytes:
+    with file_path.open("rb") as file:
+        require_trusted(store, os.fstat(file.fileno()), store.parent)
+        return file.read()
+
+
+def _decode(store: Path, text: bytes, identity: StoreIdentity | None) -> manifest.Manifest:
+    try:
+        contents = manifest.decode(text)
+        _check_identity(contents, identity)
+    except StoreError as error:
+        raise UnusableStoreError(f"store {store} cannot be used: {error}") from error
+    return contents
 
 
 def _check_identity(contents: manifest.Manifest, identity: StoreIdentity | None) -> None:

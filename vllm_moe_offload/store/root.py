@@ -3,13 +3,15 @@
 Must never touch a folder whose builder is alive, nor remove anything it did not create.
 """
 
+import math
 import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vllm_moe_offload.errors import StoreError
@@ -17,10 +19,13 @@ from vllm_moe_offload.store import manifest
 from vllm_moe_offload.store.files import ROOT_SETTING, explained
 from vllm_moe_offload.store.identity import StoreIdentity
 from vllm_moe_offload.store.lock import BuildLock
+from vllm_moe_offload.store.manifest import OutdatedError
 from vllm_moe_offload.store.reader import Store, UnusableStoreError
 from vllm_moe_offload.store.writer import StoreWriter
 
 REASON_NAME = "reason"
+USED_NAME = "used"
+"""A file whose time is that of a store's last opening."""
 _ENTRY = re.compile(r"(?P<fingerprint>[0-9a-f]{32})(\.(?P<state>building|damaged|removed)-.+)?")
 
 
@@ -34,9 +39,10 @@ def default_root() -> Path:
 
 @dataclass(frozen=True)
 class StoreInfo:
-    """One folder of the root; `size` in bytes, `built` in seconds since the epoch.
+    """One folder of the root; `size` in bytes, `built` and last `used` in seconds since the epoch.
 
-    `state` is complete, building, leftover (of a killed build or a removal), damaged or unreadable; `detail` says why.
+    `state` is complete, building, leftover (of a killed build or a removal), damaged, outdated (of an earlier version
+    of this package) or unreadable; `detail` says why. `superseded` by a newer store of the same model and settings.
     """
 
     path: Path
@@ -44,13 +50,36 @@ class StoreInfo:
     state: str
     size: int
     built: float
-    model: str = ""
+    used: float
+    identity: StoreIdentity | None = None
     detail: str = ""
+    superseded: bool = False
+
+    @property
+    def model(self) -> str:
+        """The checkpoint's folder; empty if unknown."""
+        return "" if self.identity is None else self.identity.model
 
     @property
     def orphaned(self) -> bool:
-        """The checkpoint it was built from is no longer where it was; unknown, hence False, for a relative path."""
-        return Path(self.model).is_absolute() and not Path(self.model).exists()
+        """The checkpoint it was built from is no longer where it was; unknown, hence False, for a relative path or
+        one that this user may not look at.
+        """
+        try:
+            return Path(self.model).is_absolute() and not Path(self.model).exists()
+        except OSError:
+            return False
+
+    @property
+    def useless(self) -> bool:
+        """No engine will read it again as things are."""
+        return self.state in ("leftover", "damaged", "outdated") or self.orphaned
+
+    def replaced_by(self, other: "StoreInfo") -> bool:
+        """Whether `other` is newer and of the same model and settings."""
+        if self.identity is None or other.identity is None or other.built <= self.built:
+            return False
+        return other.identity.could_replace(self.identity)
 
 
 class StoreRoot:
@@ -68,6 +97,8 @@ class StoreRoot:
         final = self.path / identity.fingerprint
         store = self._usable(final, identity, say=lambda reason: None)
         if store is not None:
+            with suppress(OSError):  # another user's, or a read-only file system
+                (final / USED_NAME).touch()
             return store
         with explained("build a store", self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -110,30 +141,60 @@ class StoreRoot:
             for path, fingerprint, state in self._entries():
                 with suppress(FileNotFoundError):  # renamed by its builder or removed meanwhile
                     infos.append(self._info(path, fingerprint, state))
-        return sorted(infos, key=lambda info: -info.built)
+        marked = [replace(info, superseded=any(info.replaced_by(other) for other in infos)) for info in infos]
+        return sorted(marked, key=lambda info: -info.built)
 
-    def prunable(self, everything: bool = False) -> list[StoreInfo]:
-        """Leftovers, damaged stores and those whose checkpoint is gone, or all; never one being built."""
-        return [
+    def prunable(
+        self,
+        everything: bool = False,
+        superseded: bool = False,
+        unused_for: float = math.inf,
+        keep_bytes: float = math.inf,
+    ) -> list[StoreInfo]:
+        """Stores of no use, and those that were asked for; never one being built.
+
+        Args:
+            everything: all.
+            superseded: also those a newer one of the same model and settings has taken the place of.
+            unused_for: also those that no engine has opened for so many seconds.
+            keep_bytes: also the ones longest unused, until the others together take no more than this.
+        """
+        infos = [info for info in self.ls() if info.state != "building"]
+        now = time.time()
+        chosen = [
             info
-            for info in self.ls()
-            if info.state != "building" and (everything or info.state in ("leftover", "damaged") or info.orphaned)
+            for info in infos
+            if everything or info.useless or (superseded and info.superseded) or now - info.used > unused_for
         ]
+        kept = sorted((info for info in infos if info not in chosen), key=lambda info: info.used)
+        excess = sum(info.size for info in kept) - keep_bytes
+        for info in kept:
+            if excess > 0:
+                chosen.append(info)
+                excess -= info.size
+        return chosen
 
-    def prune(self, infos: Iterable[StoreInfo]) -> int:
-        """Remove these; returns the bytes freed. Engines that have one open go on reading it. Raises StoreError."""
+    def prune(self, infos: Iterable[StoreInfo], say: Callable[[str], None]) -> int:
+        """Remove these; returns the bytes freed. Engines that have one open go on reading it.
+
+        `say` hears what could not be removed, another user's for example.
+        """
         freed = 0
         for info in infos:
-            with explained("remove a store", info.path):
-                lock = BuildLock.try_acquire(self._lock_path(info.fingerprint))
-                if lock is None:
-                    continue
-                try:
-                    self._remove(info.path)
-                    self._lock_path(info.fingerprint).unlink()
-                finally:
-                    lock.release()
-            freed += info.size
+            try:
+                with explained("remove a store", info.path):
+                    lock = BuildLock.try_acquire(self._lock_path(info.fingerprint))
+                    if lock is None:
+                        continue
+                    try:
+                        self._remove(info.path)
+                        self._lock_path(info.fingerprint).unlink()
+                    finally:
+                        lock.release()
+            except StoreError as problem:
+                say(str(problem))
+            else:
+                freed += info.size
         return freed
 
     def _entries(self) -> list[tuple[Path, str, str | None]]:
@@ -154,9 +215,11 @@ class StoreRoot:
     def _start(self, final: Path, identity: StoreIdentity, lock: BuildLock) -> StoreWriter:
         """With the lock held, whatever else bears this fingerprint has no living owner."""
         with explained("build a store", self.path):
-            for path, fingerprint, _ in self._entries():
+            for path, fingerprint, state in self._entries():
                 if fingerprint == final.name:
-                    self._remove(path)
+                    # what another user's killed build left may have to stay; it is in nobody's way
+                    with suppress(PermissionError) if state else nullcontext():
+                        self._remove(path)
             building = self._beside(final.name, "building")
             building.mkdir()
         return StoreWriter(building, final, identity, lock)
@@ -174,31 +237,32 @@ class StoreRoot:
         return self.path / f"{fingerprint}.lock"
 
     def _info(self, path: Path, fingerprint: str, state: str | None) -> StoreInfo:
-        size = sum(file.stat().st_size for file in path.iterdir())
-        model, detail = "", ""
+        built = path.stat().st_mtime
+        try:
+            times = {file.name: file.stat() for file in path.iterdir()}
+        except PermissionError as error:
+            return StoreInfo(path, fingerprint, "unreadable", 0, built, built, detail=f"{error.strerror}: {path}")
+        identity, detail = None, ""
         if state is None:
-            state, model, detail = _inspect(path)
+            state, identity, detail = _inspect(path)
         elif state == "damaged":
             reason = path / REASON_NAME
             detail = reason.read_text().strip() if reason.exists() else ""
-        elif state == "removed" or self._unlocked(fingerprint):
+        elif state == "removed" or not BuildLock.held(self._lock_path(fingerprint)):
             state = "leftover"
-        return StoreInfo(path, fingerprint, state, size, path.stat().st_mtime, model, detail)
-
-    def _unlocked(self, fingerprint: str) -> bool:
-        lock = BuildLock.try_acquire(self._lock_path(fingerprint))
-        if lock is not None:
-            lock.release()
-        return lock is not None
+        size = sum(status.st_size for status in times.values())
+        used = times[USED_NAME].st_mtime if USED_NAME in times else built
+        return StoreInfo(path, fingerprint, state, size, built, max(built, used), identity, detail)
 
 
-def _inspect(path: Path) -> tuple[str, str, str]:
-    """State, model and detail of the store in folder `path`."""
+def _inspect(path: Path) -> tuple[str, StoreIdentity | None, str]:
+    """State, identity and detail of the store in folder `path`."""
     try:
         store = Store.open(path)
     except UnusableStoreError as problem:
-        return "damaged", "", str(problem)
+        outdated = isinstance(problem.__cause__, OutdatedError)
+        return "outdated" if outdated else "damaged", None, str(problem)
     except StoreError as problem:
-        return "unreadable", "", str(problem)
+        return "unreadable", None, str(problem)
     store.close()
-    return "complete", store.identity.model, ""
+    return "complete", store.identity, ""
