@@ -2,7 +2,8 @@
 
 Prints one line per event (`say …`, `building`, `written BYTES`, `built DIGEST`, `opened DIGEST`, `error …`); with
 `hold` it waits for a line on stdin before its first layer. With $DIE_BEFORE naming a step of `finish` it kills itself
-there with SIGKILL; with $FILE_LIMIT no file may grow beyond that many bytes; with $UNPRIVILEGED it gives up root.
+there with SIGKILL; with $FILE_LIMIT no file may grow beyond that many bytes; with $UNPRIVILEGED it gives up root; with
+$ACT_AS=UID:GID it becomes that user, with that one group.
 """
 
 import hashlib
@@ -78,6 +79,11 @@ if os.environ.get("UNPRIVILEGED") and os.geteuid() == 0:
     os.setgroups([])
     os.setgid(65534)
     os.setuid(65534)
+if user := os.environ.get("ACT_AS"):
+    uid, gid = map(int, user.split(":"))
+    os.setgroups([])
+    os.setgid(gid)
+    os.setuid(uid)
 try:
     main(*sys.argv[1:])
 except StoreError as error:
