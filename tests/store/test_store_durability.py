@@ -34,7 +34,7 @@ def test_everything_is_on_disk_before_a_store_is_in_its_place(
 
     def seen_fsync(fd: int) -> None:
         fsync(fd)
-        order.append(f"fsync {Path(os.readlink(f'/proc/self/fd/{fd}')).name.split('.building')[0]}")
+        order.append(f"fsync {Path(f'/proc/self/fd/{fd}').readlink().name.split('.building')[0]}")
 
     def seen_rename(path: Path, target: Any) -> Path:
         order.append("rename")

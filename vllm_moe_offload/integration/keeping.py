@@ -28,7 +28,8 @@ logger = init_logger("vllm.moe_offload")
 
 
 def history_fingerprint(store: Store, embed: Meaning | None) -> str:
-    """Of the weights and configuration of the model alone: histories outlive another vLLM, kernel or machine.
+    """Of the checkpoint's content and configuration alone (see store/identity.py): histories outlive another vLLM,
+    torch or transformers, another kernel, dtype or machine.
 
     Embeddings of two functions cannot be compared, so each of the user's has a history of its own.
     """
