@@ -6,6 +6,7 @@ one is missing. A store must hold what vLLM would have computed with, or not com
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -233,3 +234,19 @@ def test_a_missing_tensor_of_a_model_that_writes_by_itself_is_named(store: Build
     del tensors[next(name for name in tensors if "layers.1." in name and "down_proj_bias" in name)]
     save_file(tensors, gpt_oss.path / "model.safetensors")
     assert "the checkpoint never brought w2_bias of every expert" in store(gpt_oss.path)["error"]
+
+
+def test_a_disk_too_small_for_the_whole_store_is_refused_before_the_first_record(
+    store: Build, model: Path, tmp_path: Path
+) -> None:
+    disk = tmp_path / "stores"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount here: {mounted.stderr.decode().strip()}")
+    try:
+        said = store(model)["error"]
+        assert re.match(r"StoreError: cannot build the store at .*: it needs 2\.2 MiB, 1\.\d MiB are free", said)
+        assert StoreRoot(disk).ls() == []
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
