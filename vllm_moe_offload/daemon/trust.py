@@ -8,7 +8,8 @@ import stat
 from collections.abc import Container
 from pathlib import Path
 
-from .credentials import Peer, is_known
+from ..users import is_known
+from .credentials import Peer
 
 _SHARED = stat.S_IWGRP | stat.S_IWOTH
 

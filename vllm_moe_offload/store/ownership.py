@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vllm_moe_offload.errors import StoreError
 from vllm_moe_offload.store.files import ROOT_SETTING
+from vllm_moe_offload.users import is_known
 
 SUPERUSER = 0
 
@@ -27,7 +28,7 @@ def require_trusted(path: Path, status: os.stat_result, root: Path) -> None:
     folder = root.stat()
     if not folder.st_mode & stat.S_IWOTH:
         return
-    if status.st_uid not in (os.geteuid(), SUPERUSER, folder.st_uid):
+    if status.st_uid not in (os.geteuid(), SUPERUSER, folder.st_uid) or not is_known(status.st_uid, "uid"):
         problem = f"belongs to {_user(status.st_uid)}"
     elif status.st_mode & stat.S_IWOTH and not stat.S_ISDIR(status.st_mode):
         problem = "can be changed by everyone"
