@@ -30,6 +30,7 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
         self.offload = offload
         self.moe = real.moe
         self._create_arguments: dict[str, Any] = {}
+        self._default_dtype = torch.float32
         self.pooled: tuple[OffloadRuntime, PooledLayer] | None = None
         self.witness: Witness | None = None
         self.show: Callable[[Callable[[], NDArray[np.float32]]], None] | None = None
@@ -39,6 +40,7 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
 
     def create_weights(self, layer: torch.nn.Module, **kwargs: Any) -> None:
         self._create_arguments = kwargs
+        self._default_dtype = torch.get_default_dtype()
         self.offload.adopt(layer, self)
 
     def create_placeholders(self, layer: torch.nn.Module) -> None:
@@ -49,7 +51,13 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
     def create_real_weights(self, layer: torch.nn.Module, **changed: Any) -> None:
         """Give the layer the parameters vLLM would give it, in place of those it has."""
         remove(layer)
-        self.real.create_weights(layer=layer, **self._create_arguments | changed)
+        # some formats make a tensor in the default type, which is the model's only while vLLM loads it
+        outside = torch.get_default_dtype()
+        torch.set_default_dtype(self._default_dtype)
+        try:
+            self.real.create_weights(layer=layer, **self._create_arguments | changed)
+        finally:
+            torch.set_default_dtype(outside)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         self.offload.record(layer, self)

@@ -186,7 +186,8 @@ def refuse_late_loads(layer: torch.nn.Module, tensors: dict[str, torch.Tensor]) 
     vLLM would let it win over the one before. Only loads that do not wait until all have come can be too late.
     """
     for name, parameter in tensors.items():
-        parameter.weight_loader = _refusing(layer, name, parameter.weight_loader, tensors)
+        if hasattr(parameter, "weight_loader"):  # nothing is loaded into what only processing makes
+            parameter.weight_loader = _refusing(layer, name, parameter.weight_loader, tensors)
 
 
 def _refusing(
