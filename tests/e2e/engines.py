@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.e2e.compiler_cache import use_compiler_cache
+
 SERVER = Path(__file__).parent / "engine_server.py"
 
 
@@ -17,7 +19,14 @@ class EngineServer:
 
     def __init__(self, log: Path, **environment: str):
         self._log = log
-        self._environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"} | environment
+        compiled = Path(os.environ["MOE_OFFLOAD_TEST_ROOT"]) / "compiled"
+        compiled.mkdir(exist_ok=True)
+        self._environment = (
+            os.environ
+            | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
+            | use_compiler_cache(compiled)
+            | environment
+        )
         self._process: subprocess.Popen[str] | None = None
 
     def run(self, model: Path, engine: dict[str, Any], rounds: list[dict[str, Any]]) -> dict[str, Any]:

@@ -12,10 +12,12 @@ import pytest
 from tests.daemon.processes import running_daemon
 from tests.e2e.engines import EngineServer
 from tests.e2e.identity import prompts
+from tests.e2e.live_engine import LiveEngine
 from tests.integration.dense import dense_llama
 from tests.models import build
 from tests.models.deepseek import deepseek_v3_with_mtp
 from tests.models.recipe import Checkpoint, write
+from vllm_moe_offload.store import StoreRoot
 
 ROUNDS = [{"prompts": prompts(5, seed=8), "tokens": 16}, {"prompts": prompts(1, seed=9), "tokens": 16}]
 
@@ -119,3 +121,23 @@ def test_a_model_that_drafts_for_itself_has_one_store_and_is_believed(
         (model,) = daemon.status().models
         assert model.resident_bytes <= 1 << 20
     assert len([folder for folder in stores.iterdir() if (folder / "records.bin").exists()]) == 1
+
+
+def test_a_drafters_record_that_cannot_be_read_fails_requests_and_not_the_engine(
+    pairs: dict[str, Pair], tmp_path: Path
+) -> None:
+    """Its drafts would be void, and the KV blocks of its own that the next drafts are made from."""
+    path, engine, _, _ = pairs["another MoE model"]
+    drafter = engine["speculative_config"]["model"]
+    live = LiveEngine(tmp_path / "log")
+    try:
+        live.start(path, engine, cache="50%", store=str(tmp_path / "stores"), predictor="none")
+        (store,) = (info.path for info in StoreRoot(tmp_path / "stores").ls() if info.model == drafter)
+        (store / "records.bin").write_bytes(bytes((store / "records.bin").stat().st_size))
+        (answer,) = live.generate([[1, 2, 3]], 8)
+        assert answer.finish_reason == "error" and str(store) in str(answer.stop_reason)
+        assert live.stats()["drafter_failed_loads"] > 0
+        live.close()
+    finally:
+        live.process.kill()
+        live.process.join()
