@@ -200,7 +200,8 @@ class Host:
         gone = sum(pid in self.ended for pid in self.daemons[worker.first_daemon :])
         assert len(alone) <= gone, f"{gone} of its daemons have ended, worker {worker.process.pid} says: {alone}"
         pid = after["daemon_pid"]
-        worker.first_daemon = self.daemons.index(pid) if pid else len(self.daemons) - 1
+        # one that is alone may have been attached by a daemon that has ended since, and joins it at its next step
+        worker.first_daemon = self.daemons.index(pid) if pid else worker.first_daemon + len(alone)
         self.failovers += len(alone)
         self.comebacks += sum("again" in line for line in said)
         self.steps += STEPS
