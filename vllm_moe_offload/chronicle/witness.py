@@ -16,6 +16,7 @@ from ..history.recording import Recorder, RequestRows, routing_shares
 from ..history.trace import Trace
 from ..predict.context import RequestState
 from ..prefetch.anticipation import Anticipation
+from ..prefetch.optional import Switch, optional
 from .blas import use_one_thread
 
 Vector = NDArray[np.float32]
@@ -44,6 +45,7 @@ class Witness:
         embed: vectors ``[n, D]`` of tokens ``[n]``; None where the model's embeddings cannot be read.
         anticipation: looks ahead while the steps run.
         later: runs what it is given outside of the steps, in the order given; at once where there is no such place.
+        switch: turned off by what raises; then nothing is watched any more, and nothing looked ahead for.
     """
 
     def __init__(
@@ -53,7 +55,9 @@ class Witness:
         embed: Callable[[NDArray[np.integer]], Vector] | None,
         anticipation: Anticipation | None = None,
         later: Callable[[Callable[[], None]], None] = _at_once,
+        switch: Switch | None = None,
     ):
+        self.switch = switch or Switch()
         self.recorder = recorder
         self._ended = ended
         self._later = later
@@ -66,11 +70,13 @@ class Witness:
         if anticipation is not None:
             use_one_thread()
 
+    @optional
     def begin_step(self, source: StepSource) -> None:
         """A step has been scheduled; its batch is not put together yet."""
         self._source = source
         self._watching = False
 
+    @optional
     def begin_pass(self) -> None:
         """The forward pass of the step starts. Without effect where no step has been announced, or the second time."""
         if self._source is None:
@@ -85,6 +91,7 @@ class Witness:
         if self._anticipation is not None:
             self._anticipation.begin_step(rows, self._embeddings)
 
+    @optional
     def routed(self, layer: int, experts: NDArray[np.integer], weights: NDArray[np.floating]) -> None:
         """The router of ``layer`` has chosen: ``[rows, K]``, in the numbers of the whole layer."""
         if self._source is not None:
@@ -96,6 +103,7 @@ class Witness:
             shares = routing_shares(weights[: self._num_rows])
             self._anticipation.observe(layer, experts[: self._num_rows], shares)
 
+    @optional
     def end_step(self) -> None:
         """The forward pass is over."""
         self._source = None
@@ -105,6 +113,7 @@ class Witness:
             if self._anticipation is not None:
                 self._anticipation.end_step(maps)
 
+    @optional
     def requests_ended(self, requests: Iterable[str]) -> None:
         """Requests have finished or were aborted."""
         for request in requests:

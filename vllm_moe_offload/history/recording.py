@@ -138,6 +138,11 @@ class Recorder:
     def _kept_type(self) -> type[np.unsignedinteger]:
         return np.uint8 if self.shape[1] <= 256 else np.uint16
 
+    def forget(self) -> None:
+        """Nothing is known of any request any more."""
+        self._rows = []
+        self._requests.clear()
+
     def _make_buffers(self, rows: int) -> None:
         """For the maps of a step over so many rows; steps mostly have as many as the one before."""
         layers, _, top_k = self.shape

@@ -27,6 +27,7 @@ from ..predict.token_vectors import ModelVectors
 from ..prefetch.anticipation import Anticipation
 from ..prefetch.estimates import Estimates
 from ..prefetch.loader import CHUNK_BYTES
+from ..prefetch.optional import Switch
 from ..runtime import OffloadRuntime
 from ..slots.looking_ahead import SlotsAhead
 from .gates import layer_routers
@@ -68,7 +69,9 @@ class Watch:
     ):
         shape = model_shape(layers)
         _refuse_unknown_rows(vllm_config)
-        gate = _gate_predictor(model, layers, shape) if config.predictor == "gate" else None
+        self._runtime = runtime
+        self._prediction = Switch(self._stop_predicting)
+        gate = _gate_predictor(model, layers, shape, self._prediction) if config.predictor == "gate" else None
         self._embeddings = token_rows(model)
         embed = meaning_of(config.embedding, self._embeddings and self._embeddings[0])
         fingerprint = history_fingerprint(runtime.store, embed)
@@ -81,7 +84,14 @@ class Watch:
         recorder = Recorder(shape, MOST_TOKENS if self._trace is None else None)
         self._recorder, self._warned_of_unsound_tokens = recorder, False
         self._background = Background(self._round, SECONDS_BETWEEN_ROUNDS, _complain, cpus)
-        self.witness = Witness(recorder, self._request_ended, embed, anticipation, later=self._background.soon)
+        self.witness = Witness(
+            recorder,
+            self._request_ended,
+            embed,
+            anticipation,
+            later=self._background.soon,
+            switch=Switch(self._stop_watching),
+        )
         for number, (_, method) in enumerate(layers.values()):
             method.witness, method.number = self.witness, number
         model.register_forward_pre_hook(lambda module, arguments: self.witness.begin_pass())
@@ -107,8 +117,18 @@ class Watch:
         load_seconds = 1e-4 + record / 2e9
         in_the_way = load_seconds * min(1.0, CHUNK_BYTES / record)
         estimates = Estimates(load_seconds, layer_seconds=1e-3, chunk_seconds=in_the_way)
-        runtime.anticipation = Anticipation(self._predictor, slots, estimates, time.perf_counter)
+        runtime.anticipation = Anticipation(self._predictor, slots, estimates, time.perf_counter, self._prediction)
         return runtime.anticipation
+
+    def _stop_predicting(self, reason: str) -> None:
+        self._runtime.counters.prediction_failures += 1
+        logger.error("moe-offload: prediction is switched off for this engine: %s", reason)
+
+    def _stop_watching(self, reason: str) -> None:
+        self._prediction.off = True
+        self._runtime.counters.prediction_failures += 1
+        self._recorder.forget()
+        logger.error("moe-offload: prediction, history and traces are switched off for this engine: %s", reason)
 
     def begin_step(self, model_runner: Any, scheduler_output: Any) -> None:
         """A step has been scheduled: some requests ended before it, others run in it."""
@@ -149,10 +169,13 @@ class Watch:
         if self._trace is not None:
             self._trace.add(trace)
         if self._predictor is not None:
-            self._predictor.close(state or self._predictor.open(), trace)
-            if not isinstance(self._predictor, HistoryPredictor):
-                assert self._keeper is not None
-                self._keeper.history.add(trace)
+            self._prediction.guard(self._learn)(self._predictor, trace, state)
+
+    def _learn(self, predictor: Predictor, trace: Trace, state: RequestState | None) -> None:
+        predictor.close(state or predictor.open(), trace)
+        if not isinstance(predictor, HistoryPredictor):
+            assert self._keeper is not None
+            self._keeper.history.add(trace)
 
     def _round(self) -> None:
         if self._recorder.unsound_tokens and not self._warned_of_unsound_tokens:
@@ -218,10 +241,10 @@ def _refuse_unknown_rows(vllm_config: Any) -> None:
         )
 
 
-def _gate_predictor(model: torch.nn.Module, layers: Layers, shape: ModelShape) -> GatePredictor:
+def _gate_predictor(model: torch.nn.Module, layers: Layers, shape: ModelShape, prediction: Switch) -> GatePredictor:
     predictor = GatePredictor(shape, layer_routers(model, [layer for layer, _ in layers.values()]))
     for _, method in layers.values():
-        method.show = predictor.see
+        method.show = prediction.guard(predictor.see)
     return predictor
 
 

@@ -24,6 +24,8 @@ class Counters:
     """Still loading when needed."""
     prefetch_wasted: int = 0
     """Evicted before anyone needed them."""
+    prediction_failures: int = 0
+    """Exceptions after which this engine goes on without prediction."""
     steps: int = 0
     tokens: int = 0
     """Scheduled in these steps, those of prompts included."""

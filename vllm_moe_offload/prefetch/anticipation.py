@@ -13,6 +13,7 @@ from ..history.recording import RequestMaps, RequestRows
 from ..predict.base import Predictor, Step, union_probability
 from ..predict.context import RequestState, TokenContext, TokenMap
 from .estimates import Estimates
+from .optional import Switch, optional
 from .planner import Outlook, Phase, Planner
 from .trials import Trials, kind_of
 
@@ -43,14 +44,23 @@ class Residency(Protocol):
 
 
 class Anticipation:
-    """Looks ahead for one worker.
+    """Looks ahead for one worker, as long as nothing about it raises.
 
     Args:
         estimates: what is known of this machine; kept up to date here.
         clock: seconds.
+        switch: turned off by what raises.
     """
 
-    def __init__(self, predictor: Predictor, residency: Residency, estimates: Estimates, clock: Callable[[], float]):
+    def __init__(
+        self,
+        predictor: Predictor,
+        residency: Residency,
+        estimates: Estimates,
+        clock: Callable[[], float],
+        switch: Switch | None = None,
+    ):
+        self.switch = switch or Switch()
         self.predictor = predictor
         self.planner = Planner(estimates)
         self._residency = residency
@@ -74,8 +84,9 @@ class Anticipation:
     @property
     def looks_ahead(self) -> bool:
         """Whether the running step is predicted."""
-        return self._step is not None
+        return self._step is not None and not self.switch.off
 
+    @optional
     def begin_step(self, rows: Sequence[RequestRows], embeddings: Mapping[str, NDArray[np.float32]]) -> None:
         """The forward pass over ``rows`` starts. ``embeddings``: of requests, where known."""
         self._step_began = began = self._clock()
@@ -94,6 +105,7 @@ class Anticipation:
             self._look_from(-1)
             self._thinking = self._clock() - began
 
+    @optional
     def observe(self, layer: int, experts: NDArray[np.integer], weights: NDArray[np.floating]) -> None:
         """``layer`` has routed the rows of the step, ``[rows, K]``; its experts are going to be asked for."""
         if self._step is None:
@@ -110,6 +122,7 @@ class Anticipation:
         self._layer_began = self._clock()
         self._thinking += self._layer_began - now
 
+    @optional
     def look_ahead(self) -> None:
         """The experts of the layer observed last are there: think of the next ones while it computes."""
         if self._step is None:
@@ -120,6 +133,7 @@ class Anticipation:
         self._layer_began += took
         self._thinking += took
 
+    @optional
     def end_step(self, maps: Sequence[RequestMaps]) -> None:
         """The pass is over; ``maps`` are what its rows have been through."""
         if self._is_small:
@@ -136,6 +150,7 @@ class Anticipation:
         """A request has ended. Returns what was known of it."""
         return self._states.pop(request, None)
 
+    @optional
     def note_demand(self, loads: int, seconds: float) -> None:
         """The step has waited for ``loads`` that nobody had started."""
         estimates = self.planner.estimates
@@ -144,16 +159,19 @@ class Anticipation:
         self._demands += loads
         self.note_stall(seconds)
 
+    @optional
     def note_useful(self, count: int) -> None:
         """``count`` prefetches were there when they were needed."""
         for _ in range(count):
             self.planner.note_useful(self._phase)
 
+    @optional
     def note_late(self, count: int, waited_seconds: float) -> None:
         """``count`` prefetches were waited for, together for ``waited_seconds``, which ``note_stall`` hears of too."""
         for _ in range(count):
             self.planner.note_late(self._phase, waited_seconds / count)
 
+    @optional
     def note_wasted(self, count: int) -> None:
         """``count`` prefetches were evicted unused."""
         for _ in range(count):

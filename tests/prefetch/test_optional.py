@@ -1,0 +1,180 @@
+"""Prediction that raises, anywhere and anyhow, is switched off; steps go on as if it were not there."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from tests.prefetch.test_anticipation import SHAPE, Oracle, OracleStep, Slots, decode_row, estimates
+from vllm_moe_offload.chronicle.witness import Witness
+from vllm_moe_offload.history.recording import Recorder, RequestRows
+from vllm_moe_offload.history.trace import Trace
+from vllm_moe_offload.predict.base import Probabilities, Step
+from vllm_moe_offload.predict.context import RequestState, TokenContext
+from vllm_moe_offload.prefetch.anticipation import Anticipation
+from vllm_moe_offload.prefetch.optional import Switch
+
+Failing = Callable[[str], None]
+CALLS = ("predictor.open", "predictor.begin", "step.observe", "step.predict")
+CALLS += ("absent", "expect", "passed", "prefetch", "queued", "clock")
+WATCHED = ("source.rows", "source.prompt", "embed", "recorder.note", "recorder.end_step")
+
+
+class Raising(Oracle):
+    def __init__(self, enter: Failing):
+        super().__init__()
+        self.enter = enter
+
+    def open(self, embedding: Any = None) -> RequestState:
+        self.enter("predictor.open")
+        return super().open(embedding)
+
+    def begin(self, rows: Sequence[TokenContext]) -> Step:
+        self.enter("predictor.begin")
+        return RaisingStep(self.enter, len(rows))
+
+
+class RaisingStep(OracleStep):
+    def __init__(self, enter: Failing, rows: int):
+        super().__init__(1.0, rows)
+        self.enter = enter
+
+    def observe(self, layer: int, experts: NDArray[np.integer], weights: NDArray[np.floating]) -> None:
+        self.enter("step.observe")
+
+    def predict(self, layer: int) -> Probabilities:
+        self.enter("step.predict")
+        return super().predict(layer)
+
+
+class RaisingSlots(Slots):
+    """A residency every method of which enters before it answers."""
+
+    def __init__(self, clock: list[float], enter: Failing):
+        super().__init__(clock)
+        for name in ("absent", "expect", "passed", "prefetch", "queued"):
+            setattr(self, name, self._entering(name, getattr(self, name), enter))
+
+    @staticmethod
+    def _entering(name: str, answer: Callable[..., Any], enter: Failing) -> Callable[..., Any]:
+        def entered(*arguments: Any) -> Any:
+            enter(name)
+            return answer(*arguments)
+
+        return entered
+
+
+class Source:
+    def __init__(self, enter: Failing, position: int):
+        self.enter, self.position = enter, position
+
+    def rows(self) -> Sequence[RequestRows]:
+        self.enter("source.rows")
+        return [decode_row(position=self.position)]
+
+    def prompt(self, request: str) -> NDArray[np.int32]:
+        self.enter("source.prompt")
+        return np.arange(3, dtype=np.int32)
+
+
+class RaisingRecorder(Recorder):
+    def __init__(self, enter: Failing):
+        super().__init__(SHAPE)
+        self.enter = enter
+
+    def note(self, layer: int, experts: NDArray[np.integer], weights: NDArray[np.floating]) -> None:
+        self.enter("recorder.note")
+        super().note(layer, experts, weights)
+
+    def end_step(self) -> Any:
+        self.enter("recorder.end_step")
+        return super().end_step()
+
+
+class Worker:
+    """What of a worker has to do with prediction; enters every call it makes, of which one may raise."""
+
+    def __init__(self, where: str, left: int, error: type[BaseException]):
+        self.where, self.left, self.error = where, left, error
+        self.reports: list[str] = []
+        self.traces: list[Trace] = []
+        self.now = [0.0]
+        self.slots = RaisingSlots(self.now, self.enter)
+        self.anticipation = Anticipation(
+            Raising(self.enter), self.slots, estimates(), self.clock, Switch(self.reports.append)
+        )
+        self.witness = Witness(
+            RaisingRecorder(self.enter),
+            lambda trace, state: self.traces.append(trace),
+            self.embed,
+            self.anticipation,
+            switch=Switch(self.reports.append),
+        )
+
+    def enter(self, where: str) -> None:
+        if where == self.where:
+            self.left -= 1
+            if self.left == 0:
+                raise self.error("on purpose")
+
+    def clock(self) -> float:
+        self.enter("clock")
+        self.now[0] += 1e-5
+        return self.now[0]
+
+    def embed(self, tokens: NDArray[np.integer]) -> NDArray[np.float32]:
+        self.enter("embed")
+        return np.ones((len(tokens), 4), np.float32)
+
+    def run(self, steps: int) -> None:
+        for position in range(10, 10 + steps):
+            self.witness.begin_step(Source(self.enter, position))
+            for layer in range(SHAPE.layers):
+                self.witness.routed(layer, np.array([[0, 1]], np.int32), np.full((1, 2), 0.5, np.float32))
+                self.anticipation.note_demand(1, 1e-3)
+                self.anticipation.look_ahead()
+                self.anticipation.note_useful(1)
+            self.witness.end_step()
+        self.witness.requests_ended(["a"])
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    where=st.sampled_from(CALLS + WATCHED),
+    nth=st.integers(1, 6),
+    error=st.sampled_from([ValueError, IndexError, AssertionError, MemoryError, np.linalg.LinAlgError]),
+)
+def test_whatever_raises_first_is_reported_once_and_called_no_more(
+    where: str, nth: int, error: type[Exception]
+) -> None:
+    worker = Worker(where, nth, error)
+    worker.run(steps=8)
+    raised = worker.left <= 0
+    assert len(worker.reports) == raised
+    assert all(report.startswith(f"{error.__name__}: on purpose (test_optional.py:") for report in worker.reports)
+    assert worker.left in (0, *range(1, 7)), "it was called again after it had raised"
+    assert worker.anticipation.switch.off == (raised and where in CALLS)
+    assert worker.witness.switch.off == (raised and where in WATCHED)
+    if where in CALLS:
+        (trace,) = worker.traces
+        assert trace.num_tokens == 8, "what was routed is recorded whether or not prediction lives"
+
+
+@pytest.mark.parametrize("where", CALLS + WATCHED)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_what_is_meant_to_end_the_engine_ends_it(where: str, error: type[BaseException]) -> None:
+    worker = Worker(where, 1, error)
+    with pytest.raises(error):
+        worker.run(steps=8)
+
+
+def test_rows_that_are_missing() -> None:
+    worker = Worker("nowhere", 0, ValueError)
+    worker.run(steps=2)
+    worker.witness.begin_step(Source(worker.enter, 20))
+    worker.witness.routed(0, np.empty((0, 2), np.int32), np.empty((0, 2), np.float32))
+    assert len(worker.reports) == 1 and worker.witness.switch.off
