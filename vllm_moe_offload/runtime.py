@@ -4,7 +4,7 @@ It cuts steps up so that they fit. It must never import vLLM or torch, and never
 hold.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -114,8 +114,10 @@ class OffloadRuntime:
         for pool in self.pools:
             pool.load_all()
 
-    def serve(self, layer: PooledLayer, chosen: NDArray[np.integer]) -> Iterator[Wave]:
+    def serve(self, layer: PooledLayer, chosen: NDArray[np.integer]) -> Generator[Wave]:
         """Yield waves that together cover every row of ``chosen``; compute each before asking for the next.
+
+        Close the generator where the last wave is not asked for: it lets go of what is held.
 
         Args:
             chosen: ``[rows, top_k]`` expert numbers within the layer; negative ones are skipped.
@@ -128,6 +130,11 @@ class OffloadRuntime:
             yield from self._serve_streaming(layer, chosen, needed)
         else:
             yield from self._serve_at_once(layer, chosen, needed)
+
+    @property
+    def has_failures(self) -> bool:
+        """Whether a load has failed since they were taken last."""
+        return bool(self._failures)
 
     def take_failures(self) -> tuple[list[LoadError], set[int]]:
         """The loads that failed since the last call, and the rows of the batch whose results are therefore void."""
@@ -143,24 +150,28 @@ class OffloadRuntime:
 
     def _serve_at_once(
         self, layer: PooledLayer, chosen: NDArray[np.integer], needed: NDArray[np.int64]
-    ) -> Iterator[Wave]:
+    ) -> Generator[Wave]:
         hold = layer.pool.hold(layer.span, needed)
-        if self.anticipation is not None:
-            self.anticipation.look_ahead()
-        yield Wave(None, self._slots_of(layer, hold, chosen))
-        self._release(layer, hold, chosen)
+        try:
+            if self.anticipation is not None:
+                self.anticipation.look_ahead()
+            yield Wave(None, self._slots_of(layer, hold, chosen))
+        finally:
+            self._release(layer, hold, chosen)
 
     def _serve_streaming(
         self, layer: PooledLayer, chosen: NDArray[np.integer], needed: NDArray[np.int64]
-    ) -> Iterator[Wave]:
+    ) -> Generator[Wave]:
         """A long prefill: pass the layer's experts through a share of the slots and start on the next layer's."""
         hold = layer.pool.hold_streaming(layer.span, needed)
-        if following := self._following.get(layer.name):
-            following.pool.stream_ahead(following.span)
-        yield Wave(None, self._slots_of(layer, hold, chosen))
-        self._release(layer, hold, chosen)
+        try:
+            if following := self._following.get(layer.name):
+                following.pool.stream_ahead(following.span)
+            yield Wave(None, self._slots_of(layer, hold, chosen))
+        finally:
+            self._release(layer, hold, chosen)
 
-    def _serve_in_waves(self, layer: PooledLayer, chosen: NDArray[np.integer], capacity: int) -> Iterator[Wave]:
+    def _serve_in_waves(self, layer: PooledLayer, chosen: NDArray[np.integer], capacity: int) -> Generator[Wave]:
         """Fewer slots than the step needs: rows are grouped so that the experts of two groups fit side by side."""
         pool = layer.pool
         pool.settle(layer.span)
@@ -168,14 +179,20 @@ class OffloadRuntime:
         groups = group_rows(chosen, layer.experts, capacity // 2 if overlap else capacity)
         self.counters.waves += len(groups) - 1
         started: Hold | None = None
-        for number, rows in enumerate(groups):
-            hold = started or pool.start_hold(layer.span, _needed(layer, chosen[rows]))
-            hold = pool.finish_hold(layer.span, hold)
-            started = None
-            if overlap and number + 1 < len(groups):
-                started = pool.start_hold(layer.span, _needed(layer, chosen[groups[number + 1]]))
-            yield Wave(rows, self._slots_of(layer, hold, chosen[rows]))
-            self._release(layer, hold, chosen)
+        try:
+            for number, rows in enumerate(groups):
+                hold = started or pool.start_hold(layer.span, _needed(layer, chosen[rows]))
+                started = None
+                hold = pool.finish_hold(layer.span, hold)
+                try:
+                    if overlap and number + 1 < len(groups):
+                        started = pool.start_hold(layer.span, _needed(layer, chosen[groups[number + 1]]))
+                    yield Wave(rows, self._slots_of(layer, hold, chosen[rows]))
+                finally:
+                    self._release(layer, hold, chosen)
+        finally:
+            if started is not None:
+                pool.abandon(started)
 
     def _release(self, layer: PooledLayer, hold: Hold, chosen: NDArray[np.integer]) -> None:
         """Let go of what has been computed with, and remember the rows that would have needed what failed to load."""

@@ -85,6 +85,16 @@ def test_a_forgotten_expert_is_missing_again() -> None:
     assert cache.acquire(np.array([1, 2])).missing.tolist() == [2]
 
 
+@pytest.mark.parametrize("asked", [[0], [0, 3]])
+def test_a_streamed_expert_that_is_used_is_no_longer_the_first_to_go(asked: list[int]) -> None:
+    cache = ExpertCache(LAYER_OF, 2 + len(asked), create_policy("lru", LAYER_OF))
+    cache.release(cache.stream(np.array([0, 1]), share=2).slots)
+    for experts in ([2], asked):
+        cache.release(cache.acquire(np.array(experts)).slots)
+    evicted = [cache.acquire(np.array([expert])).evicted.tolist() for expert in (5, 6)]
+    assert evicted == [[1], [2]], "what streamed through and was not used, then the least recently used"
+
+
 def fill(policy: str, uses: list[list[int]], slots: int) -> ExpertCache:
     cache = ExpertCache(LAYER_OF, slots, create_policy(policy, LAYER_OF))
     for experts in uses:

@@ -196,6 +196,15 @@ class ExpertCache:
         self.transient[slots] = False
         self._unretire(slots)
 
+    def clear(self) -> None:
+        """Empty all slots, whoever has pinned them: all pins are void. The policy remembers what it has seen."""
+        self.slot_of[:] = ABSENT
+        self.expert_of[:] = FREE
+        self.pins[:] = 0
+        self.transient[:] = False
+        self.retired.clear()
+        self.occupied = 0
+
     def retire(self, count: int) -> NDArray[np.int64]:
         """Choose up to ``count`` more unpinned experts that shall leave next, and return them.
 

@@ -136,6 +136,9 @@ class AttachedPool(SlotPool):
     def finish_hold(self, layer: Span, hold: Hold) -> Hold:
         return self._demand(hold.experts, stream=False)
 
+    def abandon(self, hold: Hold) -> None:
+        """It was only a hint."""
+
     def release(self, hold: Hold) -> None:
         assert isinstance(hold, _TicketHold)
         if not self.minded:  # the entry may be another worker's by now

@@ -18,6 +18,7 @@ from ..prefetch.loader import RecordLoader
 from ..slots.base import SlotPool
 from ..slots.embedded import EmbeddedPool
 from ..slots.ledger import Ledger
+from ..slots.operations import Operations
 from ..store.layout import RecordLayout
 from ..store.pools import PoolMembers, pools_of
 from ..store.reader import Store
@@ -151,7 +152,7 @@ class DaemonClient:
 
     def _serve_alone(self, tables: list[ResidencyTable]) -> int:
         """Serve from what the slots hold now, as far as ``tables`` are trusted. Returns how many experts that is."""
-        loader = RecordLoader(self._store, cpus=self._io_cpus)
+        operations = Operations(lambda: RecordLoader(self._store, cpus=self._io_cpus))
         kept = 0
         for members, arena, table, pool in zip(self._members, self._arenas, tables, self._pools, strict=True):
             cache = self._own_cache(members, table.limit)
@@ -159,7 +160,7 @@ class DaemonClient:
                 experts = np.flatnonzero(table.slot_of != ABSENT)
                 cache.adopt(experts, table.slot_of[experts])
                 kept += len(experts)
-            pool.keep(EmbeddedPool(members, arena, cache, loader, self._ledger))
+            pool.keep(EmbeddedPool(members, arena, cache, operations, self._ledger))
         return kept
 
     def _restore_lease(self) -> None:

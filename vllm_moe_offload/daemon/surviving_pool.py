@@ -99,6 +99,9 @@ class SurvivingPool(SlotPool):
             self._fail_over(error)
             return self.behind.hold(layer, hold.experts)
 
+    def abandon(self, hold: Hold) -> None:
+        self.behind.abandon(hold)
+
     def release(self, hold: Hold) -> None:
         self.behind.release(hold)
 

@@ -82,7 +82,9 @@ class RecordLoader:
         self._cpus = cpus
         self._demanded: deque[Load] = deque()
         self._started: deque[Load] = deque()
-        self._wake = threading.Condition()
+        self._lock = threading.Lock()
+        """Taken itself, never through ``_wake``: a signal may end ``Condition.__exit__`` before it lets go."""
+        self._wake = threading.Condition(self._lock)
         self._waiting = 0
         """Calls of ``demand`` and ``join`` that have not returned."""
         self._guessing = 0
@@ -102,7 +104,7 @@ class RecordLoader:
         """Read ``loads`` ahead of everything else and return when all are finished."""
         if not loads:
             return
-        with self._wake:
+        with self._lock:
             self._waiting += 1
             for load in loads:
                 load.awaited = True
@@ -121,7 +123,7 @@ class RecordLoader:
             guesses: nobody knows whether they will be needed; few are read at a time.
             joined: the calling thread will ``join`` them next and read along, so no worker is woken for them before.
         """
-        with self._wake:
+        with self._lock:
             for load in loads:
                 load.guess = guesses
             self._started.extend(loads)
@@ -137,7 +139,7 @@ class RecordLoader:
         pending = [load for load in loads if not load.finished]
         if not pending:
             return
-        with self._wake:
+        with self._lock:
             self._waiting += 1
             for load in pending:
                 load.awaited = True
@@ -159,14 +161,14 @@ class RecordLoader:
         for load in loads:
             with load.done:
                 pass
-        with self._wake:
+        with self._lock:
             self._waiting -= 1
             if not self._waiting and (self._started or self._paused):
                 self._wake.notify_all()
 
     def close(self) -> None:
         """Finish the reads under way, leave the queued ones undone, end the threads."""
-        with self._wake:
+        with self._lock:
             self._closing = True
             self._wake.notify_all()
         for thread in self._threads:
@@ -174,7 +176,7 @@ class RecordLoader:
 
     def _take(self, load: Load) -> bool:
         """Claim a load that is still queued."""
-        with self._wake:
+        with self._lock:
             for queue in (self._demanded, self._started):
                 try:
                     queue.remove(load)
@@ -190,12 +192,12 @@ class RecordLoader:
                 self._read(load)
             finally:
                 if load.guess:
-                    with self._wake:
+                    with self._lock:
                         self._guessing -= 1
 
     def _next(self) -> Load | None:
         """What to read now, once there is something; None at the end."""
-        with self._wake:
+        with self._lock:
             while not self._closing:
                 if self._demanded:
                     load = self._demanded.popleft()
@@ -212,7 +214,7 @@ class RecordLoader:
     def _make_way(self, load: Load) -> None:
         """Between two pieces of ``load``: if others are waited for, help with those before going on."""
         while True:
-            with self._wake:
+            with self._lock:
                 self._paused += 1
                 while self._waiting and not (self._demanded or load.awaited or self._closing):
                     self._wake.wait()

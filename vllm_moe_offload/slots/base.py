@@ -95,6 +95,10 @@ class SlotPool(ABC):
         """Wait until the experts of a started hold are there; returns the hold to read, which replaces the other."""
 
     @abstractmethod
+    def abandon(self, hold: Hold) -> None:
+        """A started hold will not be finished: the pass was left early."""
+
+    @abstractmethod
     def release(self, hold: Hold) -> None:
         """The pass has read what it held."""
 

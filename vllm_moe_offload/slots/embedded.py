@@ -1,6 +1,6 @@
 """A pool whose slots, loads and evictions all belong to this process.
 
-It must never let a kernel read a slot that is not pinned and loaded.
+It must never let a kernel read a slot that is not pinned and loaded, whatever exception ended whatever came before.
 """
 
 import time
@@ -21,14 +21,16 @@ from ..store.pools import PoolMembers
 from ..store.reader import Store
 from .base import Failure, Hold, SlotMemory, SlotPool, Span, guess_room, stream_share
 from .ledger import Ledger
+from .operations import Operations
 
 
 class _LoadingHold(Hold):
-    __slots__ = ("loads",)
+    __slots__ = ("generation", "loads")
 
-    def __init__(self, acquired: Acquisition, experts: IntArray, loads: list[Load]):
+    def __init__(self, acquired: Acquisition, experts: IntArray, loads: list[Load], generation: int):
         super().__init__(experts, acquired.slots)
         self.loads = loads
+        self.generation = generation
 
 
 class EmbeddedPool(SlotPool):
@@ -37,6 +39,7 @@ class EmbeddedPool(SlotPool):
     Args:
         members: the layers that share the pool.
         memory: with a slot for every one the cache may give away.
+        operations: of all pools of the loader.
     """
 
     def __init__(
@@ -44,13 +47,14 @@ class EmbeddedPool(SlotPool):
         members: PoolMembers,
         memory: SlotMemory,
         cache: ExpertCache,
-        loader: RecordLoader,
+        operations: Operations,
         ledger: Ledger,
     ):
         self.memory = memory
         self.cache = cache
         self.ahead = LoadsAhead(cache)
-        self.loader = loader
+        self._operations = operations
+        operations.pools.append(self)
         self.experts = members.experts
         self._layer_of = members.layer_of.tolist()
         self._number_of = members.number_of.tolist()
@@ -61,64 +65,90 @@ class EmbeddedPool(SlotPool):
         """Experts whose loads failed and whose slots somebody may still hold."""
 
     @property
+    def loader(self) -> RecordLoader:
+        return self._operations.loader
+
+    @property
     def capacity(self) -> int:
         return self.cache.limit
 
     def begin_step(self) -> None:
-        self.cache.begin_step()
+        self._operations.nothing_is_held()
+        with self._operations:
+            self.cache.begin_step()
 
     def load_all(self) -> None:
-        acquired = self.cache.acquire(np.arange(self.experts))
-        loads = self._loads(acquired)
-        self._demand(loads)
-        self._account(loads)
-        for load in loads:
-            if load.error is not None:
-                raise load.error
+        with self._operations:
+            acquired = self.cache.acquire(np.arange(self.experts))
+            loads = self._loads(acquired)
+            self._demand(loads)
+            self._account(loads)
+            for load in loads:
+                if load.error is not None:
+                    raise load.error
 
     def hold(self, layer: Span, experts: IntArray) -> Hold:
-        self._await_under_way(layer, experts)
-        return self._hold_acquired(experts, self.cache.acquire(experts))
+        with self._operations:
+            self._await_under_way(layer, experts)
+            return self._hold_acquired(experts, self.cache.acquire(experts))
 
     def hold_streaming(self, layer: Span, experts: IntArray) -> Hold:
-        self._await_under_way(layer, experts)
-        streamed = self.cache.stream(experts, self._share(layer))
-        self._note_evicted(streamed.evicted)
-        if (streamed.slots == ABSENT).any():
-            self.cache.release(streamed.slots[streamed.slots != ABSENT])
-            self.cache.forget(streamed.missing)
-            return self.hold(layer, experts)
-        return self._hold_acquired(experts, streamed)
+        with self._operations:
+            self._await_under_way(layer, experts)
+            acquired = self.cache.stream(experts, self._share(layer))
+            self._note_evicted(acquired.evicted)
+            if (acquired.slots == ABSENT).any():
+                self.cache.release(acquired.slots[acquired.slots != ABSENT])
+                self.cache.forget(acquired.missing)
+                self._await_under_way(layer, experts)
+                acquired = self.cache.acquire(experts)
+            return self._hold_acquired(experts, acquired)
 
     def stream_ahead(self, layer: Span) -> None:
-        absent = layer.start + np.flatnonzero(self.absent(layer))
-        ahead = self.cache.stream(absent, self._share(layer))
-        self._note_evicted(ahead.evicted)
-        self._ledger.counters.streamed += len(ahead.missing)
-        self._start_ahead(ahead, guess=False)
+        with self._operations:
+            absent = layer.start + np.flatnonzero(self.absent(layer))
+            ahead = self.cache.stream(absent, self._share(layer))
+            self._note_evicted(ahead.evicted)
+            self._ledger.counters.streamed += len(ahead.missing)
+            self._start_ahead(ahead, guess=False)
 
     def settle(self, layer: Span) -> None:
-        self._await_under_way(layer, np.arange(layer.start, layer.stop))
+        with self._operations:
+            self._await_under_way(layer, np.arange(layer.start, layer.stop))
 
     def start_hold(self, layer: Span, experts: IntArray) -> Hold:
-        acquired = self.cache.acquire(experts)
-        self._count(experts, acquired)
-        loads = self._loads(acquired)
-        self.loader.start(loads)
-        return _LoadingHold(acquired, experts, loads)
+        with self._operations:
+            acquired = self.cache.acquire(experts)
+            self._count(experts, acquired)
+            hold = self._new_hold(experts, acquired)
+            self.loader.start(hold.loads)
+            return hold
 
     def finish_hold(self, layer: Span, hold: Hold) -> Hold:
         assert isinstance(hold, _LoadingHold)
-        self._join(hold.loads)
-        self._conclude(hold)
-        return hold
+        with self._operations:
+            assert hold.generation == self._operations.generation
+            self._finish(hold)
+            return hold
+
+    def abandon(self, hold: Hold) -> None:
+        assert isinstance(hold, _LoadingHold)
+        with self._operations:
+            if hold.generation == self._operations.generation:
+                self._finish(hold)
+                self._let_go(hold)
 
     def release(self, hold: Hold) -> None:
-        self.cache.release(hold.slots)
-        if hold.failures:
-            self._void.update(expert for expert, _ in hold.failures)
-        if self._void:
-            self._forget_void()
+        assert isinstance(hold, _LoadingHold)
+        with self._operations:
+            if hold.generation == self._operations.generation:
+                self._let_go(hold)
+
+    def empty(self) -> None:
+        """Nothing is resident, under way or held any more. Whoever calls it has ended all reads."""
+        self.cache.clear()
+        self.ahead = LoadsAhead(self.cache)
+        self._void.clear()
 
     def absent(self, layer: Span) -> NDArray[np.bool_]:
         return self.cache.slot_of[layer.start : layer.stop] == ABSENT
@@ -132,31 +162,48 @@ class EmbeddedPool(SlotPool):
         self._expected[layer.start : layer.stop] = probabilities
 
     def prefetch(self, layer: Span, experts: IntArray) -> int:
-        room = guess_room(self.capacity, len(layer), len(self.ahead.under_way))
-        if room == 0:
-            return 0
-        admitted = self.cache.admit(experts[:room])
-        self._note_evicted(admitted.evicted)
-        self._start_ahead(admitted, guess=True)
-        self._ledger.counters.prefetches += len(admitted.missing)
-        return len(admitted.missing)
+        with self._operations:
+            room = guess_room(self.capacity, len(layer), len(self.ahead.under_way))
+            if room == 0:
+                return 0
+            admitted = self.cache.admit(experts[:room])
+            self._note_evicted(admitted.evicted)
+            self._start_ahead(admitted, guess=True)
+            self._ledger.counters.prefetches += len(admitted.missing)
+            return len(admitted.missing)
 
     def queued(self) -> int:
         return sum(not started.load.finished for started in self.ahead.under_way)
 
     def close(self) -> None:
-        self.loader.close()
+        self._operations.close()
 
     def _share(self, layer: Span) -> int:
         return stream_share(self.capacity, len(layer))
 
     def _hold_acquired(self, experts: IntArray, acquired: Acquisition) -> Hold:
         self._count(experts, acquired)
-        hold = _LoadingHold(acquired, experts, self._loads(acquired))
+        hold = self._new_hold(experts, acquired)
         if hold.loads:
             self._demand(hold.loads)
             self._conclude(hold)
         return hold
+
+    def _finish(self, hold: _LoadingHold) -> None:
+        self._join(hold.loads)
+        self._conclude(hold)
+
+    def _let_go(self, hold: _LoadingHold) -> None:
+        self._operations.held -= 1
+        self.cache.release(hold.slots)
+        if hold.failures:
+            self._void.update(expert for expert, _ in hold.failures)
+        if self._void:
+            self._forget_void()
+
+    def _new_hold(self, experts: IntArray, acquired: Acquisition) -> _LoadingHold:
+        self._operations.held += 1
+        return _LoadingHold(acquired, experts, self._loads(acquired), self._operations.generation)
 
     def _count(self, experts: IntArray, acquired: Acquisition) -> None:
         self._note_evicted(acquired.evicted)
@@ -243,10 +290,10 @@ def embedded_pools(
         policy: name of the eviction policy.
         io_cpus: where loader threads may run; None leaves them where the process runs.
     """
-    loader = RecordLoader(store, cpus=io_cpus)
+    operations = Operations(lambda: RecordLoader(store, cpus=io_cpus))
     pools: dict[RecordLayout, SlotPool] = {}
     for layout, count in slots.items():
         members = PoolMembers.of(store.layers, layout)
         cache = ExpertCache(members.layer_of, count, create_policy(policy, members.layer_of))
-        pools[layout] = EmbeddedPool(members, HostPool(layout, count), cache, loader, ledger)
+        pools[layout] = EmbeddedPool(members, HostPool(layout, count), cache, operations, ledger)
     return pools
