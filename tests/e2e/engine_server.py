@@ -37,6 +37,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             [
                 {
                     "tokens": list(output.token_ids),
+                    "finish_reason": output.finish_reason,
+                    "stop_reason": output.stop_reason,
                     "logprobs": [{str(id): top.logprob for id, top in step.items()} for step in output.logprobs],
                 }
                 for output in outputs

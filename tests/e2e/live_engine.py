@@ -74,6 +74,11 @@ class LiveEngine:
         self.begin("generate", prompts, tokens)
         return self.end()
 
+    def embed(self, prompts: list[list[int]]) -> list[tuple[list[float], str | None]]:
+        """Vectors, all prompts in one batch; or the message of the error that a prompt got."""
+        self.begin("embed", prompts)
+        return self.end()
+
     def routes(self) -> set[tuple[int, int]]:
         """(layer, expert) of everything chosen since this was asked for last."""
         self.begin("routes")
@@ -127,6 +132,11 @@ class _Session:
         requests = [{"prompt_token_ids": ids} for ids in prompts]
         outputs = [request.outputs[0] for request in self._llm.generate(requests, sampling, use_tqdm=False)]
         return [Answer(list(output.token_ids), output.finish_reason, output.stop_reason) for output in outputs]
+
+    def embed(self, prompts: list[list[int]]) -> list[tuple[list[float], str | None]]:
+        requests = [{"prompt_token_ids": ids} for ids in prompts]
+        outputs = self._llm.embed(requests, use_tqdm=False)
+        return [(output.outputs.embedding, output.error and output.error.message) for output in outputs]
 
     def routes(self) -> set[tuple[int, int]]:
         routes, self._routes = self._routes, set()

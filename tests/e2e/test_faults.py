@@ -152,6 +152,36 @@ def test_a_record_flipped_under_a_running_engine(
     following.close()
 
 
+def test_a_pooling_model_gives_an_error_and_never_numbers(tiny_moe: Path, tmp_path: Path, spawn: Spawn) -> None:
+    """Pooled results come out of the forward pass itself: nothing is sampled."""
+    pooling = {"dtype": "bfloat16", "runner": "pooling", "convert": "embed"}
+    plain = spawn(VLLM_PLUGINS="")
+    plain.start(tiny_moe, pooling)
+    right = plain.embed([SHORT, LONG, OTHER])
+    assert [error for _, error in right] == [None] * 3
+    plain.close()
+    engine = spawn()
+    settings = {"predictor": "none", "cache": "25%", "store": str(tmp_path / "pooling")}
+    engine.start(tiny_moe, pooling, **settings)
+    routes = {}
+    for name, prompt in (("short", SHORT), ("long", LONG), ("other", OTHER)):
+        engine.embed([prompt])
+        routes[name] = engine.routes()
+    engine.stop()
+    record = only_in(routes["long"], routes["short"], routes["other"])
+    disk = DiskStore(tmp_path / "pooling")
+    disk.flip(*record)
+    engine.start(tiny_moe, pooling, **settings)
+    short, long, other = engine.embed([SHORT, LONG, OTHER])
+    assert (short, other) == (right[0], right[2])
+    assert long[0] == [] and long[1] is not None
+    assert f"expert {record[1]} of model.layers.{record[0]}." in long[1]
+    disk.flip(*record)
+    assert engine.embed([LONG, SHORT]) == [right[1], right[0]]
+    engine.close()
+    disk.close()
+
+
 def test_requests_that_share_a_void_prefix_fail_with_it(
     checkpoint: Checkpoint, healthy: Healthy, disk: DiskStore, spawn: Spawn
 ) -> None:

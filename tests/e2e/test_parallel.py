@@ -12,6 +12,7 @@ import pytest
 
 from tests.e2e.engines import EngineServer, PlainServer
 from tests.models import build
+from vllm_moe_offload.store import Store, StoreRoot
 
 CORES = sorted(os.sched_getaffinity(0))
 ONE_CORE_EACH = {"VLLM_CPU_OMP_THREADS_BIND": f"{CORES[0]}|{CORES[-1]}"}
@@ -19,6 +20,7 @@ ROUNDS = [{"prompts": [[7, 99, 300, 12, 45], [5, 6], list(range(20, 60))], "toke
 ENGINE = {"enforce_eager": True, "tensor_parallel_size": 2}
 DRAW = random.Random(1)
 TEXTS = [[DRAW.randrange(1, 8192) for _ in range(DRAW.randint(5, 50))] for _ in range(11)]
+SHORT_TEXTS = {"prompts": [[7 * i + 1, 90 * i + 2] for i in range(12)], "tokens": 3}
 LONG_ROUNDS = [{"prompts": TEXTS[:8], "tokens": 24}] + [{"prompts": [text], "tokens": 30} for text in TEXTS[8:]]
 """Requests to remember, then some to predict for."""
 
@@ -115,3 +117,40 @@ def test_prediction_under_pipeline_parallelism(
     assert answer["rounds"] == expected
     assert [rank["layers"] for rank in answer["stats"]] == [4, 4]
     assert len(list(tmp_path.glob("*/history.npz"))) == 2, "a history for each stage's layers"
+
+
+@pytest.mark.parametrize("topology", ["tensor", "pipeline"])
+def test_requests_fail_whichever_rank_cannot_read_what_they_need(
+    tiny_moe: Path, servers: tuple[EngineServer, EngineServer], tmp_path: Path, topology: str
+) -> None:
+    """Every rank has damaged records of its own; vLLM returns the output of one rank only."""
+    _, offloaded = servers
+    settings = {"moe_offload": {"cache": "25%", "predictor": "none", "store": str(tmp_path)}}
+    ranks = {"tensor": ENGINE, "pipeline": {"pipeline_parallel_size": 2}}[topology]
+    arguments = ranks | {"dtype": "bfloat16", "additional_config": settings}
+    (sound,) = offloaded.run(tiny_moe, arguments, [SHORT_TEXTS])["rounds"]
+    stores = [info.path for info in StoreRoot(tmp_path).ls()]
+    assert len(stores) == 2
+    for number, path in enumerate(stores):
+        damage(path, range(3 * number, 3 * number + 3))
+    rounds = offloaded.run(tiny_moe, arguments, [SHORT_TEXTS, SHORT_TEXTS])["rounds"]
+    failed: set[str] = set()
+    for answers in rounds:
+        whole = [(answer, right) for answer, right in zip(answers, sound, strict=True) if answer["stop_reason"] is None]
+        assert whole and all(answer["tokens"] == right["tokens"] for answer, right in whole)
+        errors = [answer for answer in answers if answer["stop_reason"] is not None]
+        assert {answer["finish_reason"] for answer in errors} == {"error"}
+        failed |= {path.name for path in stores for answer in errors if path.name in answer["stop_reason"]}
+    assert failed == {path.name for path in stores}, "a rank failed no request"
+
+
+def damage(path: Path, experts: range) -> None:
+    """Turn bits of these experts of the store's first layer around."""
+    store = Store.open(path)
+    with (path / "records.bin").open("r+b") as file:
+        for expert in experts:
+            file.seek(store.offset(0, expert))
+            right = file.read(4096)
+            file.seek(store.offset(0, expert))
+            file.write(bytes(byte ^ 9 for byte in right))
+    store.close()

@@ -1,21 +1,30 @@
 """Layers that compute on leased experts look nothing up: a lease that is lost fails every request of the step."""
 
+import mmap
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from vllm_moe_offload.integration.serving import ServedModel
+from vllm_moe_offload.integration.failure_board import FailureBoard, board_bytes
+from vllm_moe_offload.integration.failures import StepFailures
+from vllm_moe_offload.integration.serving import ServedModel, _Step
 
 
 @pytest.mark.parametrize("lost", [True, False])
 def test_a_lease_lost_within_a_step_fails_its_requests(lost: bool) -> None:
+    from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
+
+    failures = StepFailures(FailureBoard(mmap.mmap(-1, board_bytes(1, 4)), ranks=1, rank=0, requests=4))
+    scheduled = {"a": 1, "b": 3}
+    failures.begin_step(scheduled)
     served = ServedModel.__new__(ServedModel)
-    served.runtime = SimpleNamespace(take_failures=lambda: ([], set()))  # type: ignore[assignment]
     served._daemon = SimpleNamespace(lease_lost=lost)  # type: ignore[assignment]
-    served._vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(world_size=1))
-    served._step_requests = {"a": 1, "b": 3}
+    served._watch = None
     served.drafts = False
-    runner = SimpleNamespace(input_batch=SimpleNamespace(req_ids=["b", "a"]))
-    failed = served.failed_requests(runner)
+    served._step = _Step(SimpleNamespace(), scheduled, failures)
+    served.end_step()
+    output: Any = failures.attach(EMPTY_MODEL_RUNNER_OUTPUT)
+    failed: dict[str, str] = getattr(output, "moe_offload_failed", {})
     assert sorted(failed) == (["a", "b"] if lost else [])
     assert all("took back its slots" in reason for reason in failed.values())

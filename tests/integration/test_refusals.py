@@ -64,6 +64,17 @@ def test_a_feature_that_the_cpu_platform_itself_refuses_is_named_too(
     assert f"does not work with {feature}" in str(error.value) and OFF in str(error.value)
 
 
+def test_replicas_that_exchange_rows_are_refused(tiny_moe: Path) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_moe_offload.integration.support import refuse_unsupported
+
+    vllm_config = EngineArgs(str(tiny_moe)).create_engine_config()
+    vllm_config.parallel_config.data_parallel_size = 2
+    with pytest.raises(UnsupportedError, match=r"data parallelism \(--data-parallel-size\): start an engine for each"):
+        refuse_unsupported(vllm_config)
+
+
 def test_a_model_loaded_by_anything_but_a_starting_worker_is_named(tiny_moe: Path) -> None:
     """It would have all of its experts in memory, beside those the budget counts."""
     from vllm.engine.arg_utils import EngineArgs

@@ -1,6 +1,7 @@
 """The quantization method of an offloaded MoE layer: vLLM's own around slots instead of around all experts."""
 
 from collections.abc import Callable
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +33,8 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
         self._create_arguments: dict[str, Any] = {}
         self._default_dtype = torch.float32
         self.pooled: tuple[OffloadRuntime, PooledLayer] | None = None
+        self.report_failures: Callable[[], None] | None = None
+        """Told when records of this layer could not be read, before anybody is given what it computed."""
         self.witness: Witness | None = None
         self.show: Callable[[Callable[[], NDArray[np.float32]]], None] | None = None
         """Told how to read what the router has read, before the witness hears what it has chosen."""
@@ -90,13 +93,16 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
         expert_map = layer._expert_map
         chosen = experts if expert_map is None else expert_map[topk_ids.long()].numpy()
         output = torch.empty_like(x)
-        for wave in runtime.serve(pooled_layer, chosen):
-            slots = torch.from_numpy(wave.slots).to(topk_ids.dtype)
-            if wave.rows is None:
-                output = self._compute_wave(layer, x, topk_weights, slots)
-            else:
-                rows = torch.from_numpy(wave.rows)
-                output[rows] = self._compute_wave(layer, x[rows], topk_weights[rows], slots)
+        with closing(runtime.serve(pooled_layer, chosen)) as waves:
+            for wave in waves:
+                slots = torch.from_numpy(wave.slots).to(topk_ids.dtype)
+                if wave.rows is None:
+                    output = self._compute_wave(layer, x, topk_weights, slots)
+                else:
+                    rows = torch.from_numpy(wave.rows)
+                    output[rows] = self._compute_wave(layer, x[rows], topk_weights[rows], slots)
+        if runtime.has_failures and self.report_failures is not None:
+            self.report_failures()
         return output
 
     def _compute_wave(

@@ -19,6 +19,8 @@ class Seam:
     path: str
     purpose: str
     parameters: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    """Attributes that its code sets or reads."""
 
     def resolve(self) -> Any:
         """The object itself.
@@ -41,6 +43,8 @@ class Seam:
             missing = [name for name in self.parameters if name not in inspect.signature(target).parameters]
             if missing:
                 return f"{self.module}.{self.path} no longer takes {', '.join(missing)}"
+        if unknown := [name for name in self.names if name not in target.__code__.co_names]:
+            return f"{self.module}.{self.path} no longer knows {', '.join(unknown)}"
         return None
 
     def wrap(self, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -110,6 +114,18 @@ UPDATE_FROM_OUTPUT = Seam(
     "fail those requests and keep the engine",
     ("self", "scheduler_output", "model_runner_output"),
 )
+FREE_BLOCKS = Seam(
+    "vllm.v1.core.kv_cache_manager",
+    "KVCacheManager.free",
+    "know which blocks an aborted or preempted request held while a step of it was in flight",
+    ("self", "request"),
+)
+REQUEST_OUTPUT = Seam(
+    "vllm.v1.engine.output_processor",
+    "RequestState.make_request_output",
+    "tell the caller of a pooling model why a request failed",
+    ("self", "new_token_ids", "pooling_output", "finish_reason", "stop_reason", "error"),
+)
 
 LEANED_ON = (
     Seam(f"{_FUSED_MOE}.fused_moe_method_base", "FusedMoEMethodBase", "be a quantization method of a MoE layer"),
@@ -170,7 +186,28 @@ LEANED_ON = (
         "fail a request",
         ("request_ids", "finished_status"),
     ),
+    Seam(
+        "vllm.v1.core.kv_cache_coordinator",
+        "KVCacheCoordinator.__init__",
+        "know how many tokens a KV block holds",
+        names=("single_type_managers",),
+    ),
+    Seam(
+        "vllm.v1.request",
+        "Request.__init__",
+        "know which tokens of a request are in flight",
+        names=("num_computed_tokens", "num_in_flight_tokens"),
+    ),
     Seam("vllm.v1.request", "RequestStatus.FINISHED_ERROR", "fail a request"),
+    Seam("vllm.v1.outputs", "AsyncModelRunnerOutput.get_output", "fail requests of asynchronous steps", ("self",)),
+    Seam("vllm.outputs", "RequestError", "tell the caller of a pooling model", ("code", "message")),
+    Seam("vllm.distributed.parallel_state", "get_world_group", "find the engine's other ranks"),
+    Seam(
+        "vllm.distributed.parallel_state",
+        "GroupCoordinator.broadcast_object",
+        "share memory with the engine's other ranks",
+        ("self", "obj"),
+    ),
     Seam("vllm.v1.engine", "EngineCoreOutput", "tell the client"),
     Seam(
         "vllm.v1.worker.gpu_input_batch",
@@ -212,5 +249,7 @@ SEAMS: tuple[Seam, ...] = (
     AVAILABLE_MEMORY,
     SHUTDOWN,
     UPDATE_FROM_OUTPUT,
+    FREE_BLOCKS,
+    REQUEST_OUTPUT,
     *LEANED_ON,
 )

@@ -1,6 +1,7 @@
 """A loaded model and the runtime that serves its experts, as one worker holds them."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -8,12 +9,13 @@ from vllm.logger import init_logger
 
 from ..config import OffloadConfig
 from ..daemon.attached_pool import slots_taken_back
-from ..errors import LoadError, StoreError
+from ..errors import StoreError
 from ..prefetch.loader import DamagedRecordError
 from ..runtime import OffloadRuntime
 from ..store.root import StoreRoot
 from ..threads import failed_threads
 from .budget import LoadedModel, ModelSlots
+from .failures import StepFailures
 from .hosting import another_rank_foretells, daemon_socket
 from .kernel import attach_slots
 from .report import StatsReport
@@ -48,7 +50,7 @@ class ServedModel:
         if self._resident:
             self._load_everything()
         mark_graph(self._vllm_config, self._resident, [pool.memory.slots for pool in self.runtime.pools])
-        self._step_requests: dict[str, int] = {}
+        self._step: _Step | None = None
         self._closed = False
         self._watch = self._start_watch(model, config, io_cpus)
         self._report = StatsReport(self.runtime, "the drafter's " if drafts else "")
@@ -67,20 +69,29 @@ class ServedModel:
             f"{' (all resident)' if self._resident else ''}, store {self.runtime.store.path}"
         )
 
-    def begin_step(self, model_runner: Any, scheduler_output: Any) -> None:
+    @property
+    def leased(self) -> bool:
+        """Whether layers compute on slots that a daemon has promised to leave alone, without looking."""
+        return self._daemon is not None and self._daemon.lease
+
+    def begin_step(self, model_runner: Any, scheduler_output: Any, failures: StepFailures) -> None:
         """A step has been scheduled. Where it schedules no tokens, it only says which requests have ended."""
         if self._watch is not None:
             self._watch.begin_step(model_runner, scheduler_output)
         if scheduler_output.total_num_scheduled_tokens:
-            self._take_failures()  # of a warm-up pass, which computed nothing for anybody
-            self._step_requests = dict(scheduler_output.num_scheduled_tokens)
+            self._step = _Step(model_runner, scheduler_output.num_scheduled_tokens, failures)
             if self._daemon is not None:
                 self._daemon.begin_step()
             self.runtime.begin_step(scheduler_output.total_num_scheduled_tokens)
             self._report.maybe_log()
 
     def end_step(self) -> None:
-        """The forward pass is over."""
+        """The forward pass of the served model is over; passes of a drafter belong to the step that they follow."""
+        if self.drafts:
+            return
+        step, self._step = self._step, None
+        if step is not None and self._daemon is not None and self._daemon.lease_lost:
+            step.failures.add(step.scheduled, str(slots_taken_back()))
         if self._watch is not None:
             self._watch.witness.end_step()
 
@@ -96,19 +107,22 @@ class ServedModel:
             self._daemon.close()
         self.runtime.close()
 
-    def failed_requests(self, model_runner: Any) -> dict[str, str]:
-        """Requests of the running step that met an expert that could not be read, with the reason."""
-        failures, rows = self._take_failures()
-        if not failures:
-            return {}
-        reason = str(failures[0])
-        if self._vllm_config.parallel_config.world_size > 1:
-            raise failures[0]
-        order = getattr(getattr(model_runner, "input_batch", None), "req_ids", None)
-        if self.drafts or order is None or set(order) != set(self._step_requests):
-            return dict.fromkeys(self._step_requests, reason)
-        owner = np.repeat(np.arange(len(order)), [self._step_requests[request] for request in order])
-        return {order[index]: reason for index in {int(owner[row]) for row in rows if row < len(owner)}}
+    def report_failures(self) -> None:
+        """Fail the requests of the running step that the layer just computed could not serve.
+
+        Outside of a step there are none: a warm-up pass computes nothing for anybody. Of a drafter's all requests fail.
+
+        Raises:
+            SystemExit: the other ranks cannot be told.
+        """
+        failures, rows = self.runtime.take_failures()
+        for failure in failures:
+            if isinstance(failure, DamagedRecordError):
+                self._set_aside(str(failure))
+                break
+        if self._step is not None:
+            requests = self._step.scheduled if self.drafts else self._step.requests_of(rows)
+            self._step.failures.add(requests, str(failures[0]))
 
     def untouched_bytes(self) -> int:
         """Slot memory that has not been taken from the system yet by this process."""
@@ -128,17 +142,6 @@ class ServedModel:
             "failed_threads": len(failed_threads()),
             **({} if self._watch is None else self._watch.stats()),
         }
-
-    def _take_failures(self) -> tuple[list[LoadError], set[int]]:
-        failures, rows = self.runtime.take_failures()
-        if self._daemon is not None and self._daemon.lease_lost:
-            failures.append(slots_taken_back())
-            rows.update(range(sum(self._step_requests.values())))
-        for failure in failures:
-            if isinstance(failure, DamagedRecordError):
-                self._set_aside(str(failure))
-                break
-        return failures, rows
 
     def _load_everything(self) -> None:
         try:
@@ -183,6 +186,24 @@ class ServedModel:
         else:
             attach_slots(layer, method, memory, 0, memory.slots)
             method.pooled = (self.runtime, pooled)
+            method.report_failures = self.report_failures
+
+
+class _Step(NamedTuple):
+    """The step whose forward pass is running."""
+
+    model_runner: Any
+    scheduled: Mapping[str, int]
+    """Tokens, by request."""
+    failures: StepFailures
+
+    def requests_of(self, rows: set[int]) -> list[str]:
+        """The requests that these rows of the batch belong to; all of the step where vLLM does not say."""
+        order = getattr(getattr(self.model_runner, "input_batch", None), "req_ids", None)
+        if order is None or set(order) != set(self.scheduled):
+            return list(self.scheduled)
+        owner = np.repeat(np.arange(len(order)), [self.scheduled[request] for request in order])
+        return [order[index] for index in sorted({int(owner[row]) for row in rows if row < len(owner)})]
 
 
 def mark_graph(vllm_config: Any, resident: bool, slots: list[int]) -> None:

@@ -1,20 +1,19 @@
 """Where a step begins and ends: tells the runtime, and fails the requests whose experts could not be read."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-from vllm.logger import init_logger
-
 from . import seams
+from .void_blocks import forget_released, remember_released, spread_over_shared_blocks
 from .worker import WorkerOffload
-
-logger = init_logger("vllm.moe_offload")
 
 
 def install() -> None:
-    seams.EXECUTE_MODEL.wrap(_begin_step)
-    seams.SAMPLE_TOKENS.wrap(_report_failures)
+    seams.EXECUTE_MODEL.wrap(_run_step)
+    seams.SAMPLE_TOKENS.wrap(_attach_failures)
     seams.UPDATE_FROM_OUTPUT.wrap(_fail_requests)
+    seams.FREE_BLOCKS.wrap(remember_released)
+    seams.REQUEST_OUTPUT.wrap(_name_error)
     seams.AVAILABLE_MEMORY.wrap(_leave_room_for_slots)
     seams.RELOAD_WEIGHTS.wrap(_refuse_reload)
     seams.SHUTDOWN.wrap(_close)
@@ -26,86 +25,85 @@ def offload_of(worker: Any) -> WorkerOffload | None:
     return getattr(worker, "moe_offload", None)
 
 
-def _begin_step(execute_model: Callable[..., Any]) -> Callable[..., Any]:
-    def begin_and_execute(self: Any, scheduler_output: Any) -> Any:
-        offload = offload_of(self)
-        if offload is not None:
-            offload.begin_step(self.model_runner, scheduler_output)
-        return execute_model(self, scheduler_output)
-
-    return begin_and_execute
-
-
-def _report_failures(sample_tokens: Callable[..., Any]) -> Callable[..., Any]:
-    def sample_and_report(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = sample_tokens(self, *args, **kwargs)
+def _run_step(execute_model: Callable[..., Any]) -> Callable[..., Any]:
+    def begin_execute_end(self: Any, scheduler_output: Any) -> Any:
         offload = offload_of(self)
         if offload is None:
+            return execute_model(self, scheduler_output)
+        offload.begin_step(self.model_runner, scheduler_output)
+        output = execute_model(self, scheduler_output)
+        if not scheduler_output.total_num_scheduled_tokens:
             return output
         offload.end_step()
-        failed = offload.failed_requests(self.model_runner)
-        if failed:
-            for reason in sorted(set(failed.values())):
-                logger.error("moe-offload: failing %d request(s): %s", len(failed), reason)
-            output.moe_offload_failed = failed
-        return output
+        return output if output is None else offload.with_failures(output)  # a pooling model's
 
-    return sample_and_report
+    return begin_execute_end
+
+
+def _attach_failures(sample_tokens: Callable[..., Any]) -> Callable[..., Any]:
+    def sample_and_attach(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output, offload = sample_tokens(self, *args, **kwargs), offload_of(self)
+        return output if output is None or offload is None else offload.with_failures(output)
+
+    return sample_and_attach
 
 
 def _fail_requests(update_from_output: Callable[..., Any]) -> Callable[..., Any]:
     """Finish failed requests before their void tokens are looked at, and forget the KV blocks they touched."""
 
     def update(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
-        failed: dict[str, str] | None = getattr(model_runner_output, "moe_offload_failed", None)
-        if not failed:
-            return update_from_output(self, scheduler_output, model_runner_output)
-        from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
-        from vllm.v1.request import RequestStatus
-
-        reasons = spread_over_shared_blocks(self, failed, scheduler_output.num_scheduled_tokens)
-        finished = self.finish_requests(list(reasons), RequestStatus.FINISHED_ERROR)
-        outputs = update_from_output(self, scheduler_output, model_runner_output)
-        for request in finished:
-            outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(
-                EngineCoreOutput(
-                    request_id=request.request_id,
-                    new_token_ids=[],
-                    finish_reason=request.get_finished_reason(),
-                    stop_reason=reasons[request.request_id],
-                )
-            )
+        failed: dict[str, str] = getattr(model_runner_output, "moe_offload_failed", {})
+        outputs = _update_without(self, failed, update_from_output, scheduler_output, model_runner_output)
+        forget_released(self.kv_cache_manager, scheduler_output.num_scheduled_tokens)
         return outputs
 
     return update
 
 
-def spread_over_shared_blocks(
-    scheduler: Any, failed: dict[str, str], scheduled_tokens: Mapping[str, int]
-) -> dict[str, str]:
-    """All requests that hold KV blocks which this step left void, with the reason; void blocks leave the prefix cache.
+def _update_without(
+    scheduler: Any, failed: dict[str, str], update_from_output: Callable[..., Any], *arguments: Any
+) -> Any:
+    if not failed:
+        return update_from_output(scheduler, *arguments)
+    import torch
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+    from vllm.v1.request import RequestStatus
 
-    A request scheduled in the same step as another may have taken over blocks that the other is only computing.
-    """
-    manager = scheduler.kv_cache_manager
-    reasons: dict[str, str] = {}
-    spreading = [request_id for request_id in failed if request_id in scheduler.requests]
-    reasons.update({request_id: failed[request_id] for request_id in spreading})
-    while spreading:
-        request_id = spreading.pop()
-        computed_before = scheduler.requests[request_id].num_computed_tokens - scheduled_tokens.get(request_id, 0)
-        void = set()
-        groups = zip(manager.get_block_ids(request_id), scheduler.kv_cache_config.kv_cache_groups, strict=True)
-        for group, (blocks, description) in enumerate(groups):
-            first_void = max(0, computed_before) // description.kv_cache_spec.block_size
-            void |= {(group, block) for block in blocks[first_void:]}
-        manager.evict_blocks({block for _, block in void})
-        for other in scheduler.running:
-            held = {(g, block) for g, blocks in enumerate(manager.get_block_ids(other.request_id)) for block in blocks}
-            if other.request_id not in reasons and void & held:
-                reasons[other.request_id] = reasons[request_id]
-                spreading.append(other.request_id)
-    return reasons
+    reasons = spread_over_shared_blocks(scheduler, failed)
+    finished = scheduler.finish_requests(list(reasons), RequestStatus.FINISHED_ERROR)
+    outputs = update_from_output(scheduler, *arguments)
+    for request in finished:
+        outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(
+            EngineCoreOutput(
+                request_id=request.request_id,
+                new_token_ids=[],
+                pooling_output=None if request.pooling_params is None else torch.empty(0),
+                finish_reason=request.get_finished_reason(),
+                stop_reason=reasons[request.request_id],
+            )
+        )
+    return outputs
+
+
+def _name_error(make_request_output: Callable[..., Any]) -> Callable[..., Any]:
+    """Pooled results carry their error apart; vLLM sets it for no failure of a model."""
+
+    def make(
+        self: Any,
+        new_token_ids: Any,
+        pooling_output: Any,
+        finish_reason: Any,
+        stop_reason: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if pooling_output is not None and isinstance(stop_reason, str) and kwargs.get("error") is None:
+            from vllm.outputs import RequestError
+
+            kwargs["error"] = RequestError("moe_offload_load_failed", stop_reason)
+        return make_request_output(self, new_token_ids, pooling_output, finish_reason, stop_reason, *args, **kwargs)
+
+    return make
 
 
 def _leave_room_for_slots(determine_available_memory: Callable[..., Any]) -> Callable[..., Any]:

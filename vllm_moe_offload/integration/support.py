@@ -23,6 +23,11 @@ def refuse_unsupported(vllm_config: Any) -> None:
             f"the {current_platform.device_name} platform",
             "run it on vLLM's CPU platform",
         ),
+        (
+            parallel.data_parallel_size > 1,
+            "data parallelism (--data-parallel-size)",
+            "start an engine for each replica; with --moe-offload-daemon they share one expert cache",
+        ),
         (parallel.enable_eplb, "EPLB (--enable-eplb) and redundant experts", "start without --enable-eplb"),
         (vllm_config.lora_config is not None, "LoRA (--enable-lora)", "merge the adapter into the checkpoint"),
         (model.enable_sleep_mode, "sleep mode (--enable-sleep-mode)", "start without it"),

@@ -11,6 +11,7 @@ from ..threads import processors_for_reading
 from . import seams
 from .budget import LoadedModel, slots_of_models, worker_budget
 from .engine_config import offload_config
+from .failures import StepFailures, connect_ranks
 from .loading import WorkerLoading
 from .serving import ServedModel
 
@@ -40,6 +41,8 @@ def _offload_what_is_loaded(load_model: Callable[..., Any]) -> Callable[..., Any
         if config is None:
             load_model(self, *args, **kwargs)
             return
+        # before loading, which may take one rank far longer than another
+        failures = connect_ranks(self.vllm_config.scheduler_config.max_num_seqs)
         with WorkerLoading() as loading:
             load_model(self, *args, **kwargs)
             if self.vllm_config.parallel_config.pipeline_parallel_size == 1:
@@ -48,7 +51,7 @@ def _offload_what_is_loaded(load_model: Callable[..., Any]) -> Callable[..., Any
             if PREPARE_ONLY in self.vllm_config.additional_config:
                 self.moe_offload_prepared = [_prepared(model) for model in loading.models]
             else:
-                self.moe_offload = WorkerOffload(self, config, loading.models)
+                self.moe_offload = WorkerOffload(self, config, loading.models, failures)
 
     return load
 
@@ -95,12 +98,14 @@ class WorkerOffload:
 
     Args:
         models: those with MoE layers.
+        failures: of this worker's steps, connected with the other workers'.
 
     Raises:
         ConfigError: the budget is too small, or the daemon that was named cannot be used.
     """
 
-    def __init__(self, worker: Any, config: OffloadConfig, models: Sequence[LoadedModel]):
+    def __init__(self, worker: Any, config: OffloadConfig, models: Sequence[LoadedModel], failures: StepFailures):
+        self._failures = failures
         cpus = processors_for_reading()
         budget = worker_budget(worker.vllm_config, config, sum(model.expert_bytes for model in models))
         slots = slots_of_models(worker.vllm_config, config, models, budget, cpus)
@@ -113,24 +118,26 @@ class WorkerOffload:
             served = ServedModel(model, _of_drafter(config) if drafts else config, of_model, cpus, drafts)
             model.module.moe_offload = served
             self._models.append(served)
+            if served.leased:
+                failures.announce_late()
         self._log(len(worker.vllm_config.compilation_config.static_all_moe_layers), budget.reason)
 
     def begin_step(self, model_runner: Any, scheduler_output: Any) -> None:
         """A step has been scheduled. Where it schedules no tokens, it only says which requests have ended."""
+        if scheduler_output.total_num_scheduled_tokens:
+            self._failures.begin_step(scheduler_output.num_scheduled_tokens)
         for model in self._models:
-            model.begin_step(model_runner, scheduler_output)
+            model.begin_step(model_runner, scheduler_output, self._failures)
 
     def end_step(self) -> None:
-        """The forward pass is over, and what follows it up to the next tokens' drafts."""
+        """The forward pass of the served model is over."""
         for model in self._models:
             model.end_step()
+        self._failures.end_step()
 
-    def failed_requests(self, model_runner: Any) -> dict[str, str]:
-        """Requests of the running step that met an expert that could not be read, with the reason."""
-        failed: dict[str, str] = {}
-        for model in self._models:
-            failed = model.failed_requests(model_runner) | failed
-        return failed
+    def with_failures(self, output: Any) -> Any:
+        """``output`` of the step, and the requests of it that failed on any rank."""
+        return self._failures.attach(output)
 
     def untouched_bytes(self) -> int:
         """Slot memory that has not been taken from the system yet by this process."""
