@@ -56,8 +56,8 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_the_function_is_asked_for_a_prompt(module: str) -> None:
     from vllm_moe_offload.integration.meaning import UserEmbedding
 
-    assert UserEmbedding(f"{module}:lengths")(np.array([5, 6, 7], np.int32)).tolist() == [[3, 0, 0]]
-    assert UserEmbedding(f"{module}:Nested.half")(np.array([5], np.int32)).tolist() == [[0.5]]
+    assert UserEmbedding(f"{module}:lengths")(np.array([5, 6, 7], np.int32)).tolist() == [3, 0, 0]
+    assert UserEmbedding(f"{module}:Nested.half")(np.array([5], np.int32)).tolist() == [0.5]
 
 
 def test_vectors_that_cannot_be_compared_are_in_different_histories(
@@ -112,5 +112,5 @@ def test_a_prompt_it_fails_on_means_nothing_and_the_log_says_why(
 
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     embed = UserEmbedding(f"{module}:lengths")
-    assert embed(np.array([token], np.int32)).tolist() == [[0, 0, 0]]
+    assert embed(np.array([token], np.int32)).tolist() == [0, 0, 0]
     assert reason in caplog.text and f"{module}:lengths" in caplog.text

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..history.embedding import mean_embedding
+from ..history.embedding import unit
 from ..history.recording import Recorder, RequestRows, routing_shares
 from ..history.trace import Trace
 from ..predict.context import RequestState
@@ -42,7 +42,7 @@ class Witness:
     Args:
         recorder: keeps the maps of running requests.
         ended: told of every request that has ended: its trace, and what prediction kept of it.
-        embed: vectors ``[n, D]`` of tokens ``[n]``; None where the model's embeddings cannot be read.
+        embed: a vector ``[D]`` of a prompt's tokens ``[n]``; None where the model's embeddings cannot be read.
         anticipation: looks ahead while the steps run.
         later: runs what it is given outside of the steps, in the order given; at once where there is no such place.
         switch: turned off by what raises; then nothing is watched any more, and nothing looked ahead for.
@@ -84,7 +84,7 @@ class Witness:
         rows, source, self._source = self._source.rows(), self._source, None
         for part in rows:
             if self._embed is not None and part.request not in self._embeddings:
-                self._embeddings[part.request] = mean_embedding(self._embed(source.prompt(part.request)))
+                self._embeddings[part.request] = unit(self._embed(source.prompt(part.request)))
         self.recorder.begin_step(rows)
         self._num_rows = sum(len(part.tokens) for part in rows)
         self._watching = True

@@ -1,16 +1,26 @@
 """A request's meaning as one vector: the mean of its prompt's token embeddings, at unit length."""
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
+TokenRows = Callable[[NDArray[np.integer]], NDArray[np.float32]]
+"""Vectors ``[n, D]`` of tokens ``[n]``."""
 
-def mean_embedding(vectors: NDArray[np.floating]) -> NDArray[np.float32]:
-    """Unit vector ``[D]`` from the token embeddings ``[T, D]`` of a prompt; zero when they cancel out or T is 0."""
-    if not len(vectors):
-        return np.zeros(vectors.shape[1], np.float32)
+CHUNK_TOKENS = 512
+"""So many vectors are in memory at once, however long a prompt is."""
+
+
+def mean_embedding(prompt: NDArray[np.integer], rows: TokenRows) -> NDArray[np.float32]:
+    """Unit vector ``[D]`` of a prompt of tokens ``[T]``; zero when they cancel out or T is 0."""
+    tokens, counts = np.unique(prompt, return_counts=True)
+    total = np.zeros(rows(tokens[:0]).shape[1], np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        mean = vectors.mean(axis=0, dtype=np.float32)
-    return unit(mean)
+        for first in range(0, len(tokens), CHUNK_TOKENS):
+            part = slice(first, first + CHUNK_TOKENS)
+            total += counts[part].astype(np.float32) @ rows(tokens[part])
+        return unit(total / np.float32(max(1, len(prompt))))
 
 
 def unit(vector: NDArray[np.floating]) -> NDArray[np.float32]:

@@ -14,13 +14,13 @@ from vllm.logger import init_logger
 
 from ..config import MODEL_EMBEDDING
 from ..errors import ConfigError
-from .rows import TokenRows
+from ..history.embedding import TokenRows, mean_embedding
 
 logger = init_logger("vllm.moe_offload")
 
-Vectors = NDArray[np.float32]
-Meaning = Callable[[NDArray[np.integer]], Vectors]
-"""Vectors ``[n, D]`` whose mean is the meaning of a prompt."""
+Vector = NDArray[np.float32]
+Meaning = Callable[[NDArray[np.integer]], Vector]
+"""The vector ``[D]`` of a prompt, of any length."""
 
 
 def meaning_of(setting: str, token_rows: TokenRows | None) -> Meaning | None:
@@ -29,7 +29,9 @@ def meaning_of(setting: str, token_rows: TokenRows | None) -> Meaning | None:
     Raises:
         ConfigError: the user's function cannot be imported, called, or used.
     """
-    return token_rows if setting == MODEL_EMBEDDING else UserEmbedding(setting)
+    if setting != MODEL_EMBEDDING:
+        return UserEmbedding(setting)
+    return None if token_rows is None else functools.partial(mean_embedding, rows=token_rows)
 
 
 class UserEmbedding:
@@ -60,8 +62,8 @@ class UserEmbedding:
                 "list of token ids and return a 1-D array of numbers"
             ) from error
 
-    def __call__(self, prompt: NDArray[np.integer]) -> Vectors:
-        """float32 ``[1, D]``. A prompt that the function fails on gets a zero vector, and a line in the log."""
+    def __call__(self, prompt: NDArray[np.integer]) -> Vector:
+        """float32 ``[D]``. A prompt that the function fails on gets a zero vector, and a line in the log."""
         try:
             vector = _vector(self._function(prompt.tolist()))
             if len(vector) != self.width:
@@ -69,10 +71,10 @@ class UserEmbedding:
         except Exception as error:
             logger.error("moe-offload: embedding = %r: %s: %s", self.setting, type(error).__name__, error)
             vector = np.zeros(self.width, np.float32)
-        return vector[None]
+        return vector
 
 
-def _vector(answer: Any) -> Vectors:
+def _vector(answer: Any) -> Vector:
     vector = np.asarray(answer, dtype=np.float32)
     if vector.ndim != 1 or not len(vector) or not np.isfinite(vector).all():
         raise ValueError(f"an array of shape {vector.shape} instead of some finite numbers in a row")

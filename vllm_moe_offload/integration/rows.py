@@ -1,15 +1,14 @@
 """Which requests and tokens the rows of the running step belong to, and what the model's tokens mean."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..history.embedding import TokenRows
 from ..history.recording import RequestRows
-
-TokenRows = Callable[[NDArray[np.integer]], NDArray[np.float32]]
 
 
 class RunnerStep:

@@ -18,6 +18,8 @@ from .token_vectors import TokenVectors
 
 _KEPT_TOKENS = 4096
 """Tokens whose share of the state is kept: both as the current and as the previous one."""
+_AT_ONCE = 512
+"""Tokens whose vectors are in memory together while their share of the state is worked out."""
 
 
 class HeadsPredictor(Predictor):
@@ -52,8 +54,10 @@ class HeadsPredictor(Predictor):
         if len(self._token_states) + len(new) > _KEPT_TOKENS:
             self._token_states.clear()
             new = list(set(tokens))
-        states = self.vectors.look_up(np.array(new)) @ self.weights.tokens
-        self._token_states.update(zip(new, states.reshape(len(new), 2, -1), strict=True))
+        for first in range(0, len(new), _AT_ONCE):
+            part = new[first : first + _AT_ONCE]
+            states = self.vectors.look_up(np.array(part)) @ self.weights.tokens
+            self._token_states.update(zip(part, states.reshape(len(part), 2, -1), strict=True))
 
 
 class KnownBefore(NamedTuple):

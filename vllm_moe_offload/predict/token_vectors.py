@@ -11,6 +11,10 @@ from .context import UNKNOWN_TOKEN
 Array = NDArray[np.float32]
 
 
+_AT_ONCE = 512
+"""Tokens whose vectors are worked out together: only the answer is as long as what was asked for."""
+
+
 class TokenVectors(ABC):
     """Vectors of one fixed length; an unknown token's is zero."""
 
@@ -35,10 +39,10 @@ class ModelVectors(TokenVectors):
 
     def look_up(self, tokens: NDArray[np.integer]) -> Array:
         vectors = np.zeros((len(tokens), self.width), np.float32)
-        known = tokens != UNKNOWN_TOKEN
-        if known.any():
-            raw = np.asarray(self._embed(tokens[known]), np.float32)
-            vectors[known] = raw * (np.sqrt(self.width) / (np.linalg.norm(raw, axis=1, keepdims=True) + 1e-6))
+        known = np.flatnonzero(tokens != UNKNOWN_TOKEN)
+        for part in np.split(known, range(_AT_ONCE, len(known), _AT_ONCE)):
+            raw = np.asarray(self._embed(tokens[part]), np.float32)
+            vectors[part] = raw * (np.sqrt(self.width) / (np.linalg.norm(raw, axis=1, keepdims=True) + 1e-6))
         return vectors
 
     def learn(self, tokens: NDArray[np.integer], gradient: Array, rate: float) -> None:
