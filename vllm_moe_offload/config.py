@@ -16,7 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .cache import POLICY_NAMES
 from .errors import ConfigError
 from .predict.names import ENGINE_PREDICTORS
+from .store.files import named_path
 
+PLUGIN_NAME = "moe-offload"
+"""Of our entry point, by which vLLM loads us."""
 ADDITIONAL_CONFIG_KEY = "moe_offload"
 ENVIRONMENT_VARIABLE = "VLLM_MOE_OFFLOAD"
 MODEL_EMBEDDING = "model"
@@ -35,6 +38,7 @@ _UNITS = {
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B)", re.IGNORECASE)
 _FUNCTION = re.compile(r"[\w.]+:[\w.]+")
 _SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*%")
+_MOST_BYTES = 2**60
 _CACHE_EXAMPLES = "a share like '25%', a size like '4GiB', or 'auto'"
 
 
@@ -59,14 +63,22 @@ class CacheBudget(BaseModel):
         if match := _SHARE.fullmatch(text):
             share = float(match[1]) / 100
             if not 0 < share <= 1:
-                raise ValueError(f"{text!r} must be above 0% and at most 100%")
+                raise ValueError(f"{_shortened(text)!r} must be above 0% and at most 100%")
             return cls(share=share)
         if match := _SIZE.fullmatch(text):
-            size = int(float(match[1]) * _UNITS[match[2].upper()])
-            if size == 0:
+            size = float(match[1]) * _UNITS[match[2].upper()]
+            if size > _MOST_BYTES:
+                raise ValueError(f"{_shortened(text)!r} is more than any machine has; give {_CACHE_EXAMPLES}")
+            if size < 1:
                 raise ValueError(f"{text!r} leaves no room at all; give {_CACHE_EXAMPLES}")
-            return cls(size=size)
-        raise ValueError(f"{text!r} is not {_CACHE_EXAMPLES}")
+            return cls(size=int(size))
+        raise ValueError(f"{_shortened(text)!r} is not {_CACHE_EXAMPLES}")
+
+
+def _shortened(value: object) -> str:
+    """``value`` for an error message."""
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:40]}… ({len(text)} characters)"
 
 
 class OffloadConfig(BaseModel):
@@ -117,6 +129,15 @@ class OffloadConfig(BaseModel):
             raise ValueError(f"{value!r} is not 'auto', 'start', 'off' or like 'unix:/run/moe-offload.sock'")
         return value
 
+    @field_validator("store", "trace", mode="before")
+    @classmethod
+    def _check_path(cls, value: object) -> object:
+        if not isinstance(value, str | Path):
+            return value
+        if not str(value).strip():
+            raise ValueError("'' names nothing; give a path, or leave it out")
+        return _named(str(value))
+
     @field_validator("trace")
     @classmethod
     def _check_trace(cls, value: Path | None) -> Path | None:
@@ -129,7 +150,7 @@ class OffloadConfig(BaseModel):
     def _check_history(cls, value: str | None) -> str | None:
         if value is not None and not value.strip():
             raise ValueError("'' is neither a folder nor 'off'")
-        return value
+        return value if value in (None, "off") else str(_named(value))
 
     @field_validator("embedding")
     @classmethod
@@ -178,8 +199,15 @@ class OffloadConfig(BaseModel):
                 raise ConfigError(f"{door}: unknown key {key!r}; {hint}")
         for key, value in settings.items():
             if complaint := cls.complaint(key, value):
-                raise ConfigError(f"{door}: {key} = {value!r}: {complaint}")
+                raise ConfigError(f"{door}: {key} = {_shortened(repr(value))}: {complaint}")
         return cls(**settings)
+
+
+def _named(path: str) -> Path:
+    try:
+        return named_path(Path(path))
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
 
 
 def settings_from_environment(environment: Mapping[str, str]) -> dict[str, Any] | None:

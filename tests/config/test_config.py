@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from vllm_moe_offload.cache import POLICY_NAMES
 from vllm_moe_offload.config import CacheBudget, OffloadConfig, merge_settings, resolve
 from vllm_moe_offload.errors import ConfigError
+from vllm_moe_offload.store import StoreRoot, default_root
 
 BINARY = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 DECIMAL = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -65,6 +66,36 @@ def test_whatever_else_is_refused_with_an_example(text: str) -> None:
 def test_budgets_out_of_range_say_what_the_range_is(text: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=rf"here: cache = '{text}': .*{reason}"):
         OffloadConfig.from_mapping({"cache": text}, "here")
+
+
+@pytest.mark.parametrize("text", ["9" * 400 + "GiB", "9" * 5000 + "B", "2000000TiB", "9" * 400 + "%", "9" * 400])
+def test_a_number_of_any_length_is_refused_in_a_line(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"more than any machine has|at most 100%|is not a share") as error:
+        OffloadConfig.from_mapping({"cache": text}, "here")
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("key", ["store", "history", "trace"])
+def test_paths_start_at_the_home_folder_where_they_say_so(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of/the/user")
+    config = OffloadConfig.from_mapping({key: "~/a/b.trace"}, "here")
+    assert str(getattr(config, key)) == "/home/of/the/user/a/b.trace"
+    with pytest.raises(ConfigError, match=rf"here: {key} = '~nobody.here/a.trace': .*there is no user 'nobody.here'"):
+        OffloadConfig.from_mapping({key: "~nobody.here/a.trace"}, "here")
+
+
+@pytest.mark.parametrize("key", ["store", "history", "trace"])
+@pytest.mark.parametrize("value", ["", " "])
+def test_an_empty_path_is_refused_by_name(key: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=rf"here: {key} = '{value}': '' "):
+        OffloadConfig.from_mapping({key: value}, "here")
+
+
+def test_the_store_root_of_the_environment_may_start_at_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of/the/user")
+    monkeypatch.setenv("VLLM_MOE_OFFLOAD_STORE_ROOT", "~/stores")
+    assert StoreRoot().path == default_root() == Path("/home/of/the/user/stores")
+    assert StoreRoot(Path("~/others")).path == Path("/home/of/the/user/others")
 
 
 @pytest.mark.parametrize("value", [0.25, 25, None, True, {"share": 0.25}])

@@ -25,7 +25,7 @@ from vllm_moe_offload.daemon.server import DaemonServer
 from vllm_moe_offload.daemon.socket_file import SocketFile, default_socket_path, find_group
 from vllm_moe_offload.errors import ConfigError
 from vllm_moe_offload.store import default_root
-from vllm_moe_offload.store.files import size_text
+from vllm_moe_offload.store.files import named_path, size_text
 
 from .daemon_view import status_view
 
@@ -181,7 +181,7 @@ def _shares(texts: list[str]) -> dict[str, int]:
 def _history_folder(text: str, root: Path) -> Path | None:
     if text == "off":
         return None
-    return Path(text) if text else root.parent / "history"
+    return named_path(Path(text)) if text else root.parent / "history"
 
 
 def _say(text: str) -> None:

@@ -21,6 +21,7 @@ from vllm_moe_offload.history.store import HistoryStore
 from vllm_moe_offload.history.trace import Trace
 from vllm_moe_offload.history.trace_file import read_trace, write_trace
 from vllm_moe_offload.store import default_root
+from vllm_moe_offload.store.files import named_path
 
 history = typer.Typer(name="history", help="List, export, import and prune histories.", no_args_is_help=True)
 
@@ -123,7 +124,7 @@ def prune(
 
 def _archive(directory: Path | None) -> HistoryArchive:
     """Where an engine keeps its histories when nothing else is configured, or in the folder named."""
-    directory = directory or default_root().parent / "history"
+    directory = named_path(directory) if directory else default_root().parent / "history"
     if directory.exists() and not directory.is_dir():
         raise TraceError(f"dir: {directory} is a file; name the folder of the histories")
     return HistoryArchive(directory)

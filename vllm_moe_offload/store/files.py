@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from vllm_moe_offload.errors import StoreError
+from vllm_moe_offload.errors import ConfigError, StoreError
 from vllm_moe_offload.store.layout import ALIGNMENT
 
 ROOT_SETTING = "VLLM_MOE_OFFLOAD_STORE_ROOT"
@@ -21,6 +21,18 @@ _CAUSES = {
     errno.EROFS: "the file system is read-only",
 }
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def named_path(path: Path) -> Path:
+    """``path`` as its user means it, a leading ``~`` or ``~user`` replaced by that user's folder.
+
+    Raises:
+        ConfigError: there is no such user.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{str(path)!r}: there is no user {path.parts[0].removeprefix('~')!r}") from None
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from vllm_moe_offload.errors import StoreError
 from vllm_moe_offload.store import manifest
-from vllm_moe_offload.store.files import ROOT_SETTING, explained
+from vllm_moe_offload.store.files import ROOT_SETTING, explained, named_path
 from vllm_moe_offload.store.identity import StoreIdentity
 from vllm_moe_offload.store.lock import BuildLock
 from vllm_moe_offload.store.manifest import OutdatedError
@@ -32,7 +32,7 @@ _ENTRY = re.compile(r"(?P<fingerprint>[0-9a-f]{32})(\.(?P<state>building|damaged
 def default_root() -> Path:
     """$VLLM_MOE_OFFLOAD_STORE_ROOT, else vllm-moe-offload/stores in the user's cache folder."""
     if chosen := os.environ.get(ROOT_SETTING):
-        return Path(chosen)
+        return named_path(Path(chosen))
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "vllm-moe-offload" / "stores"
 
@@ -86,7 +86,7 @@ class StoreRoot:
     """All stores below `path` (default `default_root()`), each in a folder named by its fingerprint."""
 
     def __init__(self, path: Path | None = None):
-        self.path = default_root() if path is None else path
+        self.path = default_root() if path is None else named_path(path)
 
     def open_or_build(self, identity: StoreIdentity, say: Callable[[str], None]) -> Store | StoreWriter:
         """The store built for exactly `identity`, or a writer to build it, which then nobody else can.
