@@ -7,8 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from vllm_moe_offload.cli.checks import BROKEN, HINT, OK, check_store_root, check_tcmalloc
-from vllm_moe_offload.integration.seams import SEAMS, Seam
+from vllm_moe_offload.cli.checks import (
+    BROKEN,
+    HINT,
+    OK,
+    WARNING,
+    check_kernels,
+    check_plugin,
+    check_seams,
+    check_store_root,
+    check_tcmalloc,
+    check_vllm,
+)
+from vllm_moe_offload.errors import UnsupportedError
+from vllm_moe_offload.integration.seams import SEAMS, Seam, refuse_where_moved
 
 MOVE = """
 import importlib
@@ -59,6 +71,66 @@ def test_a_seam_that_moved_is_named(module: str, change: str, reason: str) -> No
     assert result.returncode == 1
     complaints = [line for line in result.stderr.splitlines() if line.startswith("broken: ")]
     assert len(complaints) == 1 and complaints[0].startswith(reason)
+
+
+SERVING = Seam("no_such_module", "function", "serve")
+FEATURE = Seam("no_such_module", "other", "juggle", feature="the juggling")
+THERE = Seam("pathlib", "Path", "name files")
+
+
+def test_a_seam_is_graded_by_what_is_lost_without_it() -> None:
+    serving, feature, there = check_seams([SERVING, FEATURE, THERE])
+    assert (serving.state, feature.state, there.state) == (BROKEN, WARNING, OK)
+    assert "no_such_module.other is gone" in feature.detail and "lost without it: the juggling" in feature.detail
+
+
+def test_a_feature_whose_seam_moved_is_refused_by_name_and_left_unwrapped() -> None:
+    FEATURE.wrap(lambda function: function)
+    with pytest.raises(UnsupportedError, match=r"the juggling does not work with this vLLM: .*no_such_module\.other"):
+        refuse_where_moved("the juggling", [THERE, SERVING, FEATURE])
+    refuse_where_moved("the singing", [THERE, SERVING, FEATURE])
+
+
+def test_only_what_breaks_serving_ends_with_1() -> None:
+    gone = "del module.CPURouter._compute_routing"
+    result = doctor(MOVE.format(module="vllm.model_executor.layers.fused_moe.router.cpu_router", change=gone))
+    assert result.returncode == 0, result.stderr
+    assert "lost without it: the predictor 'gate'" in result.stderr
+    assert "broken: " not in result.stderr
+
+
+def test_a_vllm_whose_kernels_all_route_inside_is_broken_and_says_which_to_install() -> None:
+    assert check_kernels(["CPUUnquantizedExperts"]).state == OK
+    check = check_kernels([])
+    assert check.state == BROKEN and "install >= 0.30, < 0.33" in check.detail
+
+
+@pytest.mark.parametrize(
+    ("number", "state"), [("0.32.0+cpu", OK), ("0.30.1", OK), ("0.29.0", WARNING), ("0.33.0", WARNING), (None, BROKEN)]
+)
+def test_a_version_nobody_has_tried_is_a_warning(
+    number: str | None, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_moe_offload.cli.checks.installed_version", lambda: number)
+    assert check_vllm().state == state
+
+
+@pytest.mark.parametrize(
+    ("names", "state"),
+    [(None, OK), ("moe-offload", OK), ("resolver,moe-offload", OK), ("resolver", BROKEN), ("", BROKEN)],
+)
+def test_a_vllm_told_to_load_other_plugins_is_found(names: str | None, state: str) -> None:
+    check = check_plugin(names)
+    assert check.state == state
+    if state == BROKEN:
+        assert f"VLLM_PLUGINS={names!r} does not name 'moe-offload'" in check.detail
+        assert check_plugin(check.detail.rpartition("VLLM_PLUGINS='")[2].removesuffix("'")).state == OK
+
+
+def test_doctor_looks_at_the_environment_it_runs_in() -> None:
+    result = doctor(VLLM_PLUGINS="lora_filesystem_resolver")
+    assert result.returncode == 1
+    assert "broken: plugin: VLLM_PLUGINS='lora_filesystem_resolver' does not name 'moe-offload'" in result.stderr
 
 
 def test_a_torchvision_of_another_build_is_told_with_the_way_out(tmp_path: Path) -> None:

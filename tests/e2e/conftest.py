@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.e2e.engines import EngineServer, PlainServer
-from tests.models import NAMES, Checkpoint, build, unmet
+from tests.models import NAMES, REFUSED, Checkpoint, build, unmet
 
 
 @pytest.fixture(scope="session")
@@ -29,4 +29,6 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     made = build(request.param, tmp_path_factory.mktemp(request.param))
     if reason := unmet(made):
         pytest.skip(reason)
+    if request.param in REFUSED:
+        pytest.skip(f"{request.param}: moe-offload refuses it (tests/integration/test_refusals.py)")
     return made

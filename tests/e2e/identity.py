@@ -27,8 +27,13 @@ ROUNDS = [
 
 
 def budgets(checkpoint: Checkpoint) -> dict[str, int]:
-    """Cache settings by the number of slots they must give: the minimum, a quarter, half, everything."""
+    """Cache settings by the number of slots they must give: the minimum, a quarter, half, everything.
+
+    Only everything where the kernel would round parts of a step otherwise than the whole.
+    """
     experts = checkpoint.routed_layers * checkpoint.experts
+    if checkpoint.rounded_by_batch:
+        return {"100%": experts}
     minimum = 100 * (checkpoint.top_k + 0.01) / experts
     return {f"{minimum:.3f}%": checkpoint.top_k, "25%": experts // 4, "50%": experts // 2, "100%": experts}
 

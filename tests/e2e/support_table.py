@@ -21,6 +21,11 @@ equal those of unmodified vLLM, at batch 1 and 16, with chunked prefill and pref
 token's experts, 25 %, 50 % and all of them; compiled with the smallest room and with all. Anything not listed is
 untried; what is known not to work is refused at start-up by name.
 
+On x86, vLLM has kernels for quantized experts only with AMX. Tried there, eager: int8-w8a8 and gpt-oss-mxfp4 are
+identical; fp8-block is identical as long as no step is cut into waves (its kernel, CPUExpertsFp8, gives a token
+other last bits when an expert gets few tokens at once, in plain vLLM too, and the log warns of it); int4-w4a16,
+awq-int4 and gptq-int4 (CPUExpertsInt4) and quantization while loading are refused.
+
 This run: vLLM {vllm}, torch {torch}, CPU instructions {cpu}{amx}.
 
 | model | experts' class and format | eager | compiled |

@@ -10,7 +10,7 @@ import pytest
 
 from tests.e2e.engines import EngineServer
 from tests.integration.dense import dense_llama
-from tests.models import build
+from tests.models import build, unmet
 from tests.models.recipe import write
 from vllm_moe_offload.config import OffloadConfig
 from vllm_moe_offload.errors import UnsupportedError
@@ -24,6 +24,7 @@ OFF = "or switch moe-offload off"
     [
         ({"enable_lora": True}, "LoRA (--enable-lora)", "merge the adapter into the checkpoint"),
         ({"cpu_offload_gb": 1}, "vLLM's own weight offloading (--cpu-offload-gb", "use one of the two"),
+        ({"weight_transfer_config": {"backend": "nccl"}}, "weight transfer", "start an engine with the new checkpoint"),
         ({"load_format": "dummy"}, "--load-format dummy", "use one of auto, hf, safetensors"),
         ({"load_format": "sharded_state"}, "--load-format sharded_state", "use one of auto, hf, safetensors"),
     ],
@@ -142,6 +143,27 @@ def test_a_model_without_experts_is_refused(engine: EngineServer, tmp_path: Path
     with pytest.raises(RuntimeError, match=r"UnsupportedError: .*/dense has no MoE layers.*switch moe-offload off"):
         engine.run(dense.path, offloading("25%"), [ROUND])
     assert str(dense.path) not in {info.model for info in StoreRoot().ls()}
+
+
+@pytest.mark.parametrize(
+    ("name", "quantization", "why"),
+    [
+        ("qwen3-moe", "fp8", "for which vLLM has no kernel on this machine: choose another quantization"),
+        ("fp8-block-online", None, "which quantizes experts while it loads them: serve a checkpoint that is quantized"),
+        ("int4-w4a16", None, "whose kernel CPUExpertsInt4 cannot compute over slots: choose another quantization"),
+    ],
+)
+def test_a_quantization_that_cannot_be_offloaded_is_refused_by_name(
+    engine: EngineServer, tmp_path: Path, name: str, quantization: str | None, why: str
+) -> None:
+    model = build(name, tmp_path / name)
+    if reason := unmet(model):
+        pytest.skip(reason)
+    arguments = model.engine_args | ({} if quantization is None else {"quantization": quantization})
+    with pytest.raises(RuntimeError, match=r"^UnsupportedError: moe-offload cannot serve model\.layers\.0\.") as error:
+        engine.run(model.path, arguments | offloading("50%"), [ROUND])
+    said = str(error.value).splitlines()[0]
+    assert why in said and OFF in said
 
 
 def test_a_budget_below_one_token_names_the_smallest_that_works(engine: EngineServer, tmp_path: Path) -> None:

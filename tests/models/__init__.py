@@ -9,10 +9,12 @@ from .architectures import ARCHITECTURES
 from .quantized import QUANTIZED, UNSUPPORTED_BY_VLLM_CPU
 from .recipe import Checkpoint, write
 
-__all__ = ["NAMES", "UNSUPPORTED_BY_VLLM_CPU", "Checkpoint", "build", "unmet"]
+__all__ = ["NAMES", "REFUSED", "UNSUPPORTED_BY_VLLM_CPU", "Checkpoint", "build", "unmet"]
 
 RECIPES = {**ARCHITECTURES, **QUANTIZED}
 NAMES = tuple(RECIPES)
+REFUSED = frozenset({"fp8-block-online", "int4-w4a16", "awq-int4", "gptq-int4"})
+"""Those that the plugin refuses to offload."""
 
 
 def build(name: str, directory: Path, seed: int = 0) -> Checkpoint:

@@ -100,7 +100,8 @@ def integers(bits: int, strategy: str, *, group: int | None = None, dynamic: boo
 
 def fp8_block() -> Recipe:
     config = fp8_config(weight_block_size=[FP8_BLOCK, FP8_BLOCK])
-    return quantized_base(fp8_per_block, config, "amx", "DeepSeek's format: one scale per 128 x 128 weights")
+    recipe = quantized_base(fp8_per_block, config, "amx", "DeepSeek's format: one scale per 128 x 128 weights")
+    return replace(recipe, rounded_by_batch=True)
 
 
 def fp8_block_online() -> Recipe:

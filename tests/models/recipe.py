@@ -54,6 +54,8 @@ class Recipe:
     finish: Callable[[Tensors], Tensors] = unchanged
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     requires: str | None = None
+    rounded_by_batch: bool = False
+    """Its kernel rounds by how many tokens an expert gets at once: the same tokens only where no step is cut up."""
 
     def tensors(self, seed: int) -> Tensors:
         return self.finish({name: normal.draw(name, seed) for name, normal in self.layout.items()})
@@ -69,6 +71,7 @@ class Checkpoint:
     experts: int
     top_k: int
     requires: str | None
+    rounded_by_batch: bool = False
 
 
 def write(recipe: Recipe, directory: Path, seed: int = 0) -> Checkpoint:
@@ -84,4 +87,5 @@ def write(recipe: Recipe, directory: Path, seed: int = 0) -> Checkpoint:
         experts=recipe.experts,
         top_k=recipe.top_k,
         requires=recipe.requires,
+        rounded_by_batch=recipe.rounded_by_batch,
     )

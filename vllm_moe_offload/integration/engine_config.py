@@ -13,12 +13,13 @@ from typing import Any
 import vllm.plugins
 from vllm.logger import init_logger
 
-from ..config import ADDITIONAL_CONFIG_KEY, OffloadConfig, resolve, settings_from_additional_config
+from ..config import ADDITIONAL_CONFIG_KEY, PLUGIN_NAME, OffloadConfig, resolve, settings_from_additional_config
 from ..errors import OffloadError
 from . import seams
 from .support import refuse_unsupported
 
-PLUGIN_NAME = "moe-offload"
+FROM_ENVIRONMENT = "moe_offload_from_environment"
+"""Key of ``additional_config``: only the environment asks for offloading, perhaps for every engine of a host."""
 FROM_COMMAND_LINE = "moe_offload_from_command_line"
 """Attribute of engine arguments whose user sits at a terminal."""
 
@@ -33,6 +34,19 @@ def offload_config(vllm_config: Any) -> OffloadConfig | None:
     """The settings this engine runs with, or None if it does not offload."""
     config, _ = resolve(vllm_config.additional_config, environment={})
     return config
+
+
+def only_environment_asks(vllm_config: Any) -> bool:
+    """Whether nobody asked this engine in particular to offload."""
+    return FROM_ENVIRONMENT in vllm_config.additional_config
+
+
+def switch_off(vllm_config: Any) -> None:
+    """Take the settings out of this process's configuration, which then is one that never had any."""
+    ours = (ADDITIONAL_CONFIG_KEY, FROM_ENVIRONMENT)
+    vllm_config.additional_config = {
+        key: value for key, value in vllm_config.additional_config.items() if key not in ours
+    }
 
 
 @contextmanager
@@ -56,15 +70,20 @@ def _with_request(additional_config: Any) -> Any:
 def _resolve_first(create: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         with exit_on_error() if hasattr(self, FROM_COMMAND_LINE) else nullcontext():
-            config, sentences = resolve(_with_request(self.additional_config), os.environ)
+            requested = _with_request(self.additional_config)
+            config, sentences = resolve(requested, os.environ)
             for sentence in sentences:
                 logger.warning("moe-offload: %s", sentence)
             if config is None:
                 return create(self, *args, **kwargs)
             settings = config.model_dump(mode="json", exclude_unset=True, exclude_none=True)
-            self.additional_config = {**(self.additional_config or {}), ADDITIONAL_CONFIG_KEY: settings}
+            asked = settings_from_additional_config(requested) is not None and FROM_ENVIRONMENT not in requested
+            mark = {} if asked else {FROM_ENVIRONMENT: True}
+            self.additional_config = {**(self.additional_config or {}), **mark, ADDITIONAL_CONFIG_KEY: settings}
             vllm_config = create(self, *args, **kwargs)
-            refuse_unsupported(vllm_config)
+            # A model that looks dense may still turn out to have MoE layers: then loading refuses.
+            if asked or vllm_config.model_config.is_moe:
+                refuse_unsupported(vllm_config)
             return vllm_config
 
     return create_engine_config

@@ -10,9 +10,16 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from vllm.logger import init_logger
 
-from ..config import ADDITIONAL_CONFIG_KEY, OffloadConfig, merge_settings, resolve, settings_from_additional_config
+from ..config import (
+    ADDITIONAL_CONFIG_KEY,
+    PLUGIN_NAME,
+    OffloadConfig,
+    merge_settings,
+    resolve,
+    settings_from_additional_config,
+)
 from . import seams
-from .engine_config import FROM_COMMAND_LINE, PLUGIN_NAME, exit_on_error
+from .engine_config import FROM_COMMAND_LINE, exit_on_error
 
 _PREFIX = "moe_offload_"
 

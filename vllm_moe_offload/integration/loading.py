@@ -27,7 +27,7 @@ from .engine_config import offload_config
 from .identity import checkpoint_read, store_identity
 from .records import NOT_EXPERT_WEIGHTS, as_bytes, expert_tensors, record_layout
 from .streaming import DIRECT_WRITERS, DirectlyWrittenLayers, StreamedLayer, refuse_late_loads
-from .support import refuse_loading
+from .support import refuse_loading, refuse_unsupported
 
 if TYPE_CHECKING:
     from .method import OffloadedMoEMethod
@@ -72,16 +72,15 @@ def _load_with_store(load_model: Callable[..., Any]) -> Callable[..., Any]:
         if config is None:
             return load_model(self, vllm_config, model_config, prefix)
         worker = _worker.get()
-        refuse_loading(model_config.model, self.load_config.load_format, worker is not None)
-        assert worker is not None
         from .forward import register_op
 
         register_op()
-        offload = ModelOffload(vllm_config, model_config, prefix, config)
+        offload = ModelOffload(vllm_config, model_config, self.load_config.load_format, prefix, config)
         token = _loading.set(offload)
         try:
             model = load_model(self, vllm_config, model_config, prefix)
             if offload.layers:
+                assert worker is not None, "the first layer refuses others"
                 worker.models.append(offload.finish(model))
         except BaseException:
             offload.abort()
@@ -112,9 +111,10 @@ class ModelOffload:
             it is the same whether the model is served or drafts.
     """
 
-    def __init__(self, vllm_config: Any, model_config: Any, prefix: str, config: OffloadConfig):
+    def __init__(self, vllm_config: Any, model_config: Any, load_format: Any, prefix: str, config: OffloadConfig):
         self._vllm_config = vllm_config
         self._model_config = model_config
+        self._load_format = load_format
         self._prefix = f"{prefix}." if prefix else ""
         self._config = config
         self.layers: dict[str, tuple[torch.nn.Module, OffloadedMoEMethod]] = {}
@@ -129,7 +129,14 @@ class ModelOffload:
         self._progress: tqdm[Any] | None = None
 
     def adopt(self, layer: torch.nn.Module, method: "OffloadedMoEMethod") -> None:
-        """A layer is being made: it gets its parameters, without memory behind them."""
+        """A layer is being made: it gets its parameters, without memory behind them.
+
+        Raises:
+            UnsupportedError: its model has MoE layers, as is certain only now, and cannot be offloaded.
+        """
+        if not self.layers:
+            refuse_unsupported(self._vllm_config)
+            refuse_loading(self._model_config.model, self._load_format, _worker.get() is not None)
         self.layers[self._name(layer)] = (layer, method)
         method.create_placeholders(layer)
 

@@ -1,6 +1,8 @@
 """What vLLM and torch say about this machine."""
 
+import inspect
 from pathlib import Path
+from typing import Any
 
 import torch
 import vllm
@@ -16,6 +18,26 @@ def cpu_features() -> list[str]:
     """The instruction sets by which vLLM chooses expert kernels."""
     widest = torch.backends.cpu.get_cpu_capability()
     return [widest, "AMX"] if torch.cpu._is_amx_tile_supported() else [widest]
+
+
+def modular_cpu_experts() -> list[str]:
+    """Names of vLLM's expert kernels for this CPU that take routing decisions from outside, as offloading needs.
+
+    Raises:
+        ImportError, AttributeError: this vLLM keeps them elsewhere.
+    """
+    from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts
+
+    kernels: list[Any] = [value for value in vars(cpu_moe).values() if isinstance(value, type)]
+    return sorted(
+        kernel.__name__
+        for kernel in kernels
+        if issubclass(kernel, FusedMoEExperts)
+        and not inspect.isabstract(kernel)
+        and not kernel.is_monolithic()
+        and kernel._supports_current_device()
+    )
 
 
 def brings_tcmalloc() -> bool:

@@ -12,7 +12,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.executor import Executor
 
-from .engine_config import PLUGIN_NAME
+from ..config import PLUGIN_NAME
 from .worker import PREPARE_ONLY, PreparedStore
 
 NO_KV_CACHE = 0.01

@@ -1,4 +1,4 @@
-"""Every vLLM internal we lean on, in one table, each with a probe that says what moved.
+"""Every vLLM internal we lean on, in one table, each with a probe that says what moved and what that breaks.
 
 Verified with vLLM 0.32. ``install`` wraps what this table names and nothing else does.
 """
@@ -6,9 +6,11 @@ Verified with vLLM 0.32. ``install`` wraps what this table names and nothing els
 import functools
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
+
+from ..errors import UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -19,8 +21,13 @@ class Seam:
     path: str
     purpose: str
     parameters: tuple[str, ...] = ()
+<<<<<<< HEAD
     names: tuple[str, ...] = ()
     """Attributes that its code sets or reads."""
+=======
+    feature: str | None = None
+    """What alone is lost where this seam has moved; None: offloading as a whole."""
+>>>>>>> 5c7065f (Weights are neither read nor replaced where experts are slots; an environment for a whole host leaves dense models alone; doctor grades a seam by what is lost)
 
     def resolve(self) -> Any:
         """The object itself.
@@ -48,7 +55,12 @@ class Seam:
         return None
 
     def wrap(self, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Replace the function by ``make(function)``, once. Static and class methods stay what they are."""
+        """Replace the function by ``make(function)``, once. Static and class methods stay what they are.
+
+        The seam of a feature is left alone where it has moved: the engine serves without the feature.
+        """
+        if self.feature is not None and self.problem() is not None:
+            return
         *owner_path, name = self.path.split(".")
         owner = functools.reduce(getattr, owner_path, importlib.import_module(self.module))
         found = inspect.getattr_static(owner, name)
@@ -62,6 +74,11 @@ class Seam:
 
 
 _FUSED_MOE = "vllm.model_executor.layers.fused_moe"
+_LOADER = "vllm.model_executor.model_loader"
+
+FLAGS = "the --moe-offload-* flags (additional_config and VLLM_MOE_OFFLOAD still work)"
+GATE_PREDICTOR = "the predictor 'gate'"
+PREPARE = "the command 'prepare'"
 
 ENGINE_CONFIG = Seam(
     "vllm.engine.arg_utils",
@@ -69,8 +86,8 @@ ENGINE_CONFIG = Seam(
     "validate the settings before an engine starts",
     ("self",),
 )
-CLI_ARGUMENTS = Seam("vllm.engine.arg_utils", "EngineArgs.add_cli_args", "add our flags", ("parser",))
-CLI_VALUES = Seam("vllm.engine.arg_utils", "EngineArgs.from_cli_args", "read our flags", ("args",))
+CLI_ARGUMENTS = Seam("vllm.engine.arg_utils", "EngineArgs.add_cli_args", "add our flags", ("parser",), FLAGS)
+CLI_VALUES = Seam("vllm.engine.arg_utils", "EngineArgs.from_cli_args", "read our flags", ("args",), FLAGS)
 QUANT_METHOD = Seam(
     f"{_FUSED_MOE}.routed_experts",
     "RoutedExperts._get_quant_method",
@@ -92,7 +109,6 @@ LOAD_WEIGHTS = Seam(
     "know a model's layers and files before its weights are loaded",
     ("self", "model", "model_config"),
 )
-RELOAD_WEIGHTS = Seam("vllm.v1.worker.gpu_worker", "Worker.reload_weights", "refuse what would leave the store behind")
 EXECUTE_MODEL = Seam(
     "vllm.v1.worker.gpu_worker", "Worker.execute_model", "know where a step begins", ("self", "scheduler_output")
 )
@@ -127,6 +143,47 @@ REQUEST_OUTPUT = Seam(
     ("self", "new_token_ids", "pooling_output", "finish_reason", "stop_reason", "error"),
 )
 
+
+def refuse_where_moved(feature: str, seams: Iterable[Seam] | None = None) -> None:
+    """Refuse ``feature`` where one of its seams has moved.
+
+    Raises:
+        UnsupportedError: naming the feature and what has moved.
+    """
+    for seam in SEAMS if seams is None else seams:
+        if seam.feature == feature and (problem := seam.problem()):
+            raise UnsupportedError(f"{feature} does not work with this vLLM: {problem}")
+
+
+def _weight_call(path: str, module: str = "vllm.v1.worker.gpu_worker") -> Seam:
+    """A function that reads or replaces weights, to be refused. A vLLM that lacks it leaves nothing to refuse."""
+    feature = f"the refusal of {path}, should this vLLM have it elsewhere"
+    return Seam(module, path, "refuse it where experts are offloaded", feature=feature)
+
+
+WEIGHTS_READ = (
+    _weight_call("Worker.save_sharded_state"),
+    _weight_call("Worker.save_tensorized_model"),
+    _weight_call("Worker.compute_weight_checksums"),
+    _weight_call("TensorizerLoader.save_model", f"{_LOADER}.tensorizer_loader"),
+)
+"""Calls that would take slots for the model's weights."""
+
+WEIGHTS_REPLACED = (
+    _weight_call("Worker.reload_weights"),
+    _weight_call("Worker.reset_weights"),
+    _weight_call("Worker.init_weight_transfer_engine"),
+    _weight_call("Worker.start_weight_update"),
+    _weight_call("Worker.start_draft_weight_update"),
+    _weight_call("Worker.update_weights"),
+    _weight_call("Worker.finish_weight_update"),
+    _weight_call("GPUModelRunner.reload_weights", "vllm.v1.worker.gpu_model_runner"),
+    _weight_call("GPUModelRunner.reload_weights", "vllm.v1.worker.gpu.model_runner"),
+    _weight_call("initialize_layerwise_reload", f"{_LOADER}.reload"),
+    _weight_call("initialize_layerwise_reload", f"{_LOADER}.reload.layerwise"),
+)
+"""Calls that would replace weights and leave the store behind."""
+
 LEANED_ON = (
     Seam(f"{_FUSED_MOE}.fused_moe_method_base", "FusedMoEMethodBase", "be a quantization method of a MoE layer"),
     Seam(
@@ -136,26 +193,37 @@ LEANED_ON = (
         ("layer",),
     ),
     Seam(f"{_FUSED_MOE}.modular_kernel", "FusedMoEExperts", "hand the kernel the pool's scales"),
+    Seam(f"{_FUSED_MOE}.modular_kernel", "FusedMoEExperts.is_monolithic", "know which kernels route inside"),
+    Seam(
+        f"{_FUSED_MOE}.modular_kernel",
+        "FusedMoEExperts._supports_current_device",
+        "name the kernels this CPU has",
+    ),
+    Seam(f"{_FUSED_MOE}.experts.cpu_moe", "CPUUnquantizedExperts", "compute over slots"),
     Seam(f"{_FUSED_MOE}.runner.moe_runner", "MoERunner", "find a layer in the forward context"),
     Seam(
         f"{_FUSED_MOE}.runner.moe_runner",
         "MoERunner.__init__",
-        "gate predictor: find routers",
+        "find routers",
         ("router", "routed_experts", "gate", "routed_input_transform"),
+        GATE_PREDICTOR,
     ),
-    Seam(f"{_FUSED_MOE}.router.gate_linear", "GateLinear", "gate predictor: ask routers", ("input_size",)),
+    Seam(f"{_FUSED_MOE}.router.gate_linear", "GateLinear", "ask routers", ("input_size",), GATE_PREDICTOR),
     Seam(
         f"{_FUSED_MOE}.router.cpu_router",
         "CPURouter",
-        "gate predictor: know how routers choose",
+        "know how routers choose",
         ("use_grouped_topk", "num_expert_group", "topk_group", "scoring_func", "e_score_correction_bias"),
+        GATE_PREDICTOR,
     ),
     Seam(
         f"{_FUSED_MOE}.router.cpu_router",
         "CPURouter._compute_routing",
-        "gate predictor: check that",
+        "check how routers choose",
         ("hidden_states", "router_logits", "indices_type"),
+        GATE_PREDICTOR,
     ),
+    Seam("vllm.config", "ModelConfig.is_moe", "refuse early what cannot be served, and only where it matters"),
     Seam("vllm.config", "VllmConfig.use_v2_model_runner", "know whether the rows of a step can be told apart"),
     Seam(
         "vllm.model_executor.model_loader.default_loader",
@@ -229,10 +297,10 @@ LEANED_ON = (
         "read the model's token embeddings",
         ("num_embeddings", "embedding_dim"),
     ),
-    Seam("vllm.v1.executor", "Executor.get_class", "prepare: start workers without an engine", ("vllm_config",)),
-    Seam("vllm.v1.executor", "Executor.collective_rpc", "prepare: ask them for their stores", ("method",)),
-    Seam("vllm.utils.argparse_utils", "FlexibleArgumentParser", "prepare: read engine arguments"),
-    Seam("vllm.distributed", "cleanup_dist_env_and_memory", "prepare: end them"),
+    Seam("vllm.v1.executor", "Executor.get_class", "start workers without an engine", ("vllm_config",), PREPARE),
+    Seam("vllm.v1.executor", "Executor.collective_rpc", "ask workers for their stores", ("method",), PREPARE),
+    Seam("vllm.utils.argparse_utils", "FlexibleArgumentParser", "read engine arguments", feature=PREPARE),
+    Seam("vllm.distributed", "cleanup_dist_env_and_memory", "end workers", feature=PREPARE),
 )
 
 SEAMS: tuple[Seam, ...] = (
@@ -243,13 +311,17 @@ SEAMS: tuple[Seam, ...] = (
     LOAD_WORKER_MODEL,
     LOAD_MODEL,
     LOAD_WEIGHTS,
-    RELOAD_WEIGHTS,
     EXECUTE_MODEL,
     SAMPLE_TOKENS,
     AVAILABLE_MEMORY,
     SHUTDOWN,
     UPDATE_FROM_OUTPUT,
+<<<<<<< HEAD
     FREE_BLOCKS,
     REQUEST_OUTPUT,
+=======
+    *WEIGHTS_READ,
+    *WEIGHTS_REPLACED,
+>>>>>>> 5c7065f (Weights are neither read nor replaced where experts are slots; an environment for a whole host leaves dense models alone; doctor grades a seam by what is lost)
     *LEANED_ON,
 )

@@ -15,7 +15,6 @@ def install() -> None:
     seams.FREE_BLOCKS.wrap(remember_released)
     seams.REQUEST_OUTPUT.wrap(_name_error)
     seams.AVAILABLE_MEMORY.wrap(_leave_room_for_slots)
-    seams.RELOAD_WEIGHTS.wrap(_refuse_reload)
     seams.SHUTDOWN.wrap(_close)
     _add_stats_method()
 
@@ -127,19 +126,6 @@ def _close(shutdown: Callable[..., Any]) -> Callable[..., Any]:
         shutdown(self)
 
     return close_and_shutdown
-
-
-def _refuse_reload(reload_weights: Callable[..., Any]) -> Callable[..., Any]:
-    def reload(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if offload_of(self) is not None:
-            from ..errors import UnsupportedError
-
-            raise UnsupportedError(
-                "moe-offload does not work with reloading weights: the store holds the old ones; restart the engine"
-            )
-        return reload_weights(self, *args, **kwargs)
-
-    return reload
 
 
 def _add_stats_method() -> None:

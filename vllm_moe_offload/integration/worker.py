@@ -3,17 +3,23 @@
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
-from ..config import OffloadConfig
+from ..config import ENVIRONMENT_VARIABLE, OffloadConfig
 from ..errors import UnsupportedError
 from ..threads import processors_for_reading
 from . import seams
 from .budget import LoadedModel, slots_of_models, worker_budget
+<<<<<<< HEAD
 from .engine_config import offload_config
 from .failures import StepFailures, connect_ranks
+=======
+from .engine_config import offload_config, only_environment_asks, switch_off
+>>>>>>> 5c7065f (Weights are neither read nor replaced where experts are slots; an environment for a whole host leaves dense models alone; doctor grades a seam by what is lost)
 from .loading import WorkerLoading
 from .serving import ServedModel
+from .weights import protect_weights
 
 logger = init_logger("vllm.moe_offload")
 
@@ -45,8 +51,9 @@ def _offload_what_is_loaded(load_model: Callable[..., Any]) -> Callable[..., Any
         failures = connect_ranks(self.vllm_config.scheduler_config.max_num_seqs)
         with WorkerLoading() as loading:
             load_model(self, *args, **kwargs)
-            if self.vllm_config.parallel_config.pipeline_parallel_size == 1:
-                refuse_dense(loading.models, self.vllm_config.model_config.model)
+            if not loading.models and _without_experts(self.vllm_config):
+                switch_off(self.vllm_config)
+                return
             refuse_unaccounted(loading.models, self.vllm_config.compilation_config.static_all_moe_layers)
             if PREPARE_ONLY in self.vllm_config.additional_config:
                 self.moe_offload_prepared = [_prepared(model) for model in loading.models]
@@ -56,16 +63,25 @@ def _offload_what_is_loaded(load_model: Callable[..., Any]) -> Callable[..., Any
     return load
 
 
-def refuse_dense(models: Collection[LoadedModel], name: str) -> None:
-    """Refuse to offload where there is nothing to offload.
+def _without_experts(vllm_config: Any) -> bool:
+    """Whether a worker without MoE layers serves a model without any; with pipeline stages, others may have them.
 
     Raises:
-        UnsupportedError: the engine has no MoE layers.
+        UnsupportedError: it does, and somebody asked this model to be offloaded.
     """
-    if not models:
+    asked, model = not only_environment_asks(vllm_config), vllm_config.model_config
+    if vllm_config.parallel_config.pipeline_parallel_size > 1 and (
+        asked or model.is_moe or vllm_config.speculative_config is not None
+    ):
+        return False
+    if asked:
         raise UnsupportedError(
-            f"moe-offload is on, but {name} has no MoE layers it could offload; switch moe-offload off for this model"
+            f"moe-offload is on, but {model.model} has no MoE layers it could offload; "
+            "switch moe-offload off for this model"
         )
+    if get_tensor_model_parallel_rank() == 0:
+        logger.info("moe-offload: %s has no MoE layers: it is served as without %s", model.model, ENVIRONMENT_VARIABLE)
+    return True
 
 
 def refuse_unaccounted(models: Collection[LoadedModel], moe_layers: Collection[str]) -> None:
@@ -117,6 +133,7 @@ class WorkerOffload:
             drafts = model.module is not target
             served = ServedModel(model, _of_drafter(config) if drafts else config, of_model, cpus, drafts)
             model.module.moe_offload = served
+            protect_weights(model.module)
             self._models.append(served)
             if served.leased:
                 failures.announce_late()
