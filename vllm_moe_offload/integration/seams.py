@@ -21,13 +21,10 @@ class Seam:
     path: str
     purpose: str
     parameters: tuple[str, ...] = ()
-<<<<<<< HEAD
     names: tuple[str, ...] = ()
     """Attributes that its code sets or reads."""
-=======
     feature: str | None = None
     """What alone is lost where this seam has moved; None: offloading as a whole."""
->>>>>>> 5c7065f (Weights are neither read nor replaced where experts are slots; an environment for a whole host leaves dense models alone; doctor grades a seam by what is lost)
 
     def resolve(self) -> Any:
         """The object itself.
@@ -86,8 +83,8 @@ ENGINE_CONFIG = Seam(
     "validate the settings before an engine starts",
     ("self",),
 )
-CLI_ARGUMENTS = Seam("vllm.engine.arg_utils", "EngineArgs.add_cli_args", "add our flags", ("parser",), FLAGS)
-CLI_VALUES = Seam("vllm.engine.arg_utils", "EngineArgs.from_cli_args", "read our flags", ("args",), FLAGS)
+CLI_ARGUMENTS = Seam("vllm.engine.arg_utils", "EngineArgs.add_cli_args", "add our flags", ("parser",), feature=FLAGS)
+CLI_VALUES = Seam("vllm.engine.arg_utils", "EngineArgs.from_cli_args", "read our flags", ("args",), feature=FLAGS)
 QUANT_METHOD = Seam(
     f"{_FUSED_MOE}.routed_experts",
     "RoutedExperts._get_quant_method",
@@ -206,22 +203,22 @@ LEANED_ON = (
         "MoERunner.__init__",
         "find routers",
         ("router", "routed_experts", "gate", "routed_input_transform"),
-        GATE_PREDICTOR,
+        feature=GATE_PREDICTOR,
     ),
-    Seam(f"{_FUSED_MOE}.router.gate_linear", "GateLinear", "ask routers", ("input_size",), GATE_PREDICTOR),
+    Seam(f"{_FUSED_MOE}.router.gate_linear", "GateLinear", "ask routers", ("input_size",), feature=GATE_PREDICTOR),
     Seam(
         f"{_FUSED_MOE}.router.cpu_router",
         "CPURouter",
         "know how routers choose",
         ("use_grouped_topk", "num_expert_group", "topk_group", "scoring_func", "e_score_correction_bias"),
-        GATE_PREDICTOR,
+        feature=GATE_PREDICTOR,
     ),
     Seam(
         f"{_FUSED_MOE}.router.cpu_router",
         "CPURouter._compute_routing",
         "check how routers choose",
         ("hidden_states", "router_logits", "indices_type"),
-        GATE_PREDICTOR,
+        feature=GATE_PREDICTOR,
     ),
     Seam("vllm.config", "ModelConfig.is_moe", "refuse early what cannot be served, and only where it matters"),
     Seam("vllm.config", "VllmConfig.use_v2_model_runner", "know whether the rows of a step can be told apart"),
@@ -297,8 +294,8 @@ LEANED_ON = (
         "read the model's token embeddings",
         ("num_embeddings", "embedding_dim"),
     ),
-    Seam("vllm.v1.executor", "Executor.get_class", "start workers without an engine", ("vllm_config",), PREPARE),
-    Seam("vllm.v1.executor", "Executor.collective_rpc", "ask workers for their stores", ("method",), PREPARE),
+    Seam("vllm.v1.executor", "Executor.get_class", "start workers without an engine", ("vllm_config",), feature=PREPARE),
+    Seam("vllm.v1.executor", "Executor.collective_rpc", "ask workers for their stores", ("method",), feature=PREPARE),
     Seam("vllm.utils.argparse_utils", "FlexibleArgumentParser", "read engine arguments", feature=PREPARE),
     Seam("vllm.distributed", "cleanup_dist_env_and_memory", "end workers", feature=PREPARE),
 )
@@ -316,12 +313,9 @@ SEAMS: tuple[Seam, ...] = (
     AVAILABLE_MEMORY,
     SHUTDOWN,
     UPDATE_FROM_OUTPUT,
-<<<<<<< HEAD
     FREE_BLOCKS,
     REQUEST_OUTPUT,
-=======
     *WEIGHTS_READ,
     *WEIGHTS_REPLACED,
->>>>>>> 5c7065f (Weights are neither read nor replaced where experts are slots; an environment for a whole host leaves dense models alone; doctor grades a seam by what is lost)
     *LEANED_ON,
 )

@@ -241,14 +241,10 @@ def _refuse_unknown_rows(vllm_config: Any) -> None:
         )
 
 
-<<<<<<< HEAD
 def _gate_predictor(model: torch.nn.Module, layers: Layers, shape: ModelShape, prediction: Switch) -> GatePredictor:
-=======
-def _gate_predictor(model: torch.nn.Module, layers: Layers, shape: ModelShape) -> GatePredictor:
     seams.refuse_where_moved(seams.GATE_PREDICTOR)
     from .gates import layer_routers  # leans on what only this predictor needs
 
->>>>>>> 5c7065f (Weights are neither read nor replaced where experts are slots; an environment for a whole host leaves dense models alone; doctor grades a seam by what is lost)
     predictor = GatePredictor(shape, layer_routers(model, [layer for layer, _ in layers.values()]))
     for _, method in layers.values():
         method.show = prediction.guard(predictor.see)

@@ -11,12 +11,8 @@ from ..errors import UnsupportedError
 from ..threads import processors_for_reading
 from . import seams
 from .budget import LoadedModel, slots_of_models, worker_budget
-<<<<<<< HEAD
-from .engine_config import offload_config
-from .failures import StepFailures, connect_ranks
-=======
 from .engine_config import offload_config, only_environment_asks, switch_off
->>>>>>> 5c7065f (Weights are neither read nor replaced where experts are slots; an environment for a whole host leaves dense models alone; doctor grades a seam by what is lost)
+from .failures import StepFailures, connect_ranks
 from .loading import WorkerLoading
 from .serving import ServedModel
 from .weights import protect_weights
