@@ -92,8 +92,8 @@ def test_a_feature_whose_seam_moved_is_refused_by_name_and_left_unwrapped() -> N
 
 
 def test_only_what_breaks_serving_ends_with_1() -> None:
-    gone = "del module.CPURouter._compute_routing"
-    result = doctor(MOVE.format(module="vllm.model_executor.layers.fused_moe.router.cpu_router", change=gone))
+    moved = "module.CPURouter._compute_routing = lambda self: None"
+    result = doctor(MOVE.format(module="vllm.model_executor.layers.fused_moe.router.cpu_router", change=moved))
     assert result.returncode == 0, result.stderr
     assert "lost without it: the predictor 'gate'" in result.stderr
     assert "broken: " not in result.stderr
