@@ -78,7 +78,7 @@ class CacheBudget(BaseModel):
 def _shortened(value: object) -> str:
     """``value`` for an error message."""
     text = str(value)
-    return text if len(text) <= 60 else f"{text[:40]}… ({len(text)} characters)"
+    return text if len(text) <= 200 else f"{text[:40]}… ({len(text)} characters)"
 
 
 class OffloadConfig(BaseModel):

@@ -63,7 +63,7 @@ def host(tmp_path: Path) -> Iterator[dict[str, str]]:
         "cache": "25%",
         "store": str(tmp_path / "stores"),
         "history": str(tmp_path / "history"),
-        "trace": str(tmp_path / "trace.npz"),
+        "trace": str(tmp_path / "recorded.trace"),
         "daemon": "start",
     }
     (tmp_path / "run").mkdir(mode=0o700)
