@@ -23,7 +23,7 @@ from ..store.root import StoreRoot
 from ..store.writer import StoreWriter
 from . import seams
 from .budget import LoadedModel
-from .engine_config import offload_config
+from .engine_config import offload_config, only_environment_asks
 from .identity import checkpoint_read, store_identity
 from .records import NOT_EXPERT_WEIGHTS, as_bytes, expert_tensors, record_layout
 from .streaming import DIRECT_WRITERS, DirectlyWrittenLayers, StreamedLayer, refuse_late_loads
@@ -72,6 +72,8 @@ def _load_with_store(load_model: Callable[..., Any]) -> Callable[..., Any]:
         if config is None:
             return load_model(self, vllm_config, model_config, prefix)
         worker = _worker.get()
+        if model_config.is_moe or not only_environment_asks(vllm_config):
+            refuse_loading(model_config.model, self.load_config.load_format, worker is not None)
         from .forward import register_op
 
         register_op()

@@ -294,7 +294,9 @@ LEANED_ON = (
         "read the model's token embeddings",
         ("num_embeddings", "embedding_dim"),
     ),
-    Seam("vllm.v1.executor", "Executor.get_class", "start workers without an engine", ("vllm_config",), feature=PREPARE),
+    Seam(
+        "vllm.v1.executor", "Executor.get_class", "start workers without an engine", ("vllm_config",), feature=PREPARE
+    ),
     Seam("vllm.v1.executor", "Executor.collective_rpc", "ask workers for their stores", ("method",), feature=PREPARE),
     Seam("vllm.utils.argparse_utils", "FlexibleArgumentParser", "read engine arguments", feature=PREPARE),
     Seam("vllm.distributed", "cleanup_dist_env_and_memory", "end workers", feature=PREPARE),
