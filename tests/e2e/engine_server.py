@@ -20,9 +20,17 @@ SMALL_ENGINE = {
 }
 
 
+def allow_amx() -> None:
+    """vLLM 0.32 dies of an illegal instruction where the first forward pass has few rows: nothing has asked for AMX."""
+    import torch
+
+    torch.cpu._init_amx()
+
+
 def run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
+    allow_amx()
     gc.collect()
     gc.freeze()
     llm = LLM(job["model"], **(SMALL_ENGINE | job["engine"]))

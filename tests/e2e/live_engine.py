@@ -13,6 +13,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.e2e.engine_server import allow_amx
+
 SMALL_ENGINE = {
     "enforce_eager": True,
     "block_size": 32,
@@ -109,6 +111,7 @@ class _Session:
     def start(self, model: str, arguments: dict[str, Any], offload: dict[str, Any]) -> None:
         from vllm import LLM
 
+        allow_amx()
         extra = {"additional_config": {"moe_offload": offload}} if offload else {}
         self._llm = LLM(model, **(SMALL_ENGINE | arguments | extra))
         self._routes: set[tuple[int, int]] = set()
