@@ -138,6 +138,17 @@ def test_prune_offers_what_a_newer_store_of_the_same_settings_has_superseded(
     assert removed_by(run, root, "--superseded") == {identity.fingerprint}
 
 
+def test_opening_a_store_makes_it_used_and_no_newer(root: StoreRoot, identity: StoreIdentity) -> None:
+    store = build(root, identity)
+    aged(root, store, 3)
+    (before,) = root.ls()
+    opened = root.open_or_build(identity, pytest.fail)
+    assert isinstance(opened, Store)
+    opened.close()
+    (after,) = root.ls()
+    assert after.built == before.built and after.used > before.used
+
+
 def test_prune_by_time_unused_and_by_size_takes_the_longest_unused(
     run: Callable[..., Result], root: StoreRoot, tmp_path: Path
 ) -> None:

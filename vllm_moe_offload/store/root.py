@@ -242,6 +242,8 @@ class StoreRoot:
             times = {file.name: file.stat() for file in path.iterdir()}
         except PermissionError as error:
             return StoreInfo(path, fingerprint, "unreadable", 0, built, built, detail=f"{error.strerror}: {path}")
+        if manifest.MANIFEST_NAME in times:  # the folder's own time changes with what is put beside
+            built = times[manifest.MANIFEST_NAME].st_mtime
         identity, detail = None, ""
         if state is None:
             state, identity, detail = _inspect(path)
