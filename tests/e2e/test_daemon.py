@@ -37,11 +37,11 @@ def tiny_moe_bytes(tiny_moe: Path, offloaded: EngineServer) -> int:
 def test_same_tokens_through_a_daemon(
     checkpoint: Checkpoint, plain: EngineServer, offloaded: EngineServer, tmp_path: Path
 ) -> None:
-    """With all of the experts on a lease, and with a quarter of them."""
+    """With all experts on a lease, and with a quarter of them where a step in waves is rounded like a whole one."""
     engine = checkpoint.engine_args | {"enforce_eager": True}
     expected = plain.run(checkpoint.path, engine, ROUNDS)["rounds"]
     room = 64 << 20
-    for share in (1.0, 0.25):
+    for share in (1.0,) if checkpoint.rounded_by_batch else (1.0, 0.25):
         with running_daemon(tmp_path / f"{share}.sock", room, store_root()) as daemon:
             answer = offloaded.run(checkpoint.path, engine | through(daemon, cache=f"{share:.0%}"), ROUNDS)
             assert answer["rounds"] == expected

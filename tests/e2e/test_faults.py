@@ -260,7 +260,8 @@ def test_builders_killed_at_random_moments(checkpoint: Checkpoint, healthy: Heal
     assert engine.generate([LONG, SHORT]) == [healthy.answers[str(LONG)], healthy.answers[str(SHORT)]]
     engine.close()
     (info,) = StoreRoot(root).ls()
-    assert info.state == "complete" and {path.suffix for path in root.iterdir()} == {"", ".lock"}
+    assert info.state == "complete"
+    assert {path.suffix for path in root.iterdir()} == {"", ".lock", ".json"}, "a store, its lock, the file digests"
     (built,), (undisturbed,) = root.glob("*/records.bin"), healthy.stores.glob("*/records.bin")
     assert built.read_bytes() == undisturbed.read_bytes()
 

@@ -55,21 +55,19 @@ def test_tensor_parallel(servers: tuple[EngineServer, EngineServer], tmp_path: P
 @pytest.mark.parametrize("share", [0.5, 1])
 def test_expert_parallel(servers: tuple[EngineServer, EngineServer], tmp_path: Path, share: float) -> None:
     """vLLM 0.32's CPU kernels crash on the choices of other ranks, so the reference is plain vLLM on one rank: partial
-    sums are then rounded in another order, which moves logprobs a little and tokens, in this model, not."""
+    sums are then rounded in another order. In float32 that moves logprobs hardly and tokens, in this model, not."""
     plain, offloaded = servers
     checkpoint = build("qwen3-moe", tmp_path)
+    arguments = checkpoint.engine_args | {"dtype": "float32", "enforce_eager": True}
+    expected = plain.run(checkpoint.path, arguments, ROUNDS)["rounds"][0]
     settings = {"moe_offload": {"cache": f"{share:.0%}"}}
-    one_rank = checkpoint.engine_args | {"enforce_eager": True}
-    expected = plain.run(checkpoint.path, one_rank, ROUNDS)["rounds"][0]
     answer = offloaded.run(
-        checkpoint.path,
-        checkpoint.engine_args | ENGINE | {"enable_expert_parallel": True, "additional_config": settings},
-        ROUNDS,
+        checkpoint.path, arguments | ENGINE | {"enable_expert_parallel": True, "additional_config": settings}, ROUNDS
     )
     for ours, theirs in zip(answer["rounds"][0], expected, strict=True):
         assert ours["tokens"] == theirs["tokens"]
         for our_step, their_step, token in zip(ours["logprobs"], theirs["logprobs"], ours["tokens"], strict=True):
-            assert our_step[str(token)] == pytest.approx(their_step[str(token)], abs=0.3)
+            assert our_step[str(token)] == pytest.approx(their_step[str(token)], abs=1e-3)
     experts = checkpoint.routed_layers * checkpoint.experts
     for rank in answer["stats"]:
         assert rank["slots"] == int(experts // 2 * share) and rank["loads"] > 0

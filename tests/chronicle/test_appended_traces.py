@@ -66,7 +66,7 @@ def written_bytes() -> int:
 KILLED_ENGINE = """
 import sys
 from pathlib import Path
-from tests.chronicle.test_trace_recording import recording
+from tests.chronicle.test_appended_traces import recording
 from tests.daemon.past import past_request
 growing = recording(Path(sys.argv[1]))
 for seed in range(3):
