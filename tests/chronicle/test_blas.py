@@ -27,4 +27,4 @@ def test_a_product_takes_no_other_threads_time() -> None:
         check=True,
         env=os.environ | {"OPENBLAS_NUM_THREADS": "2"},
     )
-    assert float(done.stdout) < 0.1
+    assert float(done.stdout) < 0.25, "two threads would share the time"

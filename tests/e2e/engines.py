@@ -29,8 +29,14 @@ class EngineServer:
         )
         self._process: subprocess.Popen[str] | None = None
 
-    def run(self, model: Path, engine: dict[str, Any], rounds: list[dict[str, Any]]) -> dict[str, Any]:
-        """Start an engine, generate every round greedily, return tokens and logprobs (and the plugin's counters)."""
+    def run(
+        self, model: Path, engine: dict[str, Any], rounds: list[dict[str, Any]], every_step: bool = False
+    ) -> dict[str, Any]:
+        """Start an engine, generate every round greedily, return tokens and logprobs (and the plugin's counters).
+
+        Args:
+            every_step: predict in every step, whatever the trials of prediction decide by the clock.
+        """
         if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, str(SERVER)],
@@ -41,9 +47,8 @@ class EngineServer:
                 env=self._environment,
             )
         assert self._process.stdin and self._process.stdout
-        print(
-            json.dumps({"model": str(model), "engine": engine, "rounds": rounds}), file=self._process.stdin, flush=True
-        )
+        job = {"model": str(model), "engine": engine, "rounds": rounds, "every_step": every_step}
+        print(json.dumps(job), file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
         answer = json.loads(line) if line else {"error": f"the process ended with {self._process.wait()}"}
         if "error" in answer:

@@ -31,7 +31,7 @@ def run(
     server: EngineServer, model: Path, rounds: list[dict[str, Any]] = ROUNDS, **settings: Any
 ) -> tuple[list[Any], dict[str, Any]]:
     offload = {"moe_offload": {"cache": "25%"} | settings}
-    answer = server.run(model, ENGINE | {"additional_config": offload}, rounds)
+    answer = server.run(model, ENGINE | {"additional_config": offload}, rounds, every_step=True)
     return answer["rounds"], answer["stats"][0]
 
 
@@ -131,4 +131,4 @@ def test_heads_learned_from_the_history_predict_after_a_restart(
     made = heads.read_bytes()
     rounds, stats = run(offloaded, tiny_moe, predictor="history", history=str(history.parent.parent))
     assert rounds == expected and heads.read_bytes() == made
-    assert stats["prefetch_useful"] + stats["prefetch_late"] > stats["prefetch_wasted"]
+    assert stats["prefetch_useful"] + stats["prefetch_late"] > settled(stats) / 3, "chance gives a sixteenth"
