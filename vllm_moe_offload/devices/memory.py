@@ -23,11 +23,6 @@ def memory_limits() -> Limits:
     return {f"{machine} {name}": room for name, room in limits.items()}
 
 
-def available_bytes() -> int:
-    """Bytes that this process, alone, can take without swapping or being killed."""
-    return min(memory_limits().values())
-
-
 def equal_share(limits: Sequence[Limits], process: int) -> int:
     """Bytes that ``process`` may take so that all processes can take as much as each other without exceeding a bound.
 
