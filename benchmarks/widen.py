@@ -8,7 +8,6 @@ Streams: memory stays at one tensor. Zeros are written, not left as holes: readi
 
 import argparse
 import json
-import mmap
 import os
 import shutil
 import struct
@@ -17,12 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from checkpoint import StoredTensor, read_config, stored_tensors
 
 TINY_MOE = Path(__file__).parent.parent / "examples" / "models" / "tiny-moe"
 SHARD_BYTES = 1 << 30
 # Kernels tile the intermediate dimension; every one vLLM has for CPU accepts multiples of this.
 MULTIPLE = 32
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1}
 # Which axis of a projection's weight [out, in] is the intermediate dimension.
 PADDED_AXIS = {"gate_proj.weight": 0, "up_proj.weight": 0, "down_proj.weight": 1}
 
@@ -45,31 +44,18 @@ class WideModel(NamedTuple):
 class Tensor(NamedTuple):
     """One tensor of the source and the shape it gets."""
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
+    stored: StoredTensor
     wide_shape: tuple[int, ...]
-    source: Path
-    start: int
 
     @property
     def wide_bytes(self) -> int:
         """Size after padding."""
-        return int(np.prod(self.wide_shape)) * ITEM_BYTES[self.dtype]
-
-    @property
-    def is_expert(self) -> bool:
-        """Whether it belongs to a routed expert."""
-        return ".mlp.experts." in self.name
+        return self.stored.bytes_of(self.wide_shape)
 
     def read_padded(self) -> np.ndarray:
         """The tensor's bytes as integers of its item size, zero-padded: an array of `wide_shape`."""
-        kind = np.dtype(f"u{ITEM_BYTES[self.dtype]}")
-        count = int(np.prod(self.shape))
-        with self.source.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            narrow = np.frombuffer(view, kind, count, self.start).reshape(self.shape).copy()
-        padding = [(0, wide - old) for wide, old in zip(self.wide_shape, self.shape, strict=True)]
-        return np.ascontiguousarray(np.pad(narrow, padding))
+        padding = [(0, wide - old) for wide, old in zip(self.wide_shape, self.stored.shape, strict=True)]
+        return np.ascontiguousarray(np.pad(self.stored.read(), padding))
 
 
 def make_wide(path: Path | str, intermediate: int, source: Path | str = TINY_MOE) -> WideModel:
@@ -79,7 +65,7 @@ def make_wide(path: Path | str, intermediate: int, source: Path | str = TINY_MOE
         ValueError: `intermediate` is smaller than the source's or no multiple of 32, or `path` holds something else.
     """
     path, source = Path(path), Path(source)
-    config = json.loads((source / "config.json").read_text())
+    config = read_config(source)
     least = config["moe_intermediate_size"]
     if intermediate < least or intermediate % MULTIPLE:
         raise ValueError(f"--intermediate {intermediate}: must be a multiple of {MULTIPLE}, at least {least}")
@@ -95,7 +81,7 @@ def make_wide(path: Path | str, intermediate: int, source: Path | str = TINY_MOE
             f"{path} exists and is no model of intermediate size {intermediate}; remove it or name another"
         )
     experts = config["num_hidden_layers"] * config["num_experts"]
-    expert_bytes = sum(tensor.wide_bytes for tensor in tensors if tensor.is_expert)
+    expert_bytes = sum(tensor.wide_bytes for tensor in tensors if tensor.stored.is_expert)
     return WideModel(path, intermediate, experts, expert_bytes // experts, sum(t.wide_bytes for t in tensors))
 
 
@@ -105,19 +91,12 @@ def _width(path: Path) -> int | None:
 
 
 def _tensors(source: Path, intermediate: int) -> Iterator[Tensor]:
-    for file in sorted(source.glob("*.safetensors")):
-        with file.open("rb") as opened:
-            (length,) = struct.unpack("<Q", opened.read(8))
-            header: dict[str, Any] = json.loads(opened.read(length))
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            shape = tuple(entry["shape"])
-            axis = next((axis for end, axis in PADDED_AXIS.items() if name.endswith(end)), None)
-            wide = list(shape)
-            if ".mlp.experts." in name and axis is not None:
-                wide[axis] = intermediate
-            yield Tensor(name, entry["dtype"], shape, tuple(wide), file, 8 + length + entry["data_offsets"][0])
+    for stored in stored_tensors(source):
+        axis = next((axis for end, axis in PADDED_AXIS.items() if stored.name.endswith(end)), None)
+        wide = list(stored.shape)
+        if stored.is_expert and axis is not None:
+            wide[axis] = intermediate
+        yield Tensor(stored, tuple(wide))
 
 
 def _write_model(folder: Path, tensors: list[Tensor], config: dict[str, Any], source: Path) -> None:
@@ -130,7 +109,7 @@ def _write_model(folder: Path, tensors: list[Tensor], config: dict[str, Any], so
     for number, shard in enumerate(shards, 1):
         file = folder / f"model-{number:05}-of-{len(shards):05}.safetensors"
         _write_shard(file, shard)
-        weight_map |= {tensor.name: file.name for tensor in shard}
+        weight_map |= {tensor.stored.name: file.name for tensor in shard}
     total = sum(tensor.wide_bytes for tensor in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -149,7 +128,8 @@ def _write_shard(file: Path, tensors: list[Tensor]) -> None:
     offset = 0
     for tensor in tensors:
         end = offset + tensor.wide_bytes
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.wide_shape, "data_offsets": [offset, end]}
+        dtype, shape = tensor.stored.dtype, tensor.wide_shape
+        header[tensor.stored.name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
