@@ -116,7 +116,8 @@ class Comparison:
                 for variant in self.variants:
                     self._start(variant)
             for batch in self.workload.batches:
-                for number in range(self.workload.rounds):
+                done = len(self.rounds[batch])
+                for number in range(done, done + self.workload.rounds):
                     self.rounds[batch].append(self._round(batch, number))
         finally:
             for engine in self.engines.values():

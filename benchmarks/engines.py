@@ -13,18 +13,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
-from memory import MemoryLimit, PeakSampler, descendants
+from memory import MemoryLimit, PeakSampler, descendants, mapped_file_bytes
+from read_ahead import ReadAhead
 
-WORKER = Path(__file__).with_name("worker.py")
 DEFAULT_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
 START_SECONDS = 1800
@@ -37,20 +36,38 @@ class EngineError(Exception):
     """An engine could not start or did not survive; the message says why."""
 
 
+class Program(NamedTuple):
+    """What an engine's process runs: a script that serves by protocol.py, the interpreter for it, its arguments."""
+
+    worker: Path
+    python: str = sys.executable
+    defaults: Mapping[str, Any] = {}
+    """Arguments where a variant gives none."""
+
+
+VLLM = Program(Path(__file__).with_name("worker.py"), defaults={"kv_cache_memory_bytes": 1 << 30})
+
+
 class Variant(NamedTuple):
-    """What one arm of a comparison runs: plain vLLM if `offload` is None."""
+    """What one arm of a comparison runs: if `offload` is None, the program without our plugin."""
 
     name: str
     offload: dict[str, Any] | None
     arguments: dict[str, Any]
     history: Path | None = None
     """Folder of histories (see warm.py). Every engine starts with a copy of its own, or with none."""
+    program: Program = VLLM
+    memory_limit: int | None = None
+    """Bytes, instead of what is asked of all engines."""
+    read_ahead: ReadAhead | None = None
+    """While the engine lives."""
 
     def engine_arguments(self, history: Path) -> dict[str, Any]:
-        """Keyword arguments of vllm.LLM, for an engine that keeps its history in `history`."""
+        """What the program is started with: for vLLM keyword arguments of LLM; its history is kept in `history`."""
+        arguments = {**self.program.defaults, **self.arguments}
         if self.offload is None:
-            return self.arguments
-        return self.arguments | {"additional_config": {"moe_offload": {"history": str(history)} | self.offload}}
+            return arguments
+        return arguments | {"additional_config": {"moe_offload": {"history": str(history)} | self.offload}}
 
 
 class Engine:
@@ -59,12 +76,18 @@ class Engine:
     def __init__(self, variant: Variant, memory_limit: int | None = None, preload: str | None = None) -> None:
         self.variant = variant
         self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - lives as long as the engine
-        self._limit = MemoryLimit(variant.name, memory_limit) if memory_limit is not None else None
-        self._limit_bytes = memory_limit
+        self._limit_bytes = memory_limit if variant.memory_limit is None else variant.memory_limit
+        self._limit = MemoryLimit(variant.name, self._limit_bytes) if self._limit_bytes is not None else None
         self._folder = tempfile.TemporaryDirectory(prefix="history-")
         if variant.history is not None:
             shutil.copytree(variant.history, self._folder.name, dirs_exist_ok=True)
-        self._process, self._answers = self._spawn(preload)
+        try:
+            if variant.read_ahead is not None:
+                variant.read_ahead.set()
+            self._process, self._answers = self._spawn(preload)
+        except OSError as error:
+            self._undo()
+            raise EngineError(f"{variant.name}: {error}") from error
 
     @classmethod
     def start(cls, variant: Variant, memory_limit: int | None = None, preload: str | None = None) -> "Engine":
@@ -84,7 +107,8 @@ class Engine:
     def _spawn(self, preload: str | None) -> tuple[subprocess.Popen[str], int]:
         answers, theirs = os.pipe()
         arguments = json.dumps(self.variant.engine_arguments(Path(self._folder.name)))
-        command = [sys.executable, str(WORKER), str(theirs), arguments]
+        program = self.variant.program
+        command = [program.python, str(program.worker), str(theirs), arguments]
         if self._limit is not None:
             command.append(str(self._limit.enter_file()))
         environment = DEFAULT_ENVIRONMENT | os.environ | ({"LD_PRELOAD": preload} if preload else {})
@@ -126,6 +150,11 @@ class Engine:
         """Of the process all others of the engine descend from."""
         return self._process.pid
 
+    def mapped_bytes(self, besides: Sequence[Path]) -> int:
+        """Of files that its processes have mapped and in memory, besides those in the folders `besides`."""
+        tree = [self._process.pid, *(process.pid for process in descendants(self._process.pid))]
+        return sum(mapped_file_bytes(pid, besides) for pid in tree)
+
     def cpu_seconds(self) -> float:
         """Processor time of the whole tree so far."""
         tree = [psutil.Process(self._process.pid), *descendants(self._process.pid)]
@@ -155,7 +184,7 @@ class Engine:
         return EngineError(f"{self.variant.name}: exit code {code}: {errors[-1] if errors else 'no output'}")
 
     def stop(self) -> None:
-        """End the engine's processes, politely first, and remove its memory limit."""
+        """End the engine's processes, politely first; undo its memory limit and read-ahead."""
         tree = [psutil.Process(self._process.pid), *descendants(self._process.pid)] if self._alive() else []
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
@@ -170,7 +199,12 @@ class Engine:
         psutil.wait_procs(alive, timeout=15)
         self._process.wait(15)
         os.close(self._answers)
+        self._undo()
+
+    def _undo(self) -> None:
         self._folder.cleanup()
+        if self.variant.read_ahead is not None:
+            self.variant.read_ahead.restore()
         if self._limit is not None:
             self._limit.remove()
 

@@ -6,6 +6,7 @@ Must not add memory or noticeable load to what it measures: it reads /proc of a 
 import os
 import re
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -76,6 +77,29 @@ def anonymous_and_shared(pid: int) -> int:
     except (FileNotFoundError, ProcessLookupError):
         return 0
     return 1024 * sum(int(kib) for kib in re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+) kB", status, re.MULTILINE))
+
+
+def mapped_file_bytes(pid: int, besides: Sequence[Path]) -> int:
+    """Bytes of mapped files that are in memory for a process, besides those in the folders `besides`; 0 if it is gone.
+
+    What several processes share counts by parts (PSS); pages written to and shared memory do not count.
+    """
+    try:
+        lines = Path(f"/proc/{pid}/smaps").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    others = ("/dev/", "/memfd:", "/SYSV", *(f"{folder.resolve()}/" for folder in besides))
+    kib, pss, counts = 0, 0, False
+    for line in lines:
+        fields = line.split(maxsplit=5)
+        if not fields[0].endswith(":"):
+            path = fields[5] if len(fields) == 6 else ""
+            counts = path.startswith("/") and not path.startswith(others)
+        elif counts and fields[0] == "Pss:":
+            pss = int(fields[1])
+        elif counts and fields[0] == "Anonymous:":
+            kib += max(0, pss - int(fields[1]))
+    return 1024 * kib
 
 
 class MemoryLimit:

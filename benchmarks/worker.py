@@ -1,14 +1,12 @@
-"""One engine in a process of its own: takes commands as JSON lines on stdin, answers on the descriptor it is given.
+"""vLLM in a process of its own, with or without the plugin; see protocol.py.
 
 Must measure only: every number it returns was taken here, around vLLM's own engine loop.
 """
 
-import json
-import os
-import sys
 import time
-from pathlib import Path
 from typing import Any
+
+from protocol import serve
 
 
 class Runner:
@@ -23,6 +21,15 @@ class Runner:
         self.model_seconds = max(self.llm.collective_rpc("model_seconds"))
         self.is_offloading = "moe_offload" in arguments.get("additional_config", {})
         self.requests = 0
+
+    def loaded(self) -> dict[str, Any]:
+        """What loading took, in seconds, and the plugin's counters after it."""
+        seconds = {"load_seconds": self.load_seconds, "model_seconds": self.model_seconds}
+        return seconds | {"totals": self.counters()}
+
+    def close(self) -> None:
+        """End vLLM's processes."""
+        self.llm.llm_engine.engine_core.shutdown()
 
     def counters(self) -> dict[str, float]:
         """The plugin's counters, summed over ranks; none for plain vLLM."""
@@ -95,23 +102,5 @@ class Runner:
         return ids[:prompt_tokens]
 
 
-def main() -> None:
-    """`worker.py ANSWER_FD ARGUMENTS_JSON [CGROUP_PROCS]`; every line of stdin is `{"do": method of Runner, ...}`."""
-    if len(sys.argv) > 3:
-        Path(sys.argv[3]).write_text(str(os.getpid()))
-    with os.fdopen(int(sys.argv[1]), "w") as answers:
-
-        def answer(value: Any) -> None:
-            print(json.dumps(value), file=answers, flush=True)
-
-        runner = Runner(json.loads(sys.argv[2]))
-        seconds = {"load_seconds": runner.load_seconds, "model_seconds": runner.model_seconds}
-        answer(seconds | {"totals": runner.counters()})
-        for line in sys.stdin:
-            command = json.loads(line)
-            answer(getattr(runner, command.pop("do"))(**command))
-        runner.llm.llm_engine.engine_core.shutdown()
-
-
 if __name__ == "__main__":
-    main()
+    serve(Runner)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from memory import MemoryLimit, PeakSampler, parse_size
+from memory import MemoryLimit, PeakSampler, mapped_file_bytes, parse_size
 
 MIB = 1 << 20
 # A child of the sampled process holds the memory until it is told to end.
@@ -50,3 +50,19 @@ def test_a_process_over_the_limit_is_killed_and_counted() -> None:
     finally:
         limit.remove()
     assert not Path(limit.path).exists()
+
+
+def test_mapped_files_count_but_for_those_in_folders_left_out(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x" * 8 * MIB)
+    code = (
+        f"import mmap, sys; file = open({str(tmp_path / 'file')!r}, 'rb'); "
+        "view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ); view.read(); print('ready', flush=True); "
+        "sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdout.readline()
+        everything, besides = mapped_file_bytes(process.pid, []), mapped_file_bytes(process.pid, [tmp_path])
+        process.stdin.close()
+    assert everything - besides == 8 * MIB
+    assert besides > 0
