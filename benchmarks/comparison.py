@@ -28,6 +28,8 @@ class Arm(NamedTuple):
 
     name: str
     settings: dict[str, Any]
+    checkout: Path | None = None
+    """See Variant."""
 
     @classmethod
     def parse(cls, text: str) -> "Arm":
@@ -37,6 +39,10 @@ class Arm(NamedTuple):
         if not name or not found or not isinstance(fields, dict):
             raise ValueError(f"{text!r} is not NAME={{...}}")
         return cls(name, fields)
+
+    def of(self, name: str, checkout: Path) -> "Arm":
+        """The same arm with the plugin of another checkout, which is called `name`."""
+        return self._replace(name=f"{self.name} {name}".strip(), checkout=checkout)
 
     def at(self, budget: str) -> str:
         """What its engine with this budget is called."""
@@ -48,7 +54,9 @@ def variants_of(
 ) -> list[Variant]:
     """Every arm at every budget, arms of one budget next to each other."""
     return [
-        Variant(arm.at(budget), {"cache": budget} | arm.settings, arguments, warm) for budget in budgets for arm in arms
+        Variant(arm.at(budget), {"cache": budget} | arm.settings, arguments, warm, checkout=arm.checkout)
+        for budget in budgets
+        for arm in arms
     ]
 
 
@@ -63,6 +71,15 @@ def references_of(arms: Sequence[Arm], budgets: Sequence[str], reference: str) -
     if reference not in [arm.name for arm in arms]:
         raise ValueError(f"--reference {reference}: there is no such arm; there are {', '.join(a.name for a in arms)}")
     return {arm.at(budget): Arm(reference, {}).at(budget) for budget in budgets for arm in arms}
+
+
+def checkout(text: str) -> tuple[str, Path]:
+    """Read `NAME=FOLDER`. Raises ValueError where FOLDER is no checkout of this project."""
+    name, _, folder = text.partition("=")
+    path = Path(folder).absolute()
+    if not name or not folder or not (path / "vllm_moe_offload").is_dir():
+        raise ValueError(f"{text!r} is not NAME=FOLDER with a folder that holds vllm_moe_offload")
+    return name, path
 
 
 class Workload(NamedTuple):

@@ -1,11 +1,14 @@
 """Compare plain vLLM with vllm-moe-offload at several budgets: time per token, prefill, memory, loads, stalls.
 
 Engines take turns on the same prompts; ratios pair the runs of a round (see comparison.py). With `--arm` the plugin is
-tried in several configurations at each budget, and with `--reference` ratios are to one of these.
+tried in several configurations at each budget, and with `--reference` ratios are to one of these. With `--checkout`
+each of them also runs with the plugin of another checkout: before and after a change, in one run.
 
     python benchmarks/decode.py --model /tmp/wide --budgets 25%,100% --batch 1,8 --compiled --eager
     python benchmarks/decode.py --model /tmp/wide --budgets 25%,50% --warm /tmp/warm --reference none \\
         --arm none='{"predictor": "none"}' --arm history='{"predictor": "history"}'
+    git worktree add /tmp/old main~5
+    python benchmarks/decode.py --model /tmp/wide --budgets 25% --no-plain --checkout old=/tmp/old --reference old
 """
 
 import argparse
@@ -13,7 +16,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from comparison import PLAIN, Arm, Comparison, Conditions, Workload, references_of, variants_of, write_result
+from comparison import (
+    PLAIN,
+    Arm,
+    Comparison,
+    Conditions,
+    Workload,
+    checkout,
+    references_of,
+    variants_of,
+    write_result,
+)
 from engines import Variant
 from memory import parse_size
 from prompts import EXAMPLES, read_prompts
@@ -39,6 +52,14 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="NAME=JSON",
         help="a configuration of the plugin to try at every budget; may be repeated (default: the plugin's own)",
     )
+    add(
+        "--checkout",
+        type=checkout,
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="run every arm also with the plugin of this checkout; may be repeated",
+    )
     add("--reference", default=PLAIN, metavar="ARM", help="ratios are to this arm at the same budget, or to plain vLLM")
     add("--warm", type=Path, metavar="FOLDER", help="made by warm.py: every engine starts with a copy of that history")
     add("--batch", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8], help="batch sizes: 1,8")
@@ -61,7 +82,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--no-plain", action="store_true", help="leave plain vLLM out")
     add("--json", type=Path, metavar="FILE", help="write everything measured here")
     options = parser.parse_args(arguments)
-    options.arms = options.arms or [Arm("", {})]
+    arms = options.arms or [Arm("", {})]
+    options.arms = arms + [arm.of(*other) for other in options.checkout for arm in arms]
     try:
         options.references = references_of(options.arms, options.budgets, options.reference)
     except ValueError as error:

@@ -61,6 +61,8 @@ class Variant(NamedTuple):
     """Bytes, instead of what is asked of all engines."""
     read_ahead: ReadAhead | None = None
     """While the engine lives."""
+    checkout: Path | None = None
+    """Another checkout of this project, whose plugin the engine loads instead of the installed one."""
 
     def engine_arguments(self, history: Path) -> dict[str, Any]:
         """What the program is started with: for vLLM keyword arguments of LLM; its history is kept in `history`."""
@@ -112,6 +114,8 @@ class Engine:
         if self._limit is not None:
             command.append(str(self._limit.enter_file()))
         environment = DEFAULT_ENVIRONMENT | os.environ | ({"LD_PRELOAD": preload} if preload else {})
+        if self.variant.checkout is not None:
+            environment["PYTHONPATH"] = str(self.variant.checkout)
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

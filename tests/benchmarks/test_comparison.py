@@ -1,7 +1,9 @@
 """comparison.py: arms, what they are called, and what they are compared with."""
 
+from pathlib import Path
+
 import pytest
-from comparison import Arm, Workload, references_of, variants_of
+from comparison import Arm, Workload, checkout, references_of, variants_of
 
 ARMS = [Arm.parse('none={"predictor": "none"}'), Arm.parse('history={"predictor": "history"}')]
 
@@ -34,3 +36,17 @@ def test_rounds_go_through_the_prompts() -> None:
         ["b", "c"],
     ]
     assert workload.prompts(1, 1) == [["b", "c", "a"]]
+
+
+def test_an_arm_runs_with_the_plugin_of_another_checkout(tmp_path: Path) -> None:
+    (tmp_path / "vllm_moe_offload").mkdir()
+    old = Arm("none", {"predictor": "none"}).of(*checkout(f"old={tmp_path}"))
+    (variant,) = variants_of([old], ["25%"], {}, None)
+    assert (variant.name, variant.checkout) == ("25% none old", tmp_path)
+    assert Arm("", {}).of("old", tmp_path).at("25%") == "25% old"
+
+
+@pytest.mark.parametrize("text", ["old", "=.", "old=/nowhere"])
+def test_what_is_no_checkout_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="NAME=FOLDER"):
+        checkout(text)
