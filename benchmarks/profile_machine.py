@@ -1,7 +1,7 @@
 """Measure this machine for the simulator: how fast records load, and what a layer and a step of a model take.
 
-Loads: the plugin's loader reads records of the model's store, 1, 2, … at a time; between demands the processor works
-for as long as a layer takes. Layers: an engine whose cache holds all experts but one, timed inside, at two batch
+Loads: an engine's pools demand absent experts of the model's store, 1, 2, … at a time; between demands the processor
+works for as long as a layer takes. Layers: an engine whose cache holds all experts but one, timed inside, at two batch
 sizes; from their difference comes what one more expert costs. Finding slots: steps without a kernel. Prefill: how
 long a prompt's step takes in that engine.
 
@@ -11,7 +11,6 @@ long a prompt's step takes in that engine.
 
 import argparse
 import json
-import random
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,18 +20,17 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
+from demands import Demands
 from engines import Engine, Variant
 from prompts import EXAMPLES, read_prompts
-from reads import LOADER_THREADS
+from reads import LOADER_THREADS, SHARE
 from remembering import all_but_one
 from safetensors import safe_open
 from warm import TINY_MOE
 
-from vllm_moe_offload.prefetch.loader import Load, RecordLoader
 from vllm_moe_offload.replay.hardware import HardwareProfile, ModelProfile
 from vllm_moe_offload.runtime import OffloadRuntime
 from vllm_moe_offload.slots import Ledger, embedded_pools
-from vllm_moe_offload.store.files import aligned_buffer
 from vllm_moe_offload.store.layout import RecordLayout
 from vllm_moe_offload.store.reader import Store
 
@@ -56,39 +54,17 @@ class LayerTimes(NamedTuple):
     """Experts a layer used."""
 
 
-def demand_seconds(store: Store, pause: float, rounds: int = 24, seed: int = 0) -> list[float]:
+def demand_seconds(store: Store, pause: float, rounds: int = 24) -> list[float]:
     """Median seconds of a demand of 1, 2, … AT_ONCE records, a `pause` of computing before each."""
-    everything = [(layer, expert) for layer, entry in enumerate(store.layers) for expert in range(entry.experts)]
-    record = max(entry.layout.record_bytes for entry in store.layers)
-    slots = [memoryview(aligned_buffer(record)) for _ in range(AT_ONCE)]
-    loader = RecordLoader(store, threads=LOADER_THREADS)
-    shuffle, work = random.Random(seed), np.ones(1 << 20, np.float32)
-
-    def demand(experts: Sequence[tuple[int, int]]) -> float:
-        loads = []
-        for (layer, expert), slot in zip(experts, slots, strict=False):
-            parts = [np.frombuffer(part, np.uint8) for part in store.layers[layer].layout.parts(slot)]
-            loads.append(Load(layer, expert, parts))
-        until = time.perf_counter() + pause
-        while time.perf_counter() < until:
-            work.sum()
-        began = time.perf_counter()
-        loader.demand(loads)
-        seconds = time.perf_counter() - began
-        for load in loads:
-            if load.error is not None:
-                raise load.error
-        return seconds
-
     taken: list[list[float]] = [[] for _ in range(AT_ONCE)]
-    try:
-        for start in range(0, len(everything), AT_ONCE):  # the first time, checksums are verified
-            demand(everything[start : start + AT_ONCE])
+    work = np.ones(1 << 20, np.float32)
+    with Demands(store, SHARE) as demands:
         for _ in range(rounds):
             for count in range(1, AT_ONCE + 1):
-                taken[count - 1].append(demand(shuffle.sample(everything, count)))
-    finally:
-        loader.close()
+                until = time.perf_counter() + pause
+                while time.perf_counter() < until:
+                    work.sum()
+                taken[count - 1].append(demands.load(count)[0])
     return [median(seconds) for seconds in taken]
 
 

@@ -1,7 +1,8 @@
-"""What the disk gives O_DIRECT reads of a record's size, and what the plugin's loader makes of it.
+"""What the disk gives O_DIRECT reads of a record's size, and what the plugin makes of it.
 
-Both read the same records of one store in the same random order with as many reads in flight; they take turns. The
-loader is given as many records at a time as a step might miss, and waited for.
+The disk: plain reads of random records into huge pages, as much memory as the slots take. The plugin: demands of absent
+experts by an engine's own pools, with a quarter of the experts in slots, as many at a time as a step might miss. Each is
+compared with as many plain reads in flight as its threads can have. They take turns.
 
     python benchmarks/reads.py STORE_FOLDER --batch 8
 """
@@ -15,76 +16,83 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
+from demands import Demands
 from report import Spread
 from rich.console import Console
 from rich.table import Table
 
-from vllm_moe_offload.prefetch.loader import Load, RecordLoader
 from vllm_moe_offload.store.files import aligned_buffer
 from vllm_moe_offload.store.reader import Store
 
 LOADER_THREADS = 4
 # The loader's caller reads along with its threads.
 DEPTH = LOADER_THREADS + 1
-DISK = "disk"
-
-Expert = tuple[int, int]
+SHARE = 0.25
 
 
-def raw_seconds(store: Store, experts: Sequence[Expert]) -> float:
-    """Time of plain preadv calls for these records, DEPTH of them in flight."""
-    positions = [(store.offset(layer, expert), store.layers[layer].layout.record_bytes) for layer, expert in experts]
+class BareReads:
+    """Plain preadv calls into `slots` places of one buffer of huge pages."""
 
-    def read(mine: Sequence[tuple[int, int]]) -> None:
-        buffer = memoryview(aligned_buffer(max(size for _, size in positions)))
-        for position, size in mine:
-            if os.preadv(store.fd, [buffer[:size]], position) != size:
-                raise OSError(f"short read at {position} of {store.path}")
+    def __init__(self, store: Store, slots: int, seed: int) -> None:
+        self._store = store
+        self._largest = max(entry.layout.record_bytes for entry in store.layers)
+        self._buffer = memoryview(aligned_buffer(slots * self._largest))
+        self._slots = slots
+        self._records = [(layer, expert) for layer, entry in enumerate(store.layers) for expert in range(entry.experts)]
+        self._draw = random.Random(seed)
 
-    threads = [threading.Thread(target=read, args=(positions[i::DEPTH],)) for i in range(DEPTH)]
-    started = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return time.perf_counter() - started
+    def rate(self, count: int, in_flight: int) -> float:
+        """Bytes per second of reading `count` random records, `in_flight` at a time."""
+        reads = []
+        for layer, expert in self._draw.choices(self._records, k=count):
+            start = self._draw.randrange(self._slots) * self._largest
+            size = self._store.layers[layer].layout.record_bytes
+            reads.append((self._buffer[start : start + size], self._store.offset(layer, expert)))
+
+        def read(mine: Sequence[tuple[memoryview, int]]) -> None:
+            for into, position in mine:
+                if os.preadv(self._store.fd, [into], position) != len(into):
+                    raise OSError(f"short read at {position} of {self._store.path}")
+
+        threads = [threading.Thread(target=read, args=(reads[i::in_flight],)) for i in range(in_flight)]
+        started = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return sum(len(into) for into, _ in reads) / (time.perf_counter() - started)
 
 
-def loader_seconds(store: Store, loader: RecordLoader, experts: Sequence[Expert], batch: int) -> float:
-    """Time of the plugin's loader for these records, `batch` demanded at a time, in reused slots."""
-    slots = [memoryview(aligned_buffer(max(entry.layout.record_bytes for entry in store.layers))) for _ in range(batch)]
-    started = time.perf_counter()
-    for start in range(0, len(experts), batch):
-        loads = []
-        for (layer, expert), slot in zip(experts[start : start + batch], slots, strict=False):
-            parts = [np.frombuffer(part, np.uint8) for part in store.layers[layer].layout.parts(slot)]
-            loads.append(Load(layer, expert, parts))
-        loader.demand(loads)
-        for load in loads:
-            if load.error is not None:
-                raise load.error
-    return time.perf_counter() - started
+def disk(in_flight: int) -> str:
+    """What plain reads are called."""
+    return f"disk, {in_flight} in flight"
+
+
+def plugin(batch: int) -> str:
+    """What demands are called."""
+    return f"plugin, {batch} at a time"
+
+
+def demand_rate(demands: Demands, count: int, batch: int) -> float:
+    """Bytes per second of demanding `count` experts, `batch` at a time."""
+    waits = [demands.load(batch) for _ in range(-(-count // batch))]
+    return sum(size for _, size in waits) / sum(seconds for seconds, _ in waits)
 
 
 def measure(store: Store, batches: Sequence[int], rounds: int, count: int, seed: int) -> dict[str, list[float]]:
-    """Bytes per second per way of reading, one number per round, after a pass that verifies every checksum."""
-    everything = [(layer, expert) for layer, entry in enumerate(store.layers) for expert in range(entry.experts)]
-    loader = RecordLoader(store, threads=LOADER_THREADS)
-    ways: dict[str, Callable[[Sequence[Expert]], float]] = {DISK: lambda experts: raw_seconds(store, experts)}
-    for batch in batches:
-        ways[f"loader, {batch} at a time"] = lambda experts, batch=batch: loader_seconds(store, loader, experts, batch)
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    shuffle = random.Random(seed)
-    try:
-        loader_seconds(store, loader, everything, DEPTH)
+    """Bytes per second per way of reading, one number per round."""
+    with Demands(store, SHARE, seed) as demands:
+        bare = BareReads(store, sum(demands.slots.values()), seed)
+        bare.rate(2 * sum(demands.slots.values()), DEPTH)  # most of its memory is taken by then
+        ways: dict[str, Callable[[], float]] = {}
+        for batch in batches:
+            in_flight = min(batch, DEPTH)
+            ways[disk(in_flight)] = lambda in_flight=in_flight: bare.rate(count, in_flight)
+            ways[plugin(batch)] = lambda batch=batch: demand_rate(demands, count, batch)
+        rates: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(rounds):
-            experts = shuffle.sample(everything, min(count, len(everything)))
-            size = sum(store.layers[layer].layout.record_bytes for layer, _ in experts)
-            for name, seconds in ways.items():
-                rates[name].append(size / seconds(experts))
-    finally:
-        loader.close()
+            for name, rate in ways.items():
+                rates[name].append(rate())
     return rates
 
 
@@ -105,8 +113,10 @@ def main() -> None:
     record = store.layers[0].layout.record_bytes / 2**20
     how = "O_DIRECT" if store.direct else "buffered: this file system has no O_DIRECT"
     table = Table("reader", "MiB/s", "x disk", title=f"records of {record:.2f} MiB, {how}")
+    references = {plugin(batch): rates[disk(min(batch, DEPTH))] for batch in options.batch}
     for name, rate in rates.items():
-        ratio = Spread.of([ours / disk for ours, disk in zip(rate, rates[DISK], strict=True)])
+        pairs = zip(rate, references.get(name, rate), strict=True)
+        ratio = Spread.of([ours / theirs for ours, theirs in pairs])
         table.add_row(name, Spread.of(rate).show(2**-20, 0), ratio.show())
     Console().print(table)
     if options.json:

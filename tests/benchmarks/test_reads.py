@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from engines import Engine, Variant
-from reads import DISK, measure
+from reads import measure
 
 from vllm_moe_offload.errors import LoadError
 from vllm_moe_offload.store.reader import Store
@@ -21,9 +21,9 @@ def store_folder(tmp_path_factory: pytest.TempPathFactory, tiny_moe: Path) -> Pa
     return manifest.parent
 
 
-def test_disk_and_loader_are_measured_round_by_round(store_folder: Path) -> None:
+def test_disk_and_plugin_are_measured_round_by_round(store_folder: Path) -> None:
     rates = measure(Store.open(store_folder), batches=[1, 8], rounds=2, count=32, seed=0)
-    assert list(rates) == [DISK, "loader, 1 at a time", "loader, 8 at a time"]
+    assert list(rates) == ["disk, 1 in flight", "plugin, 1 at a time", "disk, 5 in flight", "plugin, 8 at a time"]
     assert all(len(rate) == 2 and min(rate) > 0 for rate in rates.values())
 
 
