@@ -4,9 +4,9 @@ It cuts steps up so that they fit. It must never import vLLM or torch, and never
 hold.
 """
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,28 @@ class Wave(NamedTuple):
     """Which rows of the batch, or None for all of them."""
     slots: NDArray[np.int32]
     """``[rows, top_k]``: the slot of every chosen expert; -1 where the choice is not this worker's."""
+
+
+class Waves(Protocol):
+    """The waves of a layer. Closed before the last one has been asked for, it lets go of what is held."""
+
+    def __iter__(self) -> Iterator[Wave]: ...
+    def close(self) -> None: ...
+
+
+class SingleWave:
+    """Waves of a layer whose experts were all found: there is nothing to wait for and nothing to let go of."""
+
+    __slots__ = ("_wave",)
+
+    def __init__(self, wave: Wave):
+        self._wave = wave
+
+    def __iter__(self) -> Iterator[Wave]:
+        return iter((self._wave,))
+
+    def close(self) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -114,22 +136,25 @@ class OffloadRuntime:
         for pool in self.pools:
             pool.load_all()
 
-    def serve(self, layer: PooledLayer, chosen: NDArray[np.integer]) -> Generator[Wave]:
-        """Yield waves that together cover every row of ``chosen``; compute each before asking for the next.
-
-        Close the generator where the last wave is not asked for: it lets go of what is held.
+    def serve(self, layer: PooledLayer, chosen: NDArray[np.integer]) -> Waves:
+        """Waves that together cover every row of ``chosen``; compute each before asking for the next.
 
         Args:
-            chosen: ``[rows, top_k]`` expert numbers within the layer; negative ones are skipped.
+            chosen: ``[rows, top_k]`` expert numbers within the layer, those of a row distinct; negative ones are
+                skipped.
         """
         needed = _needed(layer, chosen)
         capacity = layer.pool.capacity
         if len(needed) > capacity:
-            yield from self._serve_in_waves(layer, chosen, capacity)
-        elif streams(chosen.size, layer.experts, capacity):
-            yield from self._serve_streaming(layer, chosen, needed)
-        else:
-            yield from self._serve_at_once(layer, chosen, needed)
+            return self._serve_in_waves(layer, chosen, capacity)
+        if streams(chosen.size, layer.experts, capacity):
+            return self._serve_streaming(layer, chosen, needed)
+        slots = layer.pool.find(needed)
+        if slots is None:
+            return self._serve_at_once(layer, chosen, needed)
+        if self.anticipation is not None:
+            self.anticipation.look_ahead()
+        return SingleWave(Wave(None, self._slots_of(layer, needed, slots, chosen)))
 
     @property
     def has_failures(self) -> bool:
@@ -155,7 +180,7 @@ class OffloadRuntime:
         try:
             if self.anticipation is not None:
                 self.anticipation.look_ahead()
-            yield Wave(None, self._slots_of(layer, hold, chosen))
+            yield Wave(None, self._slots_of(layer, hold.experts, hold.slots, chosen))
         finally:
             self._release(layer, hold, chosen)
 
@@ -167,7 +192,7 @@ class OffloadRuntime:
         try:
             if following := self._following.get(layer.name):
                 following.pool.stream_ahead(following.span)
-            yield Wave(None, self._slots_of(layer, hold, chosen))
+            yield Wave(None, self._slots_of(layer, hold.experts, hold.slots, chosen))
         finally:
             self._release(layer, hold, chosen)
 
@@ -187,7 +212,7 @@ class OffloadRuntime:
                 try:
                     if overlap and number + 1 < len(groups):
                         started = pool.start_hold(layer.span, _needed(layer, chosen[groups[number + 1]]))
-                    yield Wave(rows, self._slots_of(layer, hold, chosen[rows]))
+                    yield Wave(rows, self._slots_of(layer, hold.experts, hold.slots, chosen[rows]))
                 finally:
                     self._release(layer, hold, chosen)
         finally:
@@ -201,12 +226,17 @@ class OffloadRuntime:
             self._failures.append(error)
             self._failed_rows.update(np.flatnonzero((chosen == expert - layer.first).any(axis=1)).tolist())
 
-    def _slots_of(self, layer: PooledLayer, hold: Hold, chosen: NDArray[np.integer]) -> NDArray[np.int32]:
-        self._slot_of[hold.experts - layer.first] = hold.slots
-        slots = self._slot_of[chosen]
-        return np.where(chosen < 0, np.int32(-1), slots) if (chosen < 0).any() else slots
+    def _slots_of(
+        self, layer: PooledLayer, experts: NDArray[np.integer], slots: NDArray[np.int32], chosen: NDArray[np.integer]
+    ) -> NDArray[np.int32]:
+        """The slot of every choice, -1 where it is negative. ``experts`` (distinct flat ids) are in ``slots``."""
+        self._slot_of[experts - layer.first] = slots
+        chosen_slots = self._slot_of[chosen]
+        return np.where(chosen < 0, np.int32(-1), chosen_slots) if chosen.min(initial=0) < 0 else chosen_slots
 
 
 def _needed(layer: PooledLayer, chosen: NDArray[np.integer]) -> NDArray[np.int64]:
     """The distinct flat ids of ``chosen``, ascending."""
+    if len(chosen) == 1 and chosen.min(initial=0) >= 0:
+        return np.sort(chosen[0]) + np.int64(layer.first)
     return np.flatnonzero(np.bincount(chosen[chosen >= 0], minlength=layer.experts)) + layer.first

@@ -92,15 +92,18 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
         runtime, pooled_layer = self.pooled
         expert_map = layer._expert_map
         chosen = experts if expert_map is None else expert_map[topk_ids.long()].numpy()
-        output = torch.empty_like(x)
+        output: torch.Tensor | None = None
         with closing(runtime.serve(pooled_layer, chosen)) as waves:
             for wave in waves:
                 slots = torch.from_numpy(wave.slots).to(topk_ids.dtype)
                 if wave.rows is None:
                     output = self._compute_wave(layer, x, topk_weights, slots)
                 else:
+                    output = torch.empty_like(x) if output is None else output
                     rows = torch.from_numpy(wave.rows)
                     output[rows] = self._compute_wave(layer, x[rows], topk_weights[rows], slots)
+        if output is None:  # no rows
+            output = torch.empty_like(x)
         if runtime.has_failures and self.report_failures is not None:
             self.report_failures()
         return output

@@ -70,6 +70,13 @@ class SlotPool(ABC):
             LoadError: a record could not be read.
         """
 
+    def find(self, experts: IntArray) -> NDArray[np.int32] | None:
+        """The slots of ``experts`` (distinct) if all of them can be read at once, else None; nothing is waited for.
+
+        They can be read until the pool is next asked to find or to hold experts. A pool may always return None.
+        """
+        return None
+
     @abstractmethod
     def hold(self, layer: Span, experts: IntArray) -> Hold:
         """Wait until ``experts`` (distinct, of ``layer``, at most ``capacity``) are in slots, and keep them there."""

@@ -87,6 +87,16 @@ class EmbeddedPool(SlotPool):
                 if load.error is not None:
                     raise load.error
 
+    def find(self, experts: IntArray) -> NDArray[np.int32] | None:
+        if self.ahead.under_way or self._void or self._operations.interrupted:
+            return None
+        slots = self.cache.find(experts)
+        if slots is not None:
+            self._ledger.counters.hits += len(experts)
+            if self._ledger.anticipation is not None:
+                self._ledger.guesses_used(self.ahead.use(experts), late=0, waited_seconds=0.0)
+        return slots
+
     def hold(self, layer: Span, experts: IntArray) -> Hold:
         with self._operations:
             self._await_under_way(layer, experts)

@@ -45,6 +45,11 @@ class Operations:
     ) -> None:
         self._unfinished = kind is not None
 
+    @property
+    def interrupted(self) -> bool:
+        """The last operation did not run to its end: the next one will start with empty pools."""
+        return self._unfinished
+
     def nothing_is_held(self) -> None:
         """A forward pass begins: whatever is still held belongs to one that was left early."""
         self._unfinished |= self.held > 0
