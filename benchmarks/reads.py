@@ -1,8 +1,8 @@
 """What the disk gives O_DIRECT reads of a record's size, and what the plugin makes of it.
 
-The disk: plain reads of random records into huge pages, as much memory as the slots take. The plugin: demands of absent
-experts by an engine's own pools, with a quarter of the experts in slots, as many at a time as a step might miss. Each is
-compared with as many plain reads in flight as its threads can have. They take turns.
+The disk: plain reads of random records into huge pages, as much memory as the slots take. The plugin: demands of
+absent experts by an engine's own pools, with a quarter of the experts in slots, as many at a time as a step might
+miss. Each is compared with as many plain reads in flight as its threads can have. They take turns.
 
     python benchmarks/reads.py STORE_FOLDER --batch 8
 """

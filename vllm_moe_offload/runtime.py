@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from .errors import LoadError
 from .observe import Counters
 from .prefetch.anticipation import Anticipation
-from .prefetch.waves import group_rows, streams
+from .prefetch.waves import group_rows, order_arrivals, streams
 from .slots import Hold, Ledger, SlotPool, Span
 from .store.layout import RecordLayout
 from .store.reader import Store
@@ -151,6 +151,8 @@ class OffloadRuntime:
             return self._serve_streaming(layer, chosen, needed)
         slots = layer.pool.find(needed)
         if slots is None:
+            if len(chosen) > 1 and layer.pool.loads_in_order:
+                return self._serve_as_experts_arrive(layer, chosen)
             return self._serve_at_once(layer, chosen, needed)
         if self.anticipation is not None:
             self.anticipation.look_ahead()
@@ -183,6 +185,27 @@ class OffloadRuntime:
             yield Wave(None, self._slots_of(layer, hold.experts, hold.slots, chosen))
         finally:
             self._release(layer, hold, chosen)
+
+    def _serve_as_experts_arrive(self, layer: PooledLayer, chosen: NDArray[np.integer]) -> Generator[Wave]:
+        """Compute the rows whose experts are there while those of the others are loaded."""
+        pool = layer.pool
+        experts, groups = order_arrivals(chosen, pool.absent(layer.span))
+        hold = pool.start_hold(layer.span, experts + layer.first)
+        finished = False
+        try:
+            if self.anticipation is not None:
+                self.anticipation.look_ahead()
+            for number, (rows, count) in enumerate(groups, 1):
+                if number < len(groups):
+                    pool.wait_for(hold, count)
+                else:
+                    hold, finished = pool.finish_hold(layer.span, hold), True
+                yield Wave(rows, self._slots_of(layer, hold.experts, hold.slots, chosen[rows]))
+        finally:
+            if finished:
+                self._release(layer, hold, chosen)
+            else:
+                pool.abandon(hold)
 
     def _serve_streaming(
         self, layer: PooledLayer, chosen: NDArray[np.integer], needed: NDArray[np.int64]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from vllm_moe_offload.prefetch.waves import group_rows, streams
+from vllm_moe_offload.prefetch.waves import group_rows, order_arrivals, streams
 
 
 @st.composite
@@ -71,3 +71,25 @@ def test_a_long_prefill_streams_and_decoding_does_not() -> None:
     assert streams(choices=2048 * 8, experts=64, slots=64)
     assert not streams(choices=16 * 8, experts=64, slots=1024)
     assert not streams(choices=2048 * 8, experts=64, slots=63)
+
+
+@given(routed_batches(), st.integers(0, 2**32))
+def test_rows_are_computed_when_their_experts_are_there(batch: tuple[np.ndarray, int, int], seed: int) -> None:
+    chosen, experts, _ = batch
+    absent = np.random.default_rng(seed).random(experts) < 0.5
+    order, groups = order_arrivals(chosen, absent)
+    assert sorted(order.tolist()) == sorted(set(chosen[chosen >= 0].tolist())), "each needed expert once"
+    assert (np.diff(absent[order].astype(int)) >= 0).all(), "resident ones first"
+    assert sorted(row for rows, _ in groups for row in rows.tolist()) == list(range(len(chosen)))
+    for rows, count in groups:
+        assert set(chosen[rows][chosen[rows] >= 0].tolist()) <= set(order[:count].tolist())
+    counts = [count for _, count in groups]
+    assert counts == sorted(counts) and counts[-1:] == [len(order)][: len(counts)]
+
+
+def test_rows_without_absent_experts_go_first_and_half_of_the_loads_lets_others_go() -> None:
+    chosen = np.array([[4, 5], [0, 1], [2, 3], [6, 7]])
+    absent = np.array([False, False, False, True, True, True, True, True])
+    order, groups = order_arrivals(chosen, absent)
+    assert order.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert [(rows.tolist(), count) for rows, count in groups] == [([1], 3), ([0, 2], 6), ([3], 8)]

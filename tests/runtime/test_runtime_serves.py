@@ -228,6 +228,9 @@ class Guesser:
         assert loads > 0 and seconds > 0
         self.stalled += seconds
 
+    def note_loads(self, loads: int, seconds: float) -> None:
+        assert loads > 0 and seconds > 0
+
     def note_stall(self, seconds: float) -> None:
         self.stalled += seconds
 

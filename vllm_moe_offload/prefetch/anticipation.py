@@ -153,11 +153,16 @@ class Anticipation:
     @optional
     def note_demand(self, loads: int, seconds: float) -> None:
         """The step has waited for ``loads`` that nobody had started."""
+        self.note_loads(loads, seconds)
+        self.note_stall(seconds)
+
+    @optional
+    def note_loads(self, loads: int, seconds: float) -> None:
+        """The loader took ``seconds`` for ``loads`` that the step needed and nobody had started."""
         estimates = self.planner.estimates
         estimates.note_load(seconds / loads)
         estimates.chunk_seconds = estimates.load_seconds * self._chunk_share
         self._demands += loads
-        self.note_stall(seconds)
 
     @optional
     def note_useful(self, count: int) -> None:

@@ -6,6 +6,7 @@ It must never decide what to load, and never return a record whose checksum it h
 import mmap
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
@@ -32,7 +33,7 @@ class DamagedRecordError(LoadError):
 class Load:
     """One record on its way into one slot. After ``join``, ``error`` is None or says why the slot holds nothing."""
 
-    __slots__ = ("awaited", "done", "error", "expert", "guess", "layer", "parts")
+    __slots__ = ("awaited", "done", "ended", "error", "expert", "guess", "layer", "parts")
 
     def __init__(self, layer: int, expert: int, parts: Sequence[NDArray[np.uint8]]):
         self.layer = layer
@@ -42,6 +43,8 @@ class Load:
         self.guess = False
         self.awaited = False
         """Somebody is waiting for it."""
+        self.ended = 0.0
+        """When the read ended, by ``time.perf_counter``."""
         self.done = threading.Lock()
         self.done.acquire()
 
@@ -58,6 +61,7 @@ class Load:
 
     def finish(self) -> None:
         """The read has ended, well or not: said once, by the thread that read. Waiting ``join``s return after it."""
+        self.ended = time.perf_counter()
         self.done.release()
 
 

@@ -1,5 +1,7 @@
 """How a step that needs many experts is cut up. Pure arithmetic on routing decisions."""
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,6 +22,45 @@ def streams(choices: int, experts: int, slots: int) -> bool:
         slots: slots of its pool.
     """
     return choices >= 4 * experts and slots >= experts
+
+
+class Arrivals(NamedTuple):
+    """In which order to load what a step lacks, and which rows can be computed when."""
+
+    experts: NDArray[np.int64]
+    """Every expert the step needs, within the layer: resident ones first, then the others in the order of loading."""
+    groups: list[tuple[NDArray[np.int64], int]]
+    """Rows (ascending), and how many of ``experts`` have to be there before they are computed."""
+
+
+def order_arrivals(chosen: NDArray[np.integer], absent: NDArray[np.bool_]) -> Arrivals:
+    """Cut the rows of a step so that some are computed while the experts of others are being loaded.
+
+    The first group needs nothing that is absent, the second at most half of the absent experts, the last the rest.
+    Groups without rows are left out. Rows are never split, so each is computed by one kernel call.
+
+    Args:
+        chosen: ``[rows, top_k]`` expert numbers within the layer; negative ones count for nothing.
+        absent: ``[experts]``.
+    """
+    by_row = [[expert for expert in row if expert >= 0] for row in chosen.tolist()]
+    is_absent = absent.tolist()
+    lacking = [[expert for expert in row if is_absent[expert]] for row in by_row]
+    resident = {expert for row in by_row for expert in row if not is_absent[expert]}
+    half = -(-len({expert for row in lacking for expert in row}) // 2)
+    loads: dict[int, None] = {}
+    groups: list[tuple[list[int], int]] = [([], 0), ([], 0), ([], 0)]
+    stage = 0
+    for row in sorted(range(len(by_row)), key=lambda row: len(lacking[row])):
+        after = len(loads.keys() | lacking[row])
+        stage = max(stage, 0 if after == 0 else 1 if after <= half else 2)
+        loads.update(dict.fromkeys(lacking[row]))
+        groups[stage][0].append(row)
+        groups[stage] = (groups[stage][0], len(resident) + len(loads))
+    return Arrivals(
+        np.array([*sorted(resident), *loads], dtype=np.int64),
+        [(np.array(sorted(rows), dtype=np.int64), count) for rows, count in groups if rows],
+    )
 
 
 def group_rows(chosen: NDArray[np.integer], experts: int, capacity: int) -> list[NDArray[np.int64]]:

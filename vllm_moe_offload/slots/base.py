@@ -5,7 +5,7 @@ experts. One thread asks, one forward pass at a time.
 """
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,9 @@ class Hold:
 
 class SlotPool(ABC):
     """The slots of all layers whose records have one layout, and who is in them."""
+
+    loads_in_order: ClassVar[bool] = False
+    """Whether a started hold loads its experts in the order asked, as fast as ``hold`` does, and ``wait_for`` works."""
 
     memory: SlotMemory
     experts: int
@@ -96,6 +99,13 @@ class SlotPool(ABC):
     @abstractmethod
     def start_hold(self, layer: Span, experts: IntArray) -> Hold:
         """Begin a hold without waiting for it. Two may be open at once if both fit into ``capacity``."""
+
+    def wait_for(self, hold: Hold, count: int) -> None:
+        """Wait until the first ``count`` experts of a started hold are there: their ``slots`` may be read then.
+
+        Only ``finish_hold`` tells which could not be loaded.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def finish_hold(self, layer: Span, hold: Hold) -> Hold:

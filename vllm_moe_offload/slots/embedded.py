@@ -25,22 +25,28 @@ from .operations import Operations
 
 
 class _LoadingHold(Hold):
-    __slots__ = ("generation", "loads")
+    __slots__ = ("generation", "loads", "missing", "started")
 
     def __init__(self, acquired: Acquisition, experts: IntArray, loads: list[Load], generation: int):
         super().__init__(experts, acquired.slots)
+        self.missing = acquired.missing
         self.loads = loads
         self.generation = generation
+        self.started = time.perf_counter()
 
 
 class EmbeddedPool(SlotPool):
     """Wires cache, memory and loader together.
+
+    A started hold reads ahead of everything but demands, on all threads of the loader.
 
     Args:
         members: the layers that share the pool.
         memory: with a slot for every one the cache may give away.
         operations: of all pools of the loader.
     """
+
+    loads_in_order = True
 
     def __init__(
         self,
@@ -128,11 +134,18 @@ class EmbeddedPool(SlotPool):
 
     def start_hold(self, layer: Span, experts: IntArray) -> Hold:
         with self._operations:
+            self._await_under_way(layer, experts)
             acquired = self.cache.acquire(experts)
             self._count(experts, acquired)
             hold = self._new_hold(experts, acquired)
             self.loader.start(hold.loads)
             return hold
+
+    def wait_for(self, hold: Hold, count: int) -> None:
+        assert isinstance(hold, _LoadingHold)
+        with self._operations:
+            first = hold.experts[:count]
+            self._join(hold.loads[: int(np.isin(hold.missing, first).sum())])
 
     def finish_hold(self, layer: Span, hold: Hold) -> Hold:
         assert isinstance(hold, _LoadingHold)
@@ -201,6 +214,8 @@ class EmbeddedPool(SlotPool):
 
     def _finish(self, hold: _LoadingHold) -> None:
         self._join(hold.loads)
+        if hold.loads:
+            self._ledger.loaded_meanwhile(len(hold.loads), max(load.ended for load in hold.loads) - hold.started)
         self._conclude(hold)
 
     def _let_go(self, hold: _LoadingHold) -> None:

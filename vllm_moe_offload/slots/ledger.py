@@ -19,6 +19,11 @@ class Ledger:
         if self.anticipation is not None and loads:
             self.anticipation.note_demand(loads, seconds)
 
+    def loaded_meanwhile(self, loads: int, seconds: float) -> None:
+        """``loads`` that nobody had started took the loader ``seconds``; what the pass ``waited`` is told apart."""
+        if self.anticipation is not None:
+            self.anticipation.note_loads(loads, seconds)
+
     def waited(self, seconds: float) -> None:
         """The pass waited for loads that were on their way."""
         self.counters.stall_seconds += seconds
