@@ -145,8 +145,12 @@ class SlotPool(ABC):
 
 
 def stream_share(capacity: int, experts: int) -> int:
-    """Slots a long prefill may use: a layer of ``experts``, two where that leaves most of the pool to decoding."""
-    return min(2 * experts, max(experts, capacity // 2))
+    """Slots a long prefill may use: those of two layers of ``experts``, so that one is read while the other computes.
+
+    Where the pool is smaller than that, decoding loads its experts again afterwards: once, for what reading beside the
+    computing of every layer saves.
+    """
+    return min(2 * experts, capacity)
 
 
 def guess_room(capacity: int, experts: int, under_way: int) -> int:
