@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from vllm_moe_offload.cli.checks import (
     check_kernels,
     check_plugin,
     check_seams,
+    check_slot_memory,
     check_store_root,
     check_tcmalloc,
     check_vllm,
@@ -173,3 +175,19 @@ def test_tcmalloc_is_a_hint_only_where_nobody_preloads_it(monkeypatch: pytest.Mo
     assert check_tcmalloc(bundled=True).state == OK
     monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libtcmalloc_minimal.so.4")
     assert check_tcmalloc(bundled=False).state == OK
+
+
+def test_the_memory_of_slots_is_tried_and_a_hint_names_the_command() -> None:
+    for check in check_slot_memory():
+        assert check.state == OK or (check.state == HINT and "as root, echo " in check.detail)
+
+
+def test_huge_pages_that_a_process_may_have_and_does_not_get_are_a_hint() -> None:
+    without = """
+        import ctypes
+        assert ctypes.CDLL(None).prctl(41, 1, 0, 0, 0) == 0  # PR_SET_THP_DISABLE
+        from vllm_moe_offload.cli.checks import check_slot_memory
+        print(*(check.state for check in check_slot_memory()))
+    """
+    ran = subprocess.run([sys.executable, "-c", textwrap.dedent(without)], capture_output=True, text=True, timeout=60)
+    assert ran.stdout == f"{HINT} {HINT}\n", ran.stderr

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from tests.runtime.record_stores import LAYOUTS, MIXED, build_store, layout
 from vllm_moe_offload.daemon.arena import Arena, arena_bytes
 from vllm_moe_offload.daemon.mapping import PeerMemoryError
+from vllm_moe_offload.devices.huge_pages import SETTINGS, shared_page_bytes
 from vllm_moe_offload.prefetch.loader import Load, RecordLoader
 from vllm_moe_offload.store import RecordLayout
 
@@ -82,6 +84,46 @@ def test_memory_is_taken_slot_by_slot_and_given_back() -> None:
     arena.slot(5)[0][:] = 1
     arena.punch(5)
     assert pages_taken(arena) == 2 * 257
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.lists(st.integers(1, 1300), min_size=1, max_size=2),
+    st.booleans(),
+    st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=20),
+)
+def test_a_slot_takes_no_page_outside_of_it(pages: list[int], aligned: bool, changes: list[tuple[int, bool]]) -> None:
+    """Whatever the size of pages."""
+    sizes = [count * PAGE if aligned else count * PAGE - 100 for count in pages]
+    arena = Arena.create("test", layout(*sizes), 6)
+    taken: list[set[int]] = [set() for _ in sizes]
+    for slot, allocated in [(5, True), *changes]:
+        (arena.allocate if allocated else arena.punch)(slot)
+        for size, of_component in zip(sizes, taken, strict=True):
+            first, last = slot * size, (slot + 1) * size
+            if allocated:
+                of_component.update(range(first // PAGE, -(-last // PAGE)))
+            else:
+                of_component.difference_update(range(-(-first // PAGE), last // PAGE))
+        assert pages_taken(arena) == sum(map(len, taken))
+    arena.mapping.close()
+
+
+def test_slots_lie_in_large_pages_where_the_kernel_has_them() -> None:
+    counters = list(SETTINGS.glob("hugepages-*kB/stats/shmem_alloc"))
+    if not shared_page_bytes() or not counters:
+        pytest.skip("the kernel gives shared memory no large pages (as root, echo advise > …/shmem_enabled)")
+    before = sum(int(counter.read_text()) for counter in counters)
+    arena = Arena.create("test", layout(5 * MIB + PAGE), 8)
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(arena.allocate, range(8)))
+    assert sum(int(counter.read_text()) for counter in counters) >= before + 8
+    for slot in range(8):
+        arena.slot(slot)[0][:] = slot
+    for slot in range(0, 8, 2):
+        arena.punch(slot)
+    assert pages_taken(arena) == 4 * (5 * MIB // PAGE + 1)
+    assert all((arena.slot(slot)[0] == slot).all() for slot in range(1, 8, 2))
 
 
 def test_memory_for_other_records_is_refused() -> None:

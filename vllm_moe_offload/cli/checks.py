@@ -17,6 +17,7 @@ from ..store.root import default_root
 from ..threads import ReportedThread
 from .daemon_check import daemon_health
 from .installed import INSTALL_HINT, SUPPORTED, installed_version, is_supported
+from .memory_check import private_memory, shared_memory
 
 if TYPE_CHECKING:
     from ..integration.seams import Seam
@@ -139,6 +140,12 @@ def check_affinity() -> Check:
     return Check("affinity", OK, "threads can be bound to processors")
 
 
+def check_slot_memory() -> Iterator[Check]:
+    """Which pages slots lie in. Tried with memory that is gone afterwards."""
+    for subject, (finding, well) in {"huge pages": private_memory(), "shared large pages": shared_memory()}.items():
+        yield Check(subject, OK if well else HINT, finding)
+
+
 def check_daemon() -> Iterator[Check]:
     """The daemon at the usual place, if one runs there."""
     health = daemon_health()
@@ -173,6 +180,7 @@ def all_checks() -> Iterator[Check]:
     if installed_version() is not None and torchvision.state != BROKEN:
         yield from check_machine()
     yield check_affinity()
+    yield from check_slot_memory()
     yield from check_daemon()
     yield from check_store_root(default_root())
     if installed_version() is not None and torchvision.state != BROKEN:

@@ -9,6 +9,7 @@ import fcntl
 import mmap
 import os
 import stat
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -16,15 +17,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from ..devices.huge_pages import HUGE_PAGE_BYTES, shared_page_bytes
 from ..errors import ConfigError, OffloadError
 
 NAME_PREFIX = "moe-offload:"
 """Of every memfd of this package; ``/proc/PID/maps`` shows ``/memfd:moe-offload:…``."""
 
 _SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+_PROT_NONE = 0
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
-_MADV_NOHUGEPAGE = 15
+_MADV_POPULATE_WRITE = 23
 _FALLOC_KEEP_SIZE = 0x1
 _FALLOC_PUNCH_HOLE = 0x2
 _FAILED = ctypes.c_void_p(-1).value
@@ -57,8 +60,12 @@ class Mapping:
         self.size = size
         self.writable = writable
         """Whether this process may write it; a write to memory that is not kills the process."""
-        self.address = _map(None, size, writable, mmap.MAP_SHARED, fd)
+        self.large_page_bytes = shared_page_bytes() if writable else 0
+        """The smallest of the large pages that ``allocate`` can take; 0 if there are only small ones."""
+        self._taking = threading.Lock()
+        self.address = _reserve(size)
         weakref.finalize(self, _libc.munmap, self.address, size).atexit = False
+        self._map_over(writable, mmap.MAP_SHARED, fd)
 
     @classmethod
     def create(cls, name: str, nbytes: int) -> "Mapping":
@@ -152,9 +159,14 @@ class Mapping:
     def allocate(self, offset: int, nbytes: int) -> None:
         """Take the pages of a range now, where their lack is an error; later it would end the process.
 
+        They are as large as the kernel has them and as lie inside the range: no memory is taken outside of it, and
+        ``punch`` of the range gives all of it back.
+
         Raises:
-            ConfigError: the system has not enough memory.
+            ConfigError: the system has not enough memory; the range may be empty then.
         """
+        if self.large_page_bytes and not self._take_large_pages(offset, nbytes):
+            self.punch(offset, nbytes)  # or the rest of the process would have to do without the memory it got
         try:
             os.posix_fallocate(self.fd, offset, nbytes)
         except OSError as error:
@@ -180,8 +192,29 @@ class Mapping:
             self.fd = -1
 
     def _map_over(self, writable: bool, flags: int, fd: int) -> None:
-        _map(self.address, self.size, writable, flags | _MAP_FIXED, fd)
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        _map(self.address, self.size, protection, flags | _MAP_FIXED, fd)
+        # Otherwise the kernel may give, or later make, huge pages that reach into slots which hold nothing. One
+        # that has no huge pages refuses the advice.
+        self._advise(mmap.MADV_NOHUGEPAGE, 0, self.size)
         self.writable = writable
+
+    def _take_large_pages(self, offset: int, nbytes: int) -> bool:
+        """Fill a range. Returns whether there was memory for all of it, and a kernel that can."""
+        page = mmap.PAGESIZE
+        first, last = -(-offset // page) * page, (offset + nbytes) // page * page
+        if first < last:
+            with self._taking:  # neighbours advised at the same time would share a large page
+                self._advise(mmap.MADV_HUGEPAGE, first, last)
+                filled = self._advise(_MADV_POPULATE_WRITE, first, last)
+                self._advise(mmap.MADV_NOHUGEPAGE, first, last)
+            if not filled:
+                return False
+        # The ends, which neighbours share, in small pages: fallocate may take large ones without being advised to.
+        return self._advise(_MADV_POPULATE_WRITE, offset // page * page, whole_pages(offset + nbytes))
+
+    def _advise(self, advice: int, first: int, last: int) -> bool:
+        return _libc.madvise(self.address + first, last - first, advice) == 0
 
 
 class _Span:
@@ -209,13 +242,22 @@ def check_descriptor(fd: int, size: int) -> None:
         raise PeerMemoryError(f"descriptor {fd} lacks the seals of its size (F_SEAL_SHRINK, F_SEAL_GROW)")
 
 
-def _map(address: int | None, size: int, writable: bool, flags: int, fd: int) -> int:
-    protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+def _reserve(size: int) -> int:
+    """Addresses for ``size`` bytes, from where huge pages can begin."""
+    room = _map(None, size + HUGE_PAGE_BYTES, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    address = -(-room // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    before, after = address - room, room + HUGE_PAGE_BYTES - address
+    if before:
+        _libc.munmap(room, before)
+    if after:
+        _libc.munmap(address + size, after)
+    return address
+
+
+def _map(address: int | None, size: int, protection: int, flags: int, fd: int = -1) -> int:
     mapped = _libc.mmap(address, size, protection, flags, fd, 0)
     if mapped is None or mapped == _FAILED:
         raise _system_error("mmap")
-    # Huge pages cost a third of decoding speed (see devices.host). A kernel without them refuses the advice.
-    _libc.madvise(mapped, size, _MADV_NOHUGEPAGE)
     return int(mapped)
 
 

@@ -11,7 +11,6 @@ import numpy as np
 from ..cache import Acquisition, ExpertCache
 from ..cache.base import IntArray
 from ..errors import ConfigError, LoadError
-from ..store.layout import ALIGNMENT
 from ..store.pools import PoolMembers
 from ..store.reader import Store
 from .arena import Arena
@@ -49,8 +48,6 @@ class UnderWay:
         self._cache, self._occupancy, self._arena, self._table = cache, occupancy, arena, table
         self._changed = changed
         self._record_bytes = arena.layout.payload_bytes
-        # records whose parts are no whole blocks are read aside first
-        self._copies = any(part.nbytes % ALIGNMENT for part in arena.layout.components)
         self._unused: set[int] = set()
         """Guesses that nobody has used yet."""
 
@@ -68,7 +65,7 @@ class UnderWay:
         return begun
 
     def back(self, load: HostedLoad) -> None:
-        """Take memory for the slot of a load that is going to be copied to. Not under the lock.
+        """Take memory for the slot of a load that is going to be written. Not under the lock.
 
         Raises:
             LoadError: the system has not enough; found out in copying, it would end the process.
@@ -78,10 +75,6 @@ class UnderWay:
         except ConfigError as error:
             name = self._store.layers[load.layer].name
             raise LoadError(f"expert {load.expert} of {name} was not loaded: {error}") from error
-
-    def _prepare(self, load: HostedLoad) -> None:
-        if self._copies:
-            self.back(load)
 
     def forget(self, load: HostedLoad) -> None:
         """Nobody will read it, nor waits for it: it never finishes."""
@@ -163,7 +156,7 @@ class UnderWay:
     def _load(self, expert: int, slot: int, guess_of: int | None, pinned: bool) -> HostedLoad:
         parts = [component[slot] for component in self._arena.components]
         layer, number = self.layer_of[expert], self._number_of[expert]
-        return HostedLoad(layer, number, parts, expert, slot, guess_of, pinned, self._prepare, self._arrived)
+        return HostedLoad(layer, number, parts, expert, slot, guess_of, pinned, self.back, self._arrived)
 
     def _end(self, load: HostedLoad) -> None:
         del self.loads[load.flat]

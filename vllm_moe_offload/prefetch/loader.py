@@ -3,7 +3,6 @@
 It must never decide what to load, and never return a record whose checksum it has not seen match once.
 """
 
-import mmap
 import os
 import threading
 import time
@@ -15,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import LoadError
-from ..store.layout import ALIGNMENT
+from ..store.files import aligned_buffer
+from ..store.layout import ALIGNMENT, align
 from ..store.reader import Store
 from ..threads import ReportedThread, bind_to
 
@@ -24,6 +24,7 @@ CHUNK_BYTES = 2 << 20
 """What can wait is read in pieces of so many bytes; a demand that comes meanwhile goes before the next piece."""
 GUESS_READERS = 1
 """So many threads read guesses at a time, so that a demand meets one piece at most and threads that are free."""
+_NO_BYTES = np.empty(0, dtype=np.uint8)
 
 
 class DamagedRecordError(LoadError):
@@ -253,10 +254,11 @@ class RecordLoader:
         waited_for = load.awaited
         buffers: list[NDArray[np.uint8]] = []
         unaligned: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]] = []
-        for part, offset in zip(load.parts, layout.offsets, strict=True):
-            padding = -part.nbytes % ALIGNMENT
-            if padding:
-                window = self._bounce_buffer(layout.record_bytes, waited_for)[offset : offset + part.nbytes + padding]
+        aside = sum(align(part.nbytes) for part in layout.components if part.nbytes % ALIGNMENT)
+        bounce = self._bounce_buffer(aside, waited_for)
+        for part in load.parts:
+            if part.nbytes % ALIGNMENT:
+                window, bounce = bounce[: align(part.nbytes)], bounce[align(part.nbytes) :]
                 unaligned.append((part, window))
                 buffers.append(window)
             else:
@@ -293,11 +295,11 @@ class RecordLoader:
         verified[load.expert] = True
 
     def _bounce_buffer(self, size: int, waited_for: bool) -> NDArray[np.uint8]:
-        """A demand may be read between two pieces of something else, by the same thread."""
+        """``size`` bytes or more. A demand may be read between two pieces of something else, by the same thread."""
         name = "demanded" if waited_for else "started"
-        buffer: NDArray[np.uint8] | None = getattr(self._bounce, name, None)
-        if buffer is None or buffer.nbytes < size:
-            buffer = np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)
+        buffer: NDArray[np.uint8] = getattr(self._bounce, name, _NO_BYTES)
+        if buffer.nbytes < size:
+            buffer = np.frombuffer(aligned_buffer(size), dtype=np.uint8)
             setattr(self._bounce, name, buffer)
         return buffer
 
