@@ -52,6 +52,11 @@ class Arena:
         """
         return cls(layout, slots, Mapping.attach(fd, arena_bytes(layout, slots), writable=False))
 
+    @property
+    def takes_large_pages(self) -> bool:
+        """Whether ``allocate`` finds room for some inside a slot."""
+        return 0 < self.mapping.large_page_bytes <= max(part.nbytes for part in self.layout.components)
+
     def slot(self, index: int) -> list[NDArray[np.uint8]]:
         """The bytes of slot ``index``, one array per component, writable where the process may write."""
         parts = [component[index] for component in self.components]

@@ -11,6 +11,7 @@ import numpy as np
 from ..cache import Acquisition, ExpertCache
 from ..cache.base import IntArray
 from ..errors import ConfigError, LoadError
+from ..store.layout import ALIGNMENT
 from ..store.pools import PoolMembers
 from ..store.reader import Store
 from .arena import Arena
@@ -48,6 +49,8 @@ class UnderWay:
         self._cache, self._occupancy, self._arena, self._table = cache, occupancy, arena, table
         self._changed = changed
         self._record_bytes = arena.layout.payload_bytes
+        # parts that are no whole blocks are read aside and copied; large pages have to be taken before anything is read
+        self._backs = arena.takes_large_pages or any(part.nbytes % ALIGNMENT for part in arena.layout.components)
         self._unused: set[int] = set()
         """Guesses that nobody has used yet."""
 
@@ -75,6 +78,10 @@ class UnderWay:
         except ConfigError as error:
             name = self._store.layers[load.layer].name
             raise LoadError(f"expert {load.expert} of {name} was not loaded: {error}") from error
+
+    def _prepare(self, load: HostedLoad) -> None:
+        if self._backs:
+            self.back(load)
 
     def forget(self, load: HostedLoad) -> None:
         """Nobody will read it, nor waits for it: it never finishes."""
@@ -156,7 +163,7 @@ class UnderWay:
     def _load(self, expert: int, slot: int, guess_of: int | None, pinned: bool) -> HostedLoad:
         parts = [component[slot] for component in self._arena.components]
         layer, number = self.layer_of[expert], self._number_of[expert]
-        return HostedLoad(layer, number, parts, expert, slot, guess_of, pinned, self.back, self._arrived)
+        return HostedLoad(layer, number, parts, expert, slot, guess_of, pinned, self._prepare, self._arrived)
 
     def _end(self, load: HostedLoad) -> None:
         del self.loads[load.flat]
