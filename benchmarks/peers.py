@@ -25,6 +25,7 @@ import argparse
 import itertools
 import json
 import re
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -152,6 +153,8 @@ def _allowance(bench: Bench, peer: Peer, options: argparse.Namespace) -> Allowan
 def main() -> int:
     """The command line. Ends with 1 if a peer failed."""
     options = parse_options()
+    # So that engines end and the disk's read-ahead comes back when this process is terminated.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     pythons = {LLAMA: options.llama_python, ACCELERATE: options.accelerate_python}
     texts = [prompt.text for prompt in read_prompts(options.prompts)]
     bench = Bench(options.folder, options.model, pythons, texts[0], options.eager)
