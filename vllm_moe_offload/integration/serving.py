@@ -15,6 +15,7 @@ from ..runtime import OffloadRuntime
 from ..store.root import StoreRoot
 from ..threads import failed_threads
 from .budget import LoadedModel, ModelSlots
+from .chunk_report import ChunkReport
 from .failures import StepFailures
 from .hosting import another_rank_foretells, daemon_socket
 from .kernel import attach_slots
@@ -54,6 +55,7 @@ class ServedModel:
         self._closed = False
         self._watch = self._start_watch(model, config, io_cpus)
         self._report = StatsReport(self.runtime, "the drafter's " if drafts else "")
+        self._chunks = ChunkReport(self.runtime.counters, self._vllm_config.scheduler_config.max_num_batched_tokens)
         if not model.store.direct:
             logger.warning(
                 "moe-offload: the file system of %s has no O_DIRECT: records are read through a bounded buffered path",
@@ -83,12 +85,14 @@ class ServedModel:
             if self._daemon is not None:
                 self._daemon.begin_step()
             self.runtime.begin_step(scheduler_output.total_num_scheduled_tokens)
+            self._chunks.begin_step(scheduler_output.total_num_scheduled_tokens)
             self._report.maybe_log()
 
     def end_step(self) -> None:
         """The forward pass of the served model is over; passes of a drafter belong to the step that they follow."""
         if self.drafts:
             return
+        self._chunks.end_step()
         step, self._step = self._step, None
         if step is not None and self._daemon is not None and self._daemon.lease_lost:
             step.failures.add(step.scheduled, str(slots_taken_back()))
