@@ -1,5 +1,6 @@
 """Whatever is asked for in whatever order: every wave finds exactly its records in pinned slots, within the budget."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.prefetch.test_loader import Reads
 from tests.runtime.record_stores import MIXED, ODD, RecordStore, build_store, layout
 from vllm_moe_offload.cache import POLICY_NAMES
 from vllm_moe_offload.cache.cache import FREE
@@ -270,4 +272,30 @@ def test_guesses_do_not_show_in_what_a_wave_finds(stores: dict[str, RecordStore]
     told = (counters.prefetch_useful, counters.prefetch_late, counters.prefetch_wasted)
     assert told == (guesser.useful, guesser.late, guesser.wasted)
     assert sum(told) <= counters.prefetches
+    checked.runtime.close()
+
+
+def test_rows_are_computed_while_the_experts_of_others_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = build_store(tmp_path, [(SMALL, 8)])
+    checked = Checked(made, {SMALL: 7}, "lfu")
+    (layer,) = checked.runtime.layers.values()
+    checked.step([np.array([[0, 1]], dtype=np.int32)])
+    reads = Reads(made, monkeypatch)
+    reads.hold(2, 3, 4, 5)
+    chosen = np.array([[4, 5], [0, 2], [1, 0], [3, 0]], dtype=np.int32)
+    checked.runtime.begin_step(4)
+    waves = iter(checked.runtime.serve(layer, chosen))
+    rows = []
+    for readable in ((), (2, 3), (4, 5)):
+        for expert in readable:
+            reads.may_go[expert].set()
+        wave = next(waves)
+        assert wave.rows is not None
+        rows.append(wave.rows.tolist())
+        checked.check_wave(layer, chosen[wave.rows], wave.slots)
+    assert rows == [[2], [1, 3], [0]], "each before what it does not need could be read"
+    assert next(waves, None) is None
+    assert not layer.pool.cache.pins.any()
     checked.runtime.close()
