@@ -7,8 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..store.layout import RecordLayout
-
-_HUGE_PAGE = 2 << 20
+from .huge_pages import HUGE_PAGE_BYTES
 
 
 class HostPool:
@@ -33,8 +32,8 @@ class HostPool:
 def _on_huge_pages(slots: int, nbytes: int) -> NDArray[np.uint8]:
     """Private memory that starts on a huge page. It ends where its bytes do, so it never takes more than these."""
     size = slots * nbytes
-    memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    start = -np.frombuffer(memory, dtype=np.uint8).ctypes.data % _HUGE_PAGE
+    memory = mmap.mmap(-1, size + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = -np.frombuffer(memory, dtype=np.uint8).ctypes.data % HUGE_PAGE_BYTES
     if size:
         with suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE, start, size)
