@@ -52,7 +52,7 @@ def order_arrivals(chosen: NDArray[np.integer], absent: NDArray[np.bool_]) -> Ar
     groups: list[tuple[list[int], int]] = [([], 0), ([], 0), ([], 0)]
     stage = 0
     for row in sorted(range(len(by_row)), key=lambda row: len(lacking[row])):
-        after = len(loads.keys() | lacking[row])
+        after = len(loads) + sum(expert not in loads for expert in lacking[row])
         stage = max(stage, 0 if after == 0 else 1 if after <= half else 2)
         loads.update(dict.fromkeys(lacking[row]))
         groups[stage][0].append(row)
