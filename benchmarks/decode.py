@@ -41,8 +41,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--budgets",
         type=lambda text: text.split(","),
-        default=["25%", "50%", "100%"],
-        help="shares or sizes: 25%%,2GiB",
+        default=["25%", "50%", "99.9%", "100%"],
+        help="shares or sizes: 25%%,2GiB; 99.9%% shows what a cache costs that has nothing to load",
     )
     add(
         "--arm",
