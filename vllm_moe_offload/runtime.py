@@ -19,6 +19,9 @@ from .slots import Hold, Ledger, SlotPool, Span
 from .store.layout import RecordLayout
 from .store.reader import Store
 
+SPLIT_SECONDS = 2e-3
+"""Loads of a layer that take less are waited for together: up to two more kernel calls cost about a millisecond."""
+
 
 class Wave(NamedTuple):
     """A part of a step that one kernel call computes: its experts are loaded and held until the next wave."""
@@ -151,8 +154,11 @@ class OffloadRuntime:
             return self._serve_streaming(layer, chosen, needed)
         slots = layer.pool.find(needed)
         if slots is None:
-            if len(chosen) > 1 and layer.pool.loads_in_order:
-                return self._serve_as_experts_arrive(layer, chosen)
+            if len(chosen) > 1:
+                absent = layer.pool.absent(layer.span)
+                lacking = int(np.count_nonzero(absent[needed - layer.first]))
+                if layer.pool.seconds_to_load(lacking) >= SPLIT_SECONDS:
+                    return self._serve_as_experts_arrive(layer, chosen, absent)
             return self._serve_at_once(layer, chosen, needed)
         if self.anticipation is not None:
             self.anticipation.look_ahead()
@@ -186,10 +192,12 @@ class OffloadRuntime:
         finally:
             self._release(layer, hold, chosen)
 
-    def _serve_as_experts_arrive(self, layer: PooledLayer, chosen: NDArray[np.integer]) -> Generator[Wave]:
+    def _serve_as_experts_arrive(
+        self, layer: PooledLayer, chosen: NDArray[np.integer], absent: NDArray[np.bool_]
+    ) -> Generator[Wave]:
         """Compute the rows whose experts are there while those of the others are loaded."""
         pool = layer.pool
-        experts, groups = order_arrivals(chosen, pool.absent(layer.span))
+        experts, groups = order_arrivals(chosen, absent)
         hold = pool.start_hold(layer.span, experts + layer.first)
         finished = False
         try:

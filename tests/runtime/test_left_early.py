@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import vllm_moe_offload
 from tests.runtime.record_stores import ODD, RecordStore, build_store
 from tests.runtime.test_runtime_serves import Checked, Guesser
+from vllm_moe_offload import runtime
 from vllm_moe_offload.prefetch import loader
 
 EXPERTS, LAYERS = 8, 3
@@ -25,6 +26,14 @@ LOADER = loader.__file__
 """Left out: it takes locks, which a tracer's exception can leave locked where a signal's cannot."""
 FEW, HALF = 4, 12
 """Slots: the first makes waves of most steps, the second lets long ones stream."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def rows_split() -> Iterator[None]:
+    """Records of these tests load in no time: rows are computed while others load all the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "SPLIT_SECONDS", 0.0)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.prefetch.test_loader import Reads
 from tests.runtime.record_stores import MIXED, ODD, RecordStore, build_store, layout
+from vllm_moe_offload import runtime
 from vllm_moe_offload.cache import POLICY_NAMES
 from vllm_moe_offload.cache.cache import FREE
 from vllm_moe_offload.errors import LoadError
@@ -23,6 +24,14 @@ MODELS = {
     "many experts": [(ODD, 24)] * 2,
     "two layouts": [(SMALL, 8), (MIXED, 5), (SMALL, 8), (SMALL, 3), (MIXED, 5)],
 }
+
+
+@pytest.fixture(autouse=True, params=[0.0, 1e9], ids=["rows split", "rows together"])
+def split_seconds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Records of these tests load in no time: whether rows are computed while others load is decided here."""
+    seconds: float = request.param
+    monkeypatch.setattr(runtime, "SPLIT_SECONDS", seconds)
+    return seconds
 
 
 @pytest.fixture(scope="module")
@@ -275,6 +284,7 @@ def test_guesses_do_not_show_in_what_a_wave_finds(stores: dict[str, RecordStore]
     checked.runtime.close()
 
 
+@pytest.mark.parametrize("split_seconds", [0.0], indirect=True)
 def test_rows_are_computed_while_the_experts_of_others_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,7 @@ experts. One thread asks, one forward pass at a time.
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,9 +49,6 @@ class Hold:
 
 class SlotPool(ABC):
     """The slots of all layers whose records have one layout, and who is in them."""
-
-    loads_in_order: ClassVar[bool] = False
-    """Whether a started hold loads its experts in the order asked, as fast as ``hold`` does, and ``wait_for`` works."""
 
     memory: SlotMemory
     experts: int
@@ -99,6 +96,13 @@ class SlotPool(ABC):
     @abstractmethod
     def start_hold(self, layer: Span, experts: IntArray) -> Hold:
         """Begin a hold without waiting for it. Two may be open at once if both fit into ``capacity``."""
+
+    def seconds_to_load(self, count: int) -> float:
+        """Seconds that a started hold will take to load ``count`` experts, as far as measured.
+
+        0 where it does not load them in the order asked as fast as ``hold`` does: ``wait_for`` is not implemented then.
+        """
+        return 0.0
 
     def wait_for(self, hold: Hold, count: int) -> None:
         """Wait until the first ``count`` experts of a started hold are there: their ``slots`` may be read then.

@@ -46,8 +46,6 @@ class EmbeddedPool(SlotPool):
         operations: of all pools of the loader.
     """
 
-    loads_in_order = True
-
     def __init__(
         self,
         members: PoolMembers,
@@ -140,6 +138,9 @@ class EmbeddedPool(SlotPool):
             hold = self._new_hold(experts, acquired)
             self.loader.start(hold.loads)
             return hold
+
+    def seconds_to_load(self, count: int) -> float:
+        return count * self._ledger.load_seconds
 
     def wait_for(self, hold: Hold, count: int) -> None:
         assert isinstance(hold, _LoadingHold)

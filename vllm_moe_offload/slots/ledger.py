@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from ..observe import Counters
 from ..prefetch.anticipation import Anticipation
 
+_NEWEST = 0.05
+"""Weight of the newest measurement in a running mean."""
+
 
 @dataclass
 class Ledger:
@@ -12,15 +15,19 @@ class Ledger:
 
     counters: Counters = field(default_factory=Counters)
     anticipation: Anticipation | None = None
+    load_seconds: float = 0.0
+    """Running mean of what a record takes while others are loaded too."""
 
     def demanded(self, loads: int, seconds: float) -> None:
         """The pass waited ``seconds`` for ``loads`` that nobody had started."""
         self.counters.stall_seconds += seconds
+        self._note_load(loads, seconds)
         if self.anticipation is not None and loads:
             self.anticipation.note_demand(loads, seconds)
 
     def loaded_meanwhile(self, loads: int, seconds: float) -> None:
         """``loads`` that nobody had started took the loader ``seconds``; what the pass ``waited`` is told apart."""
+        self._note_load(loads, seconds)
         if self.anticipation is not None:
             self.anticipation.note_loads(loads, seconds)
 
@@ -53,3 +60,10 @@ class Ledger:
             self.counters.prefetch_wasted += count
             if self.anticipation is not None:
                 self.anticipation.note_wasted(count)
+
+    def _note_load(self, loads: int, seconds: float) -> None:
+        if loads:
+            mean = seconds / loads
+            self.load_seconds = (
+                mean if self.load_seconds == 0 else self.load_seconds + _NEWEST * (mean - self.load_seconds)
+            )
