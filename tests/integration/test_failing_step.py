@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.runtime.record_stores import ODD, build_store
+from vllm_moe_offload.integration.chunk_report import ChunkReport
 from vllm_moe_offload.integration.failure_board import FailureBoard, board_bytes
 from vllm_moe_offload.integration.failures import StepFailures
 from vllm_moe_offload.integration.report import StatsReport
@@ -36,6 +37,7 @@ class Worker:
         served._daemon = served._watch = served._step = None
         served.drafts = False
         served._report = StatsReport(served.runtime, "")
+        served._chunks = ChunkReport(served.runtime.counters, most_tokens=8)
         self.served = served
         offload = WorkerOffload.__new__(WorkerOffload)
         offload._models = [served]

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from vllm_moe_offload.integration.chunk_report import ChunkReport
 from vllm_moe_offload.integration.failure_board import FailureBoard, board_bytes
 from vllm_moe_offload.integration.failures import StepFailures
 from vllm_moe_offload.integration.serving import ServedModel, _Step
+from vllm_moe_offload.observe import Counters
 
 
 @pytest.mark.parametrize("lost", [True, False])
@@ -22,6 +24,7 @@ def test_a_lease_lost_within_a_step_fails_its_requests(lost: bool) -> None:
     served._daemon = SimpleNamespace(lease_lost=lost)  # type: ignore[assignment]
     served._watch = None
     served.drafts = False
+    served._chunks = ChunkReport(Counters(), most_tokens=8)
     served._step = _Step(SimpleNamespace(), scheduled, failures)
     served.end_step()
     output: Any = failures.attach(EMPTY_MODEL_RUNNER_OUTPUT)
