@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 import time
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -74,11 +75,11 @@ def references_of(arms: Sequence[Arm], budgets: Sequence[str], reference: str) -
 
 
 def checkout(text: str) -> tuple[str, Path]:
-    """Read `NAME=FOLDER`. Raises ValueError where FOLDER is no checkout of this project."""
+    """Read `NAME=FOLDER`. Raises ArgumentTypeError where FOLDER is no checkout of this project."""
     name, _, folder = text.partition("=")
     path = Path(folder).absolute()
     if not name or not folder or not (path / "vllm_moe_offload").is_dir():
-        raise ValueError(f"{text!r} is not NAME=FOLDER with a folder that holds vllm_moe_offload")
+        raise ArgumentTypeError(f"{text!r} is not NAME=FOLDER with a folder that holds vllm_moe_offload")
     return name, path
 
 

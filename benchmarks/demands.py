@@ -1,13 +1,23 @@
 """Demands of absent experts as an engine makes them: its own pools, slots, loader and threads, without a model."""
 
 import random
+from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
 
+from vllm_moe_offload.runtime import OffloadRuntime, PooledLayer
 from vllm_moe_offload.slots import Ledger, embedded_pools
-from vllm_moe_offload.store.layout import RecordLayout
+from vllm_moe_offload.store.pools import pools_of
 from vllm_moe_offload.store.reader import Store
+
+
+def read_everything(runtime: OffloadRuntime) -> None:
+    """Have every record read once, as many at a time as fit. Raises LoadError."""
+    for layer in runtime.layers.values():
+        step = min(layer.experts, layer.pool.capacity)
+        for first in range(0, layer.experts, step):
+            _serve(runtime, layer, range(first, min(first + step, layer.experts)))
 
 
 class Demands:
@@ -18,25 +28,17 @@ class Demands:
 
     def __init__(self, store: Store, share: float, seed: int = 0) -> None:
         self._draw = random.Random(seed)
-        self._ledger = Ledger()
-        experts: dict[RecordLayout, int] = {}
-        self._spans: list[tuple[RecordLayout, range]] = []
-        for entry in store.layers:
-            first = experts.get(entry.layout, 0)
-            experts[entry.layout] = first + entry.experts
-            self._spans.append((entry.layout, range(first, first + entry.experts)))
-        self.slots = {layout: max(1, int(count * share)) for layout, count in experts.items()}
-        self._pools = embedded_pools(store, self.slots, "lru", None, self._ledger)
+        ledger = Ledger()
+        slots = {members.layout: max(1, int(members.experts * share)) for members in pools_of(store.layers)}
+        self.slots = sum(slots.values())
+        self._runtime = OffloadRuntime(store, embedded_pools(store, slots, "lru", None, ledger), ledger)
 
     def __enter__(self) -> Self:
-        for layout, span in self._spans:
-            step = min(len(span), self.slots[layout])
-            for first in range(0, len(span), step):
-                self._hold(layout, span, list(span)[first : first + step])
+        read_everything(self._runtime)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for pool in self._pools.values():
+        for pool in self._runtime.pools:
             pool.close()
 
     def load(self, count: int) -> tuple[float, int]:
@@ -46,21 +48,23 @@ class Demands:
             LoadError: a record could not be read.
             ValueError: no layer has so many absent experts.
         """
-        spans = [(layout, span) for layout, span in self._spans if len(self._absent(layout, span)) >= count]
-        if not spans:
+        layers = [layer for layer in self._runtime.layers.values() if len(_absent(layer)) >= count]
+        if not layers:
             raise ValueError(f"no layer has {count} absent experts")
-        layout, span = self._draw.choice(spans)
-        before = self._ledger.counters.stall_seconds
-        self._hold(layout, span, sorted(self._draw.sample(self._absent(layout, span), count)))
-        return self._ledger.counters.stall_seconds - before, count * layout.record_bytes
+        layer = self._draw.choice(layers)
+        before = self._runtime.counters.stall_seconds
+        _serve(self._runtime, layer, sorted(self._draw.sample(_absent(layer), count)))
+        return self._runtime.counters.stall_seconds - before, count * layer.pool.memory.layout.record_bytes
 
-    def _absent(self, layout: RecordLayout, span: range) -> list[int]:
-        return (self._pools[layout].absent(span).nonzero()[0] + span.start).tolist()
 
-    def _hold(self, layout: RecordLayout, span: range, experts: list[int]) -> None:
-        pool = self._pools[layout]
-        pool.begin_step()
-        hold = pool.hold(span, np.array(experts, dtype=np.int64))
-        pool.release(hold)
-        for failure in hold.failures:
-            raise failure.error
+def _absent(layer: PooledLayer) -> list[int]:
+    return layer.pool.absent(layer.span).nonzero()[0].tolist()
+
+
+def _serve(runtime: OffloadRuntime, layer: PooledLayer, experts: Sequence[int]) -> None:
+    """A step of one row that chooses `experts`, numbers within the layer. Raises LoadError."""
+    runtime.begin_step(1)
+    for _ in runtime.serve(layer, np.array([experts], dtype=np.int32)):
+        pass
+    for failure in runtime.take_failures()[0]:
+        raise failure

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from comparison import checkout
+from demands import read_everything
 from report import Spread
 from rich.console import Console
 from rich.table import Table
@@ -29,7 +31,7 @@ from vllm_moe_offload.daemon.protocol import Attach, Stop
 from vllm_moe_offload.daemon.start import start_daemon
 from vllm_moe_offload.runtime import OffloadRuntime
 from vllm_moe_offload.slots import Ledger, embedded_pools
-from vllm_moe_offload.store.layout import RecordLayout
+from vllm_moe_offload.store.pools import pools_of
 from vllm_moe_offload.store.reader import Store
 
 Times = dict[int, list[float]]
@@ -52,16 +54,6 @@ def serve(runtime: OffloadRuntime, steps: int, top_k: int, seed: int) -> Times:
                 took = time.perf_counter() - started
             times.setdefault(runtime.counters.misses - before, []).append(took)
     return times
-
-
-def read_everything(runtime: OffloadRuntime, top_k: int) -> None:
-    """Have every record read once, ``top_k`` at a time."""
-    runtime.begin_step(1)
-    for layer in runtime.layers.values():
-        for first in range(0, layer.experts, top_k):
-            chosen = np.arange(first, min(first + top_k, layer.experts), dtype=np.int32)
-            for _ in runtime.serve(layer, chosen[None, :]):
-                pass
 
 
 @contextlib.contextmanager
@@ -94,14 +86,6 @@ def attached(store: Store, budget: int, policy: str, checkout: Path) -> Iterator
         control.close()
 
 
-def named_folder(text: str) -> tuple[str, Path]:
-    """``NAME=FOLDER``."""
-    name, separator, folder = text.partition("=")
-    if not name or not separator or not (Path(folder) / "vllm_moe_offload").is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FOLDER with a folder that has vllm_moe_offload in it")
-    return name, Path(folder)
-
-
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
@@ -113,7 +97,7 @@ def main() -> None:
     parser.add_argument("--policy", default="lfu")
     parser.add_argument(
         "--checkout",
-        type=named_folder,
+        type=checkout,
         action="append",
         default=[],
         metavar="NAME=FOLDER",
@@ -123,9 +107,7 @@ def main() -> None:
     options = parser.parse_args()
     store = Store.open(options.store)
     share = options.budget.share
-    slots: dict[RecordLayout, int] = {}
-    for entry in store.layers:
-        slots[entry.layout] = slots.get(entry.layout, 0) + entry.experts
+    slots = {members.layout: members.experts for members in pools_of(store.layers)}
     total = sum(layout.payload_bytes * experts for layout, experts in slots.items())
     budget = int(total * share) if share else options.budget.size
     ledger = Ledger()
@@ -134,10 +116,10 @@ def main() -> None:
     checkouts = {"daemon": Path(__file__).parent.parent, **dict(options.checkout)}
     with contextlib.ExitStack() as daemons:
         arms = {"embedded": embedded}
-        for name, checkout in checkouts.items():
-            arms[name] = daemons.enter_context(attached(store, budget, options.policy, checkout))
+        for name, folder in checkouts.items():
+            arms[name] = daemons.enter_context(attached(store, budget, options.policy, folder))
         for runtime in arms.values():
-            read_everything(runtime, options.top_k)
+            read_everything(runtime)
             serve(runtime, options.steps, options.top_k, 1)
         rounds: dict[str, list[Times]] = {name: [] for name in arms}
         for number, (name, runtime) in itertools.product(range(options.rounds), arms.items()):

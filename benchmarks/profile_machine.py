@@ -31,7 +31,7 @@ from warm import TINY_MOE
 from vllm_moe_offload.replay.hardware import HardwareProfile, ModelProfile
 from vllm_moe_offload.runtime import OffloadRuntime
 from vllm_moe_offload.slots import Ledger, embedded_pools
-from vllm_moe_offload.store.layout import RecordLayout
+from vllm_moe_offload.store.pools import pools_of
 from vllm_moe_offload.store.reader import Store
 
 AT_ONCE = LOADER_THREADS + 1
@@ -70,10 +70,7 @@ def demand_seconds(store: Store, pause: float, rounds: int = 24) -> list[float]:
 
 def finding_seconds(store: Store, top_k: int, steps: int = 60, seed: int = 0) -> float:
     """What a demanded record costs besides its load: a victim, a slot, and the books. From random decode steps."""
-    slots: dict[RecordLayout, int] = {}
-    for entry in store.layers:
-        slots[entry.layout] = slots.get(entry.layout, 0) + entry.experts
-    quarter = {layout: max(2 * top_k, count // 4) for layout, count in slots.items()}
+    quarter = {members.layout: max(2 * top_k, members.experts // 4) for members in pools_of(store.layers)}
     ledger, draw = Ledger(), np.random.default_rng(seed)
     runtime = OffloadRuntime(store, embedded_pools(store, quarter, "lfu", None, ledger), ledger)
     misses, seconds = [], []

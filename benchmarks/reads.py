@@ -82,8 +82,8 @@ def demand_rate(demands: Demands, count: int, batch: int) -> float:
 def measure(store: Store, batches: Sequence[int], rounds: int, count: int, seed: int) -> dict[str, list[float]]:
     """Bytes per second per way of reading, one number per round."""
     with Demands(store, SHARE, seed) as demands:
-        bare = BareReads(store, sum(demands.slots.values()), seed)
-        bare.rate(2 * sum(demands.slots.values()), DEPTH)  # most of its memory is taken by then
+        bare = BareReads(store, demands.slots, seed)
+        bare.rate(2 * demands.slots, DEPTH)  # most of its memory is taken by then
         ways: dict[str, Callable[[], float]] = {}
         for batch in batches:
             in_flight = min(batch, DEPTH)

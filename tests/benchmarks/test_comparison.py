@@ -1,5 +1,6 @@
 """comparison.py: arms, what they are called, and what they are compared with."""
 
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
@@ -48,5 +49,5 @@ def test_an_arm_runs_with_the_plugin_of_another_checkout(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("text", ["old", "=.", "old=/nowhere"])
 def test_what_is_no_checkout_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="NAME=FOLDER"):
+    with pytest.raises(ArgumentTypeError, match="NAME=FOLDER"):
         checkout(text)

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from vllm_moe_offload.devices import HostPool
+from vllm_moe_offload.devices.huge_pages import HUGE_PAGE_BYTES, private_huge_pages
 from vllm_moe_offload.store.layout import Component, RecordLayout
 
-HUGE_PAGE = 2 << 20
-THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-SIZES = (3 * HUGE_PAGE // 2, 4096, 100)
+SIZES = (3 * HUGE_PAGE_BYTES // 2, 4096, 100)
 
 
 def layout(*sizes: int) -> RecordLayout:
@@ -44,8 +43,8 @@ def test_slots_take_no_memory_before_they_are_written_and_no_more_than_theirs_af
         assert [int(slot.min()) for slot in component] == [int(slot.max()) for slot in component] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.skipif(not THP.exists() or "[never]" in THP.read_text(), reason="transparent huge pages are off")
+@pytest.mark.skipif(not private_huge_pages(), reason="transparent huge pages are off")
 def test_slots_lie_in_huge_pages() -> None:
     (component,) = HostPool(layout(5 << 20), 7).components
     component[:] = 1
-    assert resident(component)["AnonHugePages"] == component.nbytes // HUGE_PAGE * HUGE_PAGE
+    assert resident(component)["AnonHugePages"] == component.nbytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES

@@ -31,17 +31,18 @@ class Estimates:
 
     def note_load(self, seconds: float) -> None:
         """A record took ``seconds`` of the link's time."""
-        self.load_seconds = _blend(self.load_seconds, seconds)
+        self.load_seconds = blend(self.load_seconds, seconds)
 
     def note_layer(self, seconds: float, link_seconds: float, demands: int) -> None:
         """A layer computed for ``seconds`` without stalls; the link was busy for ``link_seconds`` of layer and stall.
 
         ``link_seconds`` may exceed ``seconds``: then demands stalled the layer and the link is the bottleneck.
         """
-        self.layer_seconds = _blend(self.layer_seconds, seconds)
-        self.busy = _blend(self.busy, min(1.0, link_seconds / seconds) if seconds > 0 else 1.0)
-        self.demands_per_layer = _blend(self.demands_per_layer, demands)
+        self.layer_seconds = blend(self.layer_seconds, seconds)
+        self.busy = blend(self.busy, min(1.0, link_seconds / seconds) if seconds > 0 else 1.0)
+        self.demands_per_layer = blend(self.demands_per_layer, demands)
 
 
-def _blend(old: float, new: float) -> float:
+def blend(old: float, new: float) -> float:
+    """A running mean ``old`` after the measurement ``new``."""
     return old + _MEMORY * (new - old)

@@ -4,9 +4,7 @@ from dataclasses import dataclass, field
 
 from ..observe import Counters
 from ..prefetch.anticipation import Anticipation
-
-_NEWEST = 0.05
-"""Weight of the newest measurement in a running mean."""
+from ..prefetch.estimates import blend
 
 
 @dataclass
@@ -64,6 +62,4 @@ class Ledger:
     def _note_load(self, loads: int, seconds: float) -> None:
         if loads:
             mean = seconds / loads
-            self.load_seconds = (
-                mean if self.load_seconds == 0 else self.load_seconds + _NEWEST * (mean - self.load_seconds)
-            )
+            self.load_seconds = blend(self.load_seconds, mean) if self.load_seconds else mean
