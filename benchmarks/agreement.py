@@ -2,7 +2,8 @@
 
 The trace of the prompts is recorded once by an engine with everything resident. Engines with part of the experts then
 serve the same prompts in the same order, with prediction and without; each is simulated from the trace with the same
-slots, policy and predictor, from its cold start on, and the warm-up is left out of both.
+slots, policy and predictor, from its cold start on, and the warm-up is left out of both. Predictions that are never
+wrong are simulated too: what a better predictor could still gain with these slots and this policy.
 
     python benchmarks/profile_machine.py --model /tmp/wide --out machine.json
     python benchmarks/agreement.py --model /tmp/wide --warm /tmp/warm --hardware machine.json --budgets 25%,50%
@@ -36,6 +37,7 @@ from vllm_moe_offload.history.trace import Trace
 from vllm_moe_offload.history.trace_file import read_trace
 from vllm_moe_offload.predict.base import ModelShape, Predictor
 from vllm_moe_offload.predict.context import TokenMap
+from vllm_moe_offload.replay.bounds import perfect_forecast
 from vllm_moe_offload.replay.forecast import Forecast, forecast
 from vllm_moe_offload.replay.hardware import HardwareProfile, hardware_profile
 from vllm_moe_offload.replay.schedule import steps
@@ -145,7 +147,7 @@ def measured(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def compare(options: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]]:
-    """By engine: what was measured, and what was simulated. Raises EngineError."""
+    """By engine: what was measured, what was simulated, and that with perfect prediction. Raises EngineError."""
     arguments = {
         "model": str(options.model),
         "enforce_eager": options.eager,
@@ -167,7 +169,7 @@ def compare(options: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]]
     thinking = thinking_seconds(predictor, trace)
     hardware = replace(hardware_profile(str(options.hardware)), thinking_seconds=thinking)
     console.print(f"asking the predictor about one layer: {1e6 * thinking:.0f} microseconds")
-    prediction = forecast(predictor, trace, DISTANCES)
+    prediction, perfect = forecast(predictor, trace, DISTANCES), perfect_forecast(trace, DISTANCES)
     results: dict[str, dict[str, dict[str, Any]]] = {}
     rounds = comparison.rounds[options.batch]
     for variant in comparison.variants:
@@ -176,22 +178,25 @@ def compare(options: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]]
             continue
         slots = int(runs[0]["totals"]["slots"])
         seen = prediction if variant.name.endswith(ON) else None
-        simulated = simulate(trace, slots, seen, hardware, options.batch)
-        results[variant.name] = {"measured": measured(runs), "simulated": simulated._asdict()}
+        results[variant.name] = {
+            "measured": measured(runs),
+            "simulated": simulate(trace, slots, seen, hardware, options.batch)._asdict(),
+            "perfect": simulate(trace, slots, perfect, hardware, options.batch)._asdict(),
+        }
     return results
 
 
 def show(results: dict[str, dict[str, dict[str, Any]]]) -> None:
-    """Print measured and simulated figures, and the ratio of the times per token."""
+    """Print measured and simulated figures, and the ratio of each time per token to the measured one."""
     table = Table("engine", "", "TPOT ms", "ratio", "of it stalled, ms", "hits", "useful / late / wasted")
     for name, pair in results.items():
-        ratio = pair["simulated"]["tpot"] / pair["measured"]["tpot"]
         for kind, entry in pair.items():
+            ratio = entry["tpot"] / pair["measured"]["tpot"]
             table.add_row(
                 name if kind == "measured" else "",
                 kind,
                 f"{1e3 * entry['tpot']:.2f}",
-                f"{ratio:.3f}" if kind == "simulated" else "",
+                "" if kind == "measured" else f"{ratio:.3f}",
                 f"{1e3 * entry['stall']:.2f}",
                 f"{entry['hit_rate']:.1%}",
                 f"{entry['useful']} / {entry['late']} / {entry['wasted']}",
