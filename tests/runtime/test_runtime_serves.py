@@ -171,6 +171,27 @@ def test_every_wave_finds_its_records(stores: dict[str, RecordStore], script: Sc
     checked.runtime.close()
 
 
+@settings(max_examples=100, deadline=None)
+@given(script=scripts())
+def test_a_batch_reads_each_expert_it_lacks_once_and_nothing_else(
+    stores: dict[str, RecordStore], script: Script
+) -> None:
+    checked = Checked(stores[script.model], script.slots, script.policy)
+    loads = checked.runtime.counters.loads
+    few_rows = [min(rows, 3) for rows in script.rows]  # of more, a layer is streamed: all of its experts are read
+    for step in script._replace(rows=few_rows).steps():
+        checked.runtime.begin_step(len(step[0]))
+        for layer in checked.runtime.layers.values():
+            chosen, cache = step[layer.index], layer.pool.cache
+            needed = np.unique(chosen[chosen >= 0]) + layer.first
+            lacking = np.count_nonzero(cache.slot_of[needed] < 0)
+            checked.serve(layer, chosen)
+            if len(needed) <= cache.num_slots:
+                assert checked.runtime.counters.loads - loads == lacking
+            loads = checked.runtime.counters.loads
+    checked.runtime.close()
+
+
 @settings(max_examples=150, deadline=None)
 @given(script=scripts(damage=True))
 def test_damaged_records_void_the_rows_that_need_them_and_nothing_else(
