@@ -38,19 +38,19 @@ class MemoryModels:
     """One store of ``EXPERTS`` experts in one pool; remembers what it was asked."""
 
     def __init__(self) -> None:
-        self.attached: dict[int, MemoryAttachment] = {}
-        self.attachments = 0
+        self.attached: dict[int, MemoryWorker] = {}
+        self.attach_count = 0
         self.arena = os.memfd_create("arena", os.MFD_CLOEXEC)
         self.table = os.memfd_create("table", os.MFD_CLOEXEC)
         self.lock = threading.Lock()
 
-    def attach(self, request: Attach) -> "MemoryAttachment":
+    def attach(self, request: Attach) -> "MemoryWorker":
         if request.store != STORE:
             raise StoreError(f"no store {request.store!r} here; there is {STORE}")
         with self.lock:
             worker = min(set(range(64)) - self.attached.keys())
-            self.attached[worker] = MemoryAttachment(self, worker, request)
-            self.attachments += 1
+            self.attached[worker] = MemoryWorker(self, worker, request)
+            self.attach_count += 1
             return self.attached[worker]
 
     def status(self) -> list[ModelStatus]:
@@ -70,7 +70,7 @@ class MemoryModels:
         os.close(self.table)
 
 
-class MemoryAttachment:
+class MemoryWorker:
     def __init__(self, models: MemoryModels, worker: int, request: Attach) -> None:
         self.reply = Attached(worker, False, [PoolInfo(EXPERTS, EXPERTS, 4096, 4096)])
         self.fds = [models.arena, models.table]

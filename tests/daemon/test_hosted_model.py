@@ -15,11 +15,11 @@ from tests.daemon.wire import wait_until
 from tests.runtime.record_stores import ALIGNED, MIXED, RecordStore, build_store
 from vllm_moe_offload.daemon import hosted_model, hosted_models
 from vllm_moe_offload.daemon.arena import Arena
-from vllm_moe_offload.daemon.attachment import Attachment
 from vllm_moe_offload.daemon.epochs import Reader
 from vllm_moe_offload.daemon.hosted_models import HostedModels
 from vllm_moe_offload.daemon.protocol import Adopt, Attach, Demand, Hint, Supplied, pack_ids, unpack_ids
 from vllm_moe_offload.daemon.table import ABSENT, DONE, ResidencyTable
+from vllm_moe_offload.daemon.workers import Worker
 from vllm_moe_offload.errors import ConfigError, LoadError, OffloadError, StoreError
 from vllm_moe_offload.store import RecordLayout
 
@@ -41,8 +41,9 @@ def hosting(
     try:
         yield models
     finally:
-        for attachment in models._attachments:
-            attachment.detach()
+        for model in models._models.values():
+            for worker in list(model.workers.values()):
+                worker.detach()
         models.close()
 
 
@@ -54,13 +55,13 @@ def ask(
 
 
 class Engine:
-    """A worker's side over the attachment's descriptors, as another process would have them."""
+    """The engine's side of a worker over its descriptors, as another process would have them."""
 
-    def __init__(self, built: RecordStore, attachment: Attachment):
-        self.built, self.attachment = built, attachment
+    def __init__(self, built: RecordStore, worker: Worker):
+        self.built, self.worker = built, worker
         layouts = list(dict.fromkeys(entry.layout for entry in built.store.layers))
-        fds = [os.dup(fd) for fd in attachment.fds]
-        infos = attachment.reply.pools
+        fds = [os.dup(fd) for fd in worker.fds]
+        infos = worker.reply.pools
         self.arenas = [
             Arena.attach(fd, layout, info.experts) for fd, layout, info in zip(fds[::2], layouts, infos, strict=True)
         ]
@@ -78,10 +79,10 @@ class Engine:
 
     def demand(self, experts: list[int], pool: int = 0) -> Supplied:
         self.ticket += 1
-        reply = self.attachment.demand(Demand(self.ticket, pool, pack_ids(np.array(experts))))
+        reply = self.worker.demand(Demand(self.ticket, pool, pack_ids(np.array(experts))))
         assert not reply.failed
         self.check(experts, unpack_ids(reply.slots).tolist(), pool)
-        self.tables[pool].entries[self.attachment.worker, DONE] = self.ticket
+        self.tables[pool].entries[self.worker.entry, DONE] = self.ticket
         return reply
 
     def check(self, experts: list[int], slots: list[int], pool: int = 0) -> None:
@@ -97,38 +98,49 @@ class Engine:
             self.demand(list(range(first, first + EXPERTS)))
 
 
-def memory(attachment: Attachment) -> int:
-    return sum(os.fstat(fd).st_blocks * 512 for fd in attachment.fds[::2])
+def memory(worker: Worker) -> int:
+    return sum(os.fstat(fd).st_blocks * 512 for fd in worker.fds[::2])
 
 
 def test_two_workers_share_a_model_and_a_third_finds_it_warm(tmp_path: Path) -> None:
     built = model(tmp_path)
     with hosting(tmp_path) as models:
         first, second = (Engine(built, models.attach(ask(built))) for _ in range(2))
-        assert {first.attachment.worker, second.attachment.worker} == {0, 1}
+        assert {first.worker.entry, second.worker.entry} == {0, 1}
         assert first.demand([0, 5, 9]).loaded == 3
         assert second.demand([5, 9, 11]).loaded == 1
-        first.attachment.detach()
-        second.attachment.detach()
-        second.attachment.detach()
+        first.worker.detach()
+        second.worker.detach()
+        second.worker.detach()
         third = Engine(built, models.attach(ask(built)))
-        assert third.attachment.worker == 2, "the entry of one that may still read was given away at once"
+        assert third.worker.entry == 2, "the entry of one that may still read was given away at once"
         assert (third.tables[0].slot_of[[0, 5, 9, 11]] != ABSENT).all()
         assert third.demand([0, 5, 9, 11]).loaded == 0
         status = models.status()[0]
         assert status.resident == 4 and status.counters["loads"] == 4 and len(status.workers) == 1
 
 
+def test_what_a_worker_reads_stays_when_the_daemon_ends_first(tmp_path: Path) -> None:
+    built = model(tmp_path)
+    with hosting(tmp_path) as models:
+        engine = Engine(built, models.attach(ask(built)))
+        engine.demand([0, 5])
+        models.freeze()
+        engine.worker.detach()
+        assert [status.pid for status in models.status()[0].workers] == [1], "it is not detached any more"
+        assert engine.tables[0].frozen and (engine.tables[0].slot_of[[0, 5]] != ABSENT).all()
+
+
 def test_layers_of_different_layouts_have_pools_of_their_own(tmp_path: Path) -> None:
     built = model(tmp_path, layouts=(ALIGNED, MIXED, ALIGNED, MIXED))
     with hosting(tmp_path, budget=2 * FULL) as models:
         engine = Engine(built, models.attach(ask(built)))
-        assert [info.experts for info in engine.attachment.reply.pools] == [16, 16]
+        assert [info.experts for info in engine.worker.reply.pools] == [16, 16]
         for pool in (0, 1):
             engine.ticket = 0
             engine.demand([1, 7, 9, 14], pool)
         with pytest.raises(ValueError, match="no pool 2"):
-            engine.attachment.demand(Demand(9, 2, b""))
+            engine.worker.demand(Demand(9, 2, b""))
 
 
 @pytest.mark.parametrize("name", ["", "..", "../x", "0" * 31, "0" * 33, "G" * 32, "/" + "0" * 31, "0" * 32 + "\n"])
@@ -170,7 +182,7 @@ def test_a_lease_is_granted_when_everything_fits_and_kept(tmp_path: Path) -> Non
         other = Engine(built, models.attach(ask(built, wanted=10 * RECORD)))
         other.demand([9, 3])
         leasing = Engine(built, models.attach(ask(built, lease=True)))
-        assert leasing.attachment.reply.lease
+        assert leasing.worker.reply.lease
         leasing.check(list(range(N)), list(range(N)))
         assert leasing.tables[0].slot_of.tolist() == list(range(N))
         newcomer = model(tmp_path, seed=1)
@@ -178,7 +190,7 @@ def test_a_lease_is_granted_when_everything_fits_and_kept(tmp_path: Path) -> Non
             ConfigError, match=r"--cache 384KiB of the daemon is too little.*the least that works is 480KiB"
         ):
             models.attach(ask(newcomer))
-        leasing.attachment.detach()
+        leasing.worker.detach()
         Engine(newcomer, models.attach(ask(newcomer))).demand([1, 2])
 
 
@@ -186,8 +198,8 @@ def test_a_lease_that_does_not_fit_is_not_granted_and_the_worker_is_served_all_t
     built, said = model(tmp_path), []
     with hosting(tmp_path, budget=FULL - 1, said=said) as models:
         engine = Engine(built, models.attach(ask(built, lease=True)))
-        assert not engine.attachment.reply.lease
-        assert engine.attachment.reply.pools[0].limit == N - 1
+        assert not engine.worker.reply.lease
+        assert engine.worker.reply.pools[0].limit == N - 1
         engine.use_everything()
         assert "can be spared" in said[0]
 
@@ -200,7 +212,7 @@ def test_a_lease_of_a_damaged_record_is_refused_and_leaves_nothing_behind(tmp_pa
             models.attach(ask(built, lease=True))
         assert models.status()[0].workers == []
         engine = Engine(built, models.attach(ask(built)))
-        assert engine.attachment.worker == 1
+        assert engine.worker.entry == 1
         engine.demand([0, 1])
 
 
@@ -209,21 +221,21 @@ def test_two_models_stay_within_the_budget_and_move_memory_to_who_misses(tmp_pat
     with hosting(tmp_path, budget=FULL) as models:
         one = Engine(first, models.attach(ask(first)))
         one.use_everything()
-        assert memory(one.attachment) == FULL
+        assert memory(one.worker) == FULL
         two = Engine(second, models.attach(ask(second)))
         two.use_everything()
-        assert memory(one.attachment) + memory(two.attachment) <= FULL
+        assert memory(one.worker) + memory(two.worker) <= FULL
         limits = [status.limit for status in models.status()]
         assert abs(limits[0] - limits[1]) <= 1 and sum(limits) in (N - 1, N)
         hosted = list(models._models.values())
         hosted[1].pressure = 1e9
         for _ in range(20):
             models.rebalance()
-            assert memory(one.attachment) + memory(two.attachment) <= FULL
+            assert memory(one.worker) + memory(two.worker) <= FULL
         assert hosted[1].pools[0].limit > 2 * hosted[0].pools[0].limit >= 2 * EXPERTS
         one.use_everything()
         two.use_everything()
-        assert memory(one.attachment) + memory(two.attachment) <= FULL
+        assert memory(one.worker) + memory(two.worker) <= FULL
 
 
 def test_a_model_nobody_uses_makes_way_and_is_forgotten_at_last(tmp_path: Path) -> None:
@@ -231,7 +243,7 @@ def test_a_model_nobody_uses_makes_way_and_is_forgotten_at_last(tmp_path: Path) 
     with hosting(tmp_path, budget=FULL) as models:
         one = Engine(first, models.attach(ask(first)))
         one.use_everything()
-        one.attachment.detach()
+        one.worker.detach()
         two = Engine(second, models.attach(ask(second, wanted=FULL // 2)))
         assert [status.resident for status in models.status()] == [N // 2, 0]
         models.attach(ask(second, wanted=FULL))
@@ -245,7 +257,7 @@ def test_the_operators_share_is_kept_and_named_when_it_is_too_small(tmp_path: Pa
     with hosting(tmp_path, shares={name: 10 * RECORD}) as models:
         engine = Engine(built, models.attach(ask(built)))
         engine.use_everything()
-        assert models.status()[0].limit == 10 and memory(engine.attachment) == 10 * RECORD
+        assert models.status()[0].limit == 10 and memory(engine.worker) == 10 * RECORD
     with hosting(tmp_path, shares={name: 2 * RECORD}) as models, pytest.raises(ConfigError) as caught:
         models.attach(ask(built))
     assert f"--share {name}: 24KiB is too little" in str(caught.value) and "works is 96KiB" in str(caught.value)
@@ -261,7 +273,7 @@ def test_a_small_budget_serves_who_asked_for_little_and_names_what_would_do_othe
         engine = Engine(built, models.attach(ask(built, wanted=3 * RECORD)))
         for first in range(0, N, 4):
             engine.demand(list(range(first, first + 4)))
-        assert memory(engine.attachment) == 4 * RECORD
+        assert memory(engine.worker) == 4 * RECORD
 
 
 @pytest.mark.parametrize("first", ["modest", "greedy"])
@@ -294,7 +306,7 @@ def test_a_step_cut_up_before_its_model_shrank_is_served(tmp_path: Path) -> None
     first, second = model(tmp_path), model(tmp_path, seed=1)
     with hosting(tmp_path, budget=FULL) as models:
         engine = Engine(first, models.attach(ask(first, wanted=2 * RECORD)))
-        assert engine.attachment.reply.pools[0].limit == N
+        assert engine.worker.reply.pools[0].limit == N
         models.attach(ask(second))
         assert engine.tables[0].limit < EXPERTS
         engine.use_everything()
@@ -338,7 +350,7 @@ def test_hints_reach_the_other_ranks_of_an_engine_and_nobody_else(tmp_path: Path
         one = Engine(ranks[0], models.attach(ask(ranks[0], group="g", rank=0)))
         two = Engine(ranks[1], models.attach(ask(ranks[1], group="g", rank=1)))
         stranger = Engine(ranks[2], models.attach(ask(ranks[2], group="h")))
-        one.attachment.hint(Hint(0, pack_ids(np.array([4, 6]))))
+        one.worker.hint(Hint(0, pack_ids(np.array([4, 6]))))
         for engine in (one, two):
             while (engine.tables[0].slot_of[[4, 6]] == ABSENT).any():
                 pass
@@ -352,16 +364,16 @@ def test_a_new_daemon_takes_over_what_an_engine_still_has(tmp_path: Path) -> Non
         engine = Engine(built, old.attach(ask(built)))
         engine.demand([1, 2, 30])
     with hosting(tmp_path) as new:
-        attachment = new.attach(ask(built))
+        worker = new.attach(ask(built))
         experts = np.flatnonzero(engine.tables[0].slot_of != ABSENT)
         slots = engine.tables[0].slot_of[experts]
         offer = Adopt(0, pack_ids(experts), pack_ids(slots))
-        assert attachment.adopt(offer, os.dup(engine.arenas[0].mapping.fd)).records == 3
-        again = Engine(built, attachment)
+        assert worker.adopt(offer, os.dup(engine.arenas[0].mapping.fd)).records == 3
+        again = Engine(built, worker)
         assert again.demand([1, 2, 30]).loaded == 0
         for fd in (os.memfd_create("x"), os.open("/dev/null", os.O_RDONLY)):
             with pytest.raises(ValueError):
-                attachment.adopt(offer, fd)
+                worker.adopt(offer, fd)
             with pytest.raises(OSError):
                 os.fstat(fd)
         assert new.status()[0].counters["adopted"] == 3
@@ -374,7 +386,7 @@ def test_no_more_than_64_workers_of_a_model(tmp_path: Path) -> None:
         with pytest.raises(OffloadError, match="64 workers are attached"):
             models.attach(ask(built))
         attached[17].detach()
-        assert models.attach(ask(built)).worker == 17
+        assert models.attach(ask(built)).entry == 17
 
 
 def open_files() -> int:
@@ -386,8 +398,8 @@ def test_nothing_is_left_open_when_models_are_closed(tmp_path: Path) -> None:
     before, threads = open_files(), threading.active_count()
     for _ in range(3):
         with hosting(tmp_path) as models:
-            attachment = models.attach(ask(built))
-            attachment.demand(Demand(1, 0, pack_ids(np.array([1, 2]))))
+            worker = models.attach(ask(built))
+            worker.demand(Demand(1, 0, pack_ids(np.array([1, 2]))))
     assert open_files() == before
     assert threading.active_count() == threads
 
@@ -395,7 +407,7 @@ def test_nothing_is_left_open_when_models_are_closed(tmp_path: Path) -> None:
 def _read_in_place(engine: Engine, turns: int, seed: int, demands, answers, ready) -> None:
     """In a process of its own: computes on what it finds, asks over a pipe for what it does not, checks all bytes."""
     draw = np.random.default_rng(seed)
-    worker, table = engine.attachment.worker, engine.tables[0]
+    worker, table = engine.worker.entry, engine.tables[0]
     reader = Reader(table, worker)
     ready.set()
     hits = ticket = 0
@@ -424,8 +436,8 @@ def test_processes_read_in_place_what_others_evict(tmp_path: Path) -> None:
         hits = []
 
         def serve(seed: int) -> None:
-            attachment = models.attach(ask(built, wanted=8 * RECORD))
-            engine = Engine(built, attachment)
+            worker = models.attach(ask(built, wanted=8 * RECORD))
+            engine = Engine(built, worker)
             (theirs, ours), (back, forth), ready = context.Pipe(), context.Pipe(), context.Event()
             process = context.Process(target=_read_in_place, args=(engine, 3000, seed, ours, forth, ready))
             process.start()
@@ -435,11 +447,11 @@ def test_processes_read_in_place_what_others_evict(tmp_path: Path) -> None:
                 if ticket == 0:
                     hits.append(experts[0])
                     break
-                reply = attachment.demand(Demand(ticket, 0, pack_ids(np.array(experts))))
+                reply = worker.demand(Demand(ticket, 0, pack_ids(np.array(experts))))
                 back.send(unpack_ids(reply.slots).tolist())
             process.join(60)
             assert process.exitcode == 0
-            attachment.detach()
+            worker.detach()
 
         threads = [threading.Thread(target=serve, args=(seed,)) for seed in range(3)]
         for thread in threads:
@@ -456,13 +468,13 @@ def test_an_engine_killed_in_the_middle_of_reading_leaves_nothing_behind(tmp_pat
     built = model(tmp_path)
     context = multiprocessing.get_context("fork")
     with hosting(tmp_path, budget=EXPERTS * RECORD) as models:
-        attachment = models.attach(ask(built))
-        engine = Engine(built, attachment)
+        worker = models.attach(ask(built))
+        engine = Engine(built, worker)
         engine.demand(list(range(EXPERTS)))
         inside = context.Event()
 
         def hang() -> None:
-            Reader(engine.tables[0], attachment.worker).enter()
+            Reader(engine.tables[0], worker.entry).enter()
             inside.set()
             signal.pause()
 
@@ -472,6 +484,6 @@ def test_an_engine_killed_in_the_middle_of_reading_leaves_nothing_behind(tmp_pat
         process.kill()
         process.join()
         other = Engine(built, models.attach(ask(built)))
-        attachment.detach()
+        worker.detach()
         other.demand(list(range(8, 16)))
         assert models.status()[0].resident == EXPERTS

@@ -233,7 +233,7 @@ def test_a_hundred_thousand_messages(arena: Arena) -> None:
         if number % BYSTANDER_EVERY == 0:
             arena.still_serves()
     assert arena.received >= RAW_MESSAGES
-    assert arena.house.models.attachments > RAW_CONNECTIONS / 4
+    assert arena.house.models.attach_count > RAW_CONNECTIONS / 4
     assert arena.house.server.refused > RAW_CONNECTIONS / 2
 
 

@@ -83,9 +83,9 @@ def test_a_worker_is_served(house: House) -> None:
         worker.send(Hint(0, pack_ids(np.arange(5))))
         with NULL.open() as arena:
             assert worker.request(Adopt(0, DEMAND.experts, DEMAND.experts), [arena.fileno()]).records == 2
-        attachment = house.models.attached[0]
-        assert attachment.hints == [[0, 1, 2, 3, 4]]
-        assert os.path.samestat(attachment.adopted[0], NULL.stat())
+        attached = house.models.attached[0]
+        assert attached.hints == [[0, 1, 2, 3, 4]]
+        assert os.path.samestat(attached.adopted[0], NULL.stat())
     wait_until(lambda: not house.models.attached, "the worker is detached")
 
 

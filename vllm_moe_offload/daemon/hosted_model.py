@@ -8,8 +8,7 @@ import mmap
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
 
 from ..errors import OffloadError
 from ..prefetch.loader import RecordLoader
@@ -17,32 +16,19 @@ from ..store.layout import RecordLayout
 from ..store.pools import pools_of
 from ..store.reader import Store
 from ..threads import ReportedThread
-from . import lease
 from .budget import PoolSize, bytes_for, slots_within
 from .entries import Entries
 from .hosted_pool import HostedPool
 from .mapping import whole_pages
-from .protocol import MAX_WORKERS, Attach, ModelStatus, PoolInfo, WorkerStatus
+from .protocol import MAX_WORKERS, Attach, ModelStatus, WorkerStatus
 from .table import COUNTERS
+from .workers import Worker
 
 _LOOK_SECONDS = 0.25
 """How often uses are heard of when nobody asks for anything; the rings of workers hold far more."""
 _BUSY_SECONDS = 0.001
 _SEEN_BY_WORKERS = ("hits", "misses", "stall_us", "steps", "tokens")
 """What the pools cannot count."""
-
-
-@dataclass(frozen=True)
-class Lodger:
-    """What a worker said when it attached."""
-
-    pid: int
-    group: str
-    rank: int
-    lease: bool
-    wanted_bytes: int
-    least_bytes: int
-    """Promised to it: no less can serve it as it was configured."""
 
 
 class HostedModel:
@@ -64,7 +50,8 @@ class HostedModel:
         self.pressure = 0.0
         """Bytes per second that workers lately waited for; kept by whoever divides the memory."""
         self.budget = 0
-        self.workers: dict[int, Lodger] = {}
+        self.workers: dict[int, Worker] = {}
+        """Attached, by entry."""
         self._entries = Entries()
         self._departed: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -96,16 +83,16 @@ class HostedModel:
     @property
     def wanted_bytes(self) -> int:
         """What its workers were configured to use, at least 1 if there is any."""
-        return max([max(1, lodger.wanted_bytes) for lodger in list(self.workers.values())], default=0)
+        return max([max(1, worker.wanted_bytes) for worker in list(self.workers.values())], default=0)
 
     @property
     def promised(self) -> int:
         """Bytes that the attached workers rely on, leases apart."""
-        return max([lodger.least_bytes for lodger in list(self.workers.values())], default=0)
+        return max([worker.least_bytes for worker in list(self.workers.values())], default=0)
 
     @property
     def leased(self) -> bool:
-        return any(lodger.lease for lodger in list(self.workers.values()))
+        return any(worker.leased for worker in list(self.workers.values()))
 
     @property
     def missed_bytes(self) -> int:
@@ -142,68 +129,28 @@ class HostedModel:
             if pool.limit != slots:
                 pool.limit = slots
 
-    def attach(self, request: Attach, leased: bool) -> int:
-        """Returns the worker's entry. That it has what it is promised is up to the caller.
+    def attach(self, request: Attach, leased: bool, same_experts: Callable[[], Iterable[Worker]]) -> Worker:
+        """Take up a worker. That the memory it is promised is there is up to the caller; see ``Worker``.
 
         Raises:
             OffloadError: there is no entry left, or it speaks of other pools.
         """
         least_bytes = self.least_bytes(request.wanted_bytes, request.least_slots)
         with self._lock:
-            worker = self._entries.take(request.pid)
-            if worker is None:
+            entry = self._entries.take(request.pid)
+            if entry is None:
                 raise OffloadError(f"{MAX_WORKERS} workers are attached to store {self.name}, as many as can be")
-            self.workers[worker] = Lodger(
-                request.pid, request.group, request.rank, leased, request.wanted_bytes, least_bytes
+            worker = Worker(
+                entry, request, leased, least_bytes, self.pools, self.store, self.fds, same_experts, self._free
             )
-            for pool in self.pools:
-                pool.admit(worker)
+            self.workers[entry] = worker
         self._stirred.set()
         return worker
-
-    def lease(self, worker: int) -> bool:
-        """Bring every expert into the slot of its own number for this worker. Blocks.
-
-        Returns:
-            Whether it has come about. Not if other workers did not stop reading.
-
-        Raises:
-            LoadError: a record could not be read.
-        """
-        if all(lease.lease(pool, worker) for pool in self.pools):
-            return True
-        for pool in self.pools:
-            pool.end_lease(worker)
-        with self._lock:
-            self.workers[worker] = replace(self.workers[worker], lease=False)
-        return False
-
-    def detach(self, worker: int) -> None:
-        """A worker has left, or died: what was kept for it is free. Idempotent."""
-        with self._lock:
-            if worker not in self.workers:
-                return
-            self._departed.update(self._counters_of(worker))
-            for pool in self.pools:
-                pool.dismiss(worker)
-            del self.workers[worker]
-            self._entries.give_back(worker)
 
     def freeze(self) -> None:
         """The daemon ends: what workers have seen stays true, and may outlive it."""
         for pool in self.pools:
             pool.freeze()
-
-    def pool(self, number: int) -> HostedPool:
-        """Raises ``ValueError`` for one that the model does not have."""
-        if not 0 <= number < len(self.pools):
-            raise ValueError(f"there is no pool {number}: the model has {len(self.pools)}")
-        return self.pools[number]
-
-    def pool_infos(self) -> list[PoolInfo]:
-        return [
-            PoolInfo(pool.experts, pool.limit, pool.arena.mapping.size, pool.table.mapping.size) for pool in self.pools
-        ]
 
     def is_alike(self, other: "HostedModel") -> bool:
         """Whether experts have the same ids in both: tensor-parallel slices of one model."""
@@ -213,8 +160,8 @@ class HostedModel:
 
     def status(self) -> ModelStatus:
         with self._lock:
-            lodgers = dict(self.workers)
-            of_workers = {worker: self._counters_of(worker) for worker in lodgers}
+            workers = dict(self.workers)
+            of_workers = {entry: self._counters_of(entry) for entry in workers}
             workers_saw = sum((Counter(counted) for counted in of_workers.values()), Counter(self._departed))
         counters = Counter({name: workers_saw[name] for name in _SEEN_BY_WORKERS})
         for pool in self.pools:
@@ -232,8 +179,8 @@ class HostedModel:
             resident_bytes=sum(size.record_bytes * count for size, count in zip(self.sizes, resident, strict=True)),
             counters=dict(counters),
             workers=[
-                WorkerStatus(worker, one.pid, one.group, one.rank, one.lease, of_workers[worker])
-                for worker, one in lodgers.items()
+                WorkerStatus(entry, one.pid, one.group, one.rank, one.leased, of_workers[entry])
+                for entry, one in workers.items()
             ],
         )
 
@@ -252,8 +199,18 @@ class HostedModel:
             pool.close()
         self.store.close()
 
-    def _counters_of(self, worker: int) -> dict[str, int]:
-        return dict(zip(COUNTERS, self.pools[0].table.counters[worker].tolist(), strict=True))
+    def _free(self, worker: Worker) -> None:
+        """A worker is detached: what was kept for it is free."""
+        with self._lock:
+            assert self.workers[worker.entry] is worker
+            self._departed.update(self._counters_of(worker.entry))
+            for pool in self.pools:
+                pool.dismiss(worker.entry)
+            del self.workers[worker.entry]
+            self._entries.give_back(worker.entry)
+
+    def _counters_of(self, entry: int) -> dict[str, int]:
+        return dict(zip(COUNTERS, self.pools[0].table.counters[entry].tolist(), strict=True))
 
     def _keep(self) -> None:
         """Look after the pools. Runs in a thread of its own."""

@@ -13,10 +13,10 @@ from ..errors import ConfigError, OffloadError, StoreError
 from ..store.manifest import RECORDS_NAME
 from ..store.reader import Store
 from ..threads import ReportedThread
-from .attachment import Attachment
 from .budget import Claim, split
 from .hosted_model import HostedModel
 from .protocol import Attach, ModelStatus
+from .workers import Worker
 
 _NAME = re.compile(r"[0-9a-f]{32}")
 _LOOK_SECONDS = 5.0
@@ -56,15 +56,13 @@ class HostedModels:
         self._root, self._budget, self._shares = root, budget_bytes, dict(shares)
         self._policy, self._io_cpus, self._say = policy, io_cpus, say
         self._models: dict[_File, HostedModel] = {}
-        self._attachments: tuple[Attachment, ...] = ()
         self._dividing = threading.RLock()
         """Held while models come, go, or change size."""
-        self._listing = threading.Lock()
         self._closing = threading.Event()
         self._looker = ReportedThread(target=self._look_after, name="moe-offload-budget", daemon=True)
         self._looker.start()
 
-    def attach(self, request: Attach) -> Attachment:
+    def attach(self, request: Attach) -> Worker:
         """Let a worker use a model. Blocks: others may have to give memory back, a lease reads everything.
 
         Raises:
@@ -74,35 +72,31 @@ class HostedModels:
             file, model = self._open(request.store)
             try:
                 leased = self._make_room(file, model, request)
-                worker = model.attach(request, leased)
+                worker = model.attach(request, leased, lambda: self._with_same_experts(model, request.group))
             except BaseException:
                 self._close_if_idle(file, model, keep=bool(model.held_bytes))
                 raise
         if leased:
             try:
-                leased = model.lease(worker)
+                worker.take_lease()
             except BaseException:
-                model.detach(worker)
+                worker.detach()
                 raise
-        if request.lease and not leased:
+        if request.lease and not worker.leased:
             self._say(
                 f"an engine (pid {request.pid}) wanted all of {_name(model)} in memory; "
                 f"{_size(model.budget)} of {_size(model.full_bytes)} can be spared, it will read what it misses"
             )
-        attachment = Attachment(model, worker, leased, lambda: self._siblings(attachment), self._forget)
-        with self._listing:
-            self._attachments += (attachment,)
-        return attachment
+        return worker
 
     def status(self) -> list[ModelStatus]:
         return [model.status() for model in list(self._models.values())]
 
     def freeze(self) -> None:
         """The daemon ends: nothing that a worker reads changes any more, though its connection does."""
-        with self._listing:
-            for attachment in self._attachments:
-                attachment.keep()
         for model in list(self._models.values()):
+            for worker in list(model.workers.values()):
+                worker.outlive()
             model.freeze()
 
     def close(self) -> None:
@@ -217,12 +211,17 @@ class HostedModels:
         if not model.workers and not keep and self._models.pop(file, None) is not None:
             model.close()
 
-    def _siblings(self, attachment: Attachment) -> list[Attachment]:
-        return [other for other in self._attachments if attachment.group and other.group == attachment.group]
-
-    def _forget(self, attachment: Attachment) -> None:
-        with self._listing:
-            self._attachments = tuple(other for other in self._attachments if other is not attachment)
+    def _with_same_experts(self, model: HostedModel, group: str) -> list[Worker]:
+        """The workers of an engine that compute with other slices of the experts of ``model``."""
+        if not group:
+            return []
+        return [
+            worker
+            for other in list(self._models.values())
+            if other is not model
+            for worker in list(other.workers.values())
+            if worker.group == group and other.is_alike(model)
+        ]
 
     def _look_after(self) -> None:
         """Move memory to where it is missed. Runs in a thread of its own."""

@@ -21,10 +21,11 @@ from ..store.layout import RecordLayout
 from ..store.pools import PoolMembers
 from ..store.reader import Store
 from .arena import Arena
-from .guest import Guest, SharedForesight
 from .hosted_load import HostedLoad, PoolCounters, Supply
 from .occupancy import Occupancy
+from .pins import WorkerPins
 from .placement import Placement
+from .shared_policy import SharedForesight
 from .table import ResidencyTable
 from .under_way import UnderWay
 
@@ -65,9 +66,10 @@ class HostedPool:
         self.occupancy = Occupancy(self.cache, self.arena, self.table)
         self._turn = threading.Condition(self.lock)
         self.under_way = UnderWay(store, members, self.cache, self.occupancy, self.arena, self.table, self._turn)
-        self.guests: dict[int, Guest] = {}
+        self.pins: dict[int, WorkerPins] = {}
+        """Of the attached workers, by entry."""
         layer_sizes = np.repeat(members.counts, members.counts)
-        self.placement = Placement(self.cache, self.occupancy, layer_sizes, self.guests, self._turn, self._note_evicted)
+        self.placement = Placement(self.cache, self.occupancy, layer_sizes, self.pins, self._turn, self._note_evicted)
         self._stir = stir
         self.limit = limit
 
@@ -101,23 +103,24 @@ class HostedPool:
     def admit(self, worker: int) -> None:
         """A worker comes."""
         with self.lock:
-            self.guests[worker] = Guest(self.table, worker)
-            self._policy.workers = list(self.guests)
+            assert worker not in self.pins, "the entry has been given to two workers"
+            self.pins[worker] = WorkerPins(self.table, worker)
+            self._policy.workers = list(self.pins)
 
     def dismiss(self, worker: int) -> None:
         """A worker has gone, however: nothing is kept for it any more. Idempotent."""
         with self.lock:
-            guest = self.guests.pop(worker, None)
-            if guest is not None:
-                guest.release_all(self.cache)
-                self._policy.workers = list(self.guests)
+            pins = self.pins.pop(worker, None)
+            if pins is not None:
+                pins.release_all(self.cache)
+                self._policy.workers = list(self.pins)
                 self._turn.notify_all()
         self._stir()
 
     def end_lease(self, worker: int) -> None:
         """The worker does not compute on experts without asking. Idempotent."""
         with self.lock:
-            self.guests[worker].end_lease(self.cache)
+            self.pins[worker].end_lease(self.cache)
             self._turn.notify_all()
 
     def demand(self, worker: int, ticket: int, experts: NDArray[np.int32], stream: bool = False) -> Supply:
@@ -128,13 +131,13 @@ class HostedPool:
         """
         self.check_ids(experts)
         with self.lock:
-            guest = self.guests[worker]
-            self._check(guest, ticket, len(experts))
-            guest.last_ticket = ticket
+            pins = self.pins[worker]
+            self._check(pins, ticket, len(experts))
+            pins.last_ticket = ticket
             demand = self._open_demand(worker, experts, stream)
         try:
             self.loader.join(demand.loads)
-            return self._supply(guest, ticket, experts, demand)
+            return self._supply(pins, ticket, experts, demand)
         except BaseException:
             with self.lock:
                 self._give_back(demand)
@@ -195,8 +198,8 @@ class HostedPool:
             self.occupancy.freeze()
 
     def _hear_of_uses(self) -> None:
-        for guest in self.guests.values():
-            used = guest.tell_uses(self._policy)
+        for pins in self.pins.values():
+            used = pins.tell_uses(self._policy)
             if len(used):
                 self.under_way.note_used(used)
 
@@ -219,9 +222,9 @@ class HostedPool:
             self.occupancy.check_integrity(self.under_way.loads)
             assert np.flatnonzero(self.table.loading).tolist() == sorted(self.under_way.loads)
 
-    def _check(self, guest: Guest, ticket: int, count: int) -> None:
-        if ticket <= guest.last_ticket:
-            raise ValueError(f"ticket {ticket} does not rise above {guest.last_ticket}")
+    def _check(self, pins: WorkerPins, ticket: int, count: int) -> None:
+        if ticket <= pins.last_ticket:
+            raise ValueError(f"ticket {ticket} does not rise above {pins.last_ticket}")
         # the limit may have been lowered since the worker looked at it
         most = max(self.limit, self.largest_layer)
         if count > most:
@@ -257,14 +260,14 @@ class HostedPool:
             self._hear_of_uses()
             self.under_way.note_evicted(experts)
 
-    def _supply(self, guest: Guest, ticket: int, experts: NDArray[np.int32], demand: "_Demand") -> Supply:
+    def _supply(self, pins: WorkerPins, ticket: int, experts: NDArray[np.int32], demand: "_Demand") -> Supply:
         """Pin what has come until the ticket is done. The pins of what has failed are void already."""
         slots = demand.acquired.slots
         failed = [(load.flat, load.error) for load in demand.loads if load.error is not None]
         for expert, _ in failed:
             slots[experts == expert] = ABSENT
         with self.lock:
-            guest.keep(ticket, slots[slots != ABSENT] if failed else slots)
+            pins.keep(ticket, slots[slots != ABSENT] if failed else slots)
         return Supply(slots, len(demand.own), len(demand.joined), failed)
 
     def _give_back(self, demand: "_Demand") -> None:

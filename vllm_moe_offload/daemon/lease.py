@@ -37,9 +37,9 @@ def lease(pool: HostedPool, worker: int) -> bool:
     failed = {load.slot: load.error for load in loads if load.error is not None}
     if failed:
         with pool.lock:
-            pinned = pool.guests[worker].lease
+            pinned = pool.pins[worker].lease
             assert pinned is not None
-            pool.guests[worker].lease = pinned[~np.isin(pinned, list(failed))]
+            pool.pins[worker].lease = pinned[~np.isin(pinned, list(failed))]
         raise next(error for error in failed.values() if error is not None)
     return True
 
@@ -67,7 +67,7 @@ def _acquire(pool: HostedPool, worker: int) -> list[HostedLoad]:
     pool.occupancy.withheld.clear()
     joined = list(pool.under_way.loads.values())
     acquired = pool.cache.acquire(everything, use=False)
-    pool.guests[worker].lease = acquired.slots
+    pool.pins[worker].lease = acquired.slots
     begun = pool.begin(acquired)
     pool.occupancy.show_again(everything, pool.under_way.loads)
     return [*joined, *begun]

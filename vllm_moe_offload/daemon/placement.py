@@ -13,8 +13,8 @@ from ..cache import Acquisition, ExpertCache
 from ..cache.base import IntArray
 from ..cache.cache import ABSENT
 from ..slots.base import guess_room, stream_share
-from .guest import Guest
 from .occupancy import Occupancy
+from .pins import WorkerPins
 
 PATIENCE_SECONDS = 0.005
 """How long a demand waits for workers to finish what they compute before it is served beyond the limit."""
@@ -31,7 +31,7 @@ class Placement:
 
     Args:
         layer_sizes: how many experts there are in the layer of each expert.
-        guests: the attached workers, by entry.
+        pins: of the attached workers, by entry.
         turn: over the pool's lock; notified when pins have been given back.
         evicted: told of the experts that have lost their slots.
     """
@@ -41,14 +41,14 @@ class Placement:
         cache: ExpertCache,
         occupancy: Occupancy,
         layer_sizes: IntArray,
-        guests: Mapping[int, Guest],
+        pins: Mapping[int, WorkerPins],
         turn: threading.Condition,
         evicted: Callable[[IntArray], None],
     ):
         self._cache = cache
         self._occupancy = occupancy
         self._layer_sizes = layer_sizes
-        self._guests = guests
+        self._pins = pins
         self._turn = turn
         self._evicted = evicted
         self.queue: deque[object] = deque()
@@ -108,7 +108,7 @@ class Placement:
 
     def release_done(self) -> None:
         """Unpin what workers have finished computing on."""
-        released = [guest.release_done(self._cache) for guest in self._guests.values()]
+        released = [pins.release_done(self._cache) for pins in self._pins.values()]
         if self.queue and any(released):
             self._turn.notify_all()
 
@@ -128,7 +128,7 @@ class Placement:
         if self._occupancy.held_up(PATIENCE_SECONDS):
             return True
         since = time.monotonic() - PATIENCE_SECONDS
-        return not self._some_are_leaving() and any(guest.holding_since < since for guest in self._guests.values())
+        return not self._some_are_leaving() and any(pins.holding_since < since for pins in self._pins.values())
 
     def _some_are_leaving(self) -> bool:
         """Whether retired experts are still exposed."""

@@ -1,4 +1,4 @@
-"""The daemon's door: accepts peers, gives each a thread, and ends when it is told to or when nobody needs it.
+"""Accepts the daemon's peers, runs a session for each, and ends when it is told to or when nobody needs it.
 
 It decides who may come in and how many; what they may ask is ``session``'s, what they get is the models'.
 """
@@ -11,7 +11,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import msgspec
 
@@ -29,19 +28,6 @@ COMPLAINT_SECONDS = 10.0
 
 _BREATH_SECONDS = 0.1
 _JOIN_SECONDS = 10.0
-
-
-@dataclass
-class _Guest:
-    thread: threading.Thread
-    frames: FramedSocket[Request]
-    role: str = ""
-    """As its Hello says; empty before that."""
-
-    @property
-    def keeps_us(self) -> bool:
-        """An engine, or somebody who has not said yet what he is."""
-        return self.role != "control"
 
 
 class DaemonServer:
@@ -76,12 +62,12 @@ class DaemonServer:
         self._group = group
         self._leave_after = leave_after
         self._say = say
-        self._born = self._alone_since = time.monotonic()
-        self._bell, self._ear = socket.socketpair()
-        self._bell.setblocking(False)
+        self._started = self._alone_since = time.monotonic()
+        self._wakeup_send, self._wakeup_recv = socket.socketpair()
+        self._wakeup_send.setblocking(False)
         self._lock = threading.Lock()
-        self._guests: dict[int, _Guest] = {}
-        self._arrivals = 0
+        self._sessions: dict[Session, threading.Thread] = {}
+        self._accepted = 0
         self._complained = -COMPLAINT_SECONDS
         self._unsaid = 0
         self._stop_reason = ""
@@ -89,11 +75,11 @@ class DaemonServer:
     def stop(self, reason: str) -> None:
         """Make ``serve`` return; from any thread or signal handler."""
         self._stop_reason = self._stop_reason or reason
-        self._ring()
+        self._wake_up()
 
     def status(self) -> StatusReport:
         models = self.histories.with_sizes(self.models.status())
-        return StatusReport(os.getpid(), time.monotonic() - self._born, self._budget_bytes, models, failed_threads())
+        return StatusReport(os.getpid(), time.monotonic() - self._started, self._budget_bytes, models, failed_threads())
 
     def serve(self) -> str:
         """Serve until told to stop or nobody is left; then no peer and no thread remains. Returns why it ended."""
@@ -101,18 +87,18 @@ class DaemonServer:
         listener.setblocking(False)
         events = select.poll()
         events.register(listener, select.POLLIN)
-        events.register(self._ear, select.POLLIN)
+        events.register(self._wakeup_recv, select.POLLIN)
         self._alone_since = time.monotonic()
         woken_by_signals = threading.current_thread() is threading.main_thread()
         if woken_by_signals:
             # a handler alone would not run for a signal that comes just before the wait
-            signal.set_wakeup_fd(self._bell.fileno(), warn_on_full_buffer=False)
+            signal.set_wakeup_fd(self._wakeup_send.fileno(), warn_on_full_buffer=False)
         try:
             while not self._stop_reason:
                 left = self._seconds_left()
                 ready = {fd for fd, _ in events.poll(None if left is None else max(left, 0) * 1000)}
-                if self._ear.fileno() in ready:
-                    self._ear.recv(4096)
+                if self._wakeup_recv.fileno() in ready:
+                    self._wakeup_recv.recv(4096)
                 if listener.fileno() in ready:
                     self._accept(listener)
                 elif not ready and left is not None and left <= 0:
@@ -121,10 +107,10 @@ class DaemonServer:
             if woken_by_signals:
                 signal.set_wakeup_fd(-1)
             self._socket_file.remove()
-            self._end_all()
+            self._disconnect_all()
         return self._stop_reason
 
-    def _end_all(self) -> None:
+    def _disconnect_all(self) -> None:
         """End every connection. Engines keep what they have: of requests that end while the histories are written, and
         of experts, which they are served until then."""
         try:
@@ -133,15 +119,15 @@ class DaemonServer:
         finally:
             self.models.freeze()
             self._disconnect("history", "worker", "control", "")
-            self._bell.close()
-            self._ear.close()
+            self._wakeup_send.close()
+            self._wakeup_recv.close()
 
     def _seconds_left(self) -> float | None:
         """Until the daemon leaves for want of engines; None while there is a reason to stay."""
         if self._leave_after is None:
             return None
         with self._lock:
-            if any(guest.keeps_us for guest in self._guests.values()):
+            if any(session.keeps_daemon for session in self._sessions):
                 return None
             return self._alone_since + self._leave_after - time.monotonic()
 
@@ -170,7 +156,7 @@ class DaemonServer:
     def _objection(self, peer: Peer) -> str | None:
         if not peer.is_us() and not (self._group is not None and peer.belongs_to(self._group)):
             return f"is {peer}; the daemon serves user {os.geteuid()} and the members of the group given with --group"
-        if len(self._guests) >= MAX_PEERS:
+        if len(self._sessions) >= MAX_PEERS:
             return f"came while {MAX_PEERS} others are connected, which is as many as the daemon serves"
         return None
 
@@ -184,33 +170,30 @@ class DaemonServer:
         self._complain(f"refused {peer}: the peer {reason}")
 
     def _admit(self, frames: FramedSocket[Request], peer: Peer) -> None:
-        number = self._arrivals = self._arrivals + 1
-        thread = ReportedThread(
-            target=self._host, args=(number, frames, peer), name=f"peer {number} (pid {peer.pid})", daemon=True
-        )
+        self._accepted += 1
+        session = Session(frames, peer, self)
+        name = f"peer {self._accepted} (pid {peer.pid})"
+        thread = ReportedThread(target=self._run, args=(session, peer), name=name, daemon=True)
         with self._lock:
-            self._guests[number] = _Guest(thread, frames)
+            self._sessions[session] = thread
         try:
             thread.start()
         except RuntimeError as error:
             with self._lock:
-                del self._guests[number]
+                del self._sessions[session]
             self._turn_away(frames, peer, f"cannot be served now: {error}")
 
-    def _host(self, number: int, frames: FramedSocket[Request], peer: Peer) -> None:
+    def _run(self, session: Session, peer: Peer) -> None:
         try:
-            refusal = Session(frames, peer, self).run(lambda role: self._know_role(number, role))
+            refusal = session.run()
             if refusal:
                 self._complain(f"refused {peer}: the peer {refusal}")
         finally:
             with self._lock:
-                if self._guests.pop(number).keeps_us:
+                del self._sessions[session]
+                if session.keeps_daemon:
                     self._alone_since = time.monotonic()
-            self._ring()
-
-    def _know_role(self, number: int, role: str) -> None:
-        with self._lock:
-            self._guests[number].role = role
+            self._wake_up()
 
     def _complain(self, text: str) -> None:
         """Say it, unless something was said a moment ago: a peer must not fill the log."""
@@ -226,15 +209,15 @@ class DaemonServer:
     def _disconnect(self, *roles: str) -> None:
         """Returns when the threads of these connections have ended."""
         with self._lock:
-            guests = [guest for guest in self._guests.values() if guest.role in roles]
-        for guest in guests:
-            guest.frames.shut_down()
-        for guest in guests:
-            guest.thread.join(_JOIN_SECONDS)
-            if guest.thread.is_alive():
-                self._say(f"{guest.thread.name} does not end; leaving without it")
+            ending = [(session, thread) for session, thread in self._sessions.items() if session.role in roles]
+        for session, _ in ending:
+            session.disconnect()
+        for _, thread in ending:
+            thread.join(_JOIN_SECONDS)
+            if thread.is_alive():
+                self._say(f"{thread.name} does not end; leaving without it")
 
-    def _ring(self) -> None:
-        """Let ``serve`` look again. A bell too full to be rung rings already; one that is closed has nobody to wake."""
+    def _wake_up(self) -> None:
+        """Let ``serve`` look again. A full socket wakes it already; a closed one has nobody to wake."""
         with contextlib.suppress(OSError):
-            self._bell.send(b"!")
+            self._wakeup_send.send(b"!")

@@ -6,7 +6,7 @@ Whatever a peer does, its session ends alone: refused with a reason where it can
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
@@ -22,7 +22,6 @@ from .protocol import (
     Adopt,
     Adopted,
     Attach,
-    Attached,
     Demand,
     Found,
     GetStatus,
@@ -43,6 +42,9 @@ from .protocol import (
     Welcome,
 )
 
+if TYPE_CHECKING:
+    from .workers import Worker  # reads stores, which a daemon that finds another one running never does
+
 ROLES: dict[str, tuple[type, ...]] = {
     "worker": (Attach, Demand, Hint, Adopt),
     "history": (OpenHistory, Remember, Search),
@@ -54,30 +56,10 @@ MAX_FDS = 1
 """A peer may send at a time; Adopt brings one."""
 
 
-class Attachment(Protocol):
-    """One attached worker. Only the thread of its connection calls it.
-
-    A ``ValueError`` from any of these means that the peer's message made no sense: it is refused and its connection
-    closed. An ``OffloadError`` (not from ``hint``) is a refusal after which it may go on.
-    """
-
-    reply: Attached
-    fds: list[int]
-    """Sent with ``reply``; they stay the model's."""
-
-    def demand(self, request: Demand) -> Supplied: ...
-    def hint(self, request: Hint) -> None: ...
-    def adopt(self, request: Adopt, fd: int) -> Adopted:
-        """Takes over ``fd``."""
-
-    def detach(self) -> None:
-        """Whatever way the connection ended. Idempotent."""
-
-
 class Models(Protocol):
     """What the daemon hosts; used by many threads at once."""
 
-    def attach(self, request: Attach) -> Attachment:
+    def attach(self, request: Attach) -> "Worker":
         """Raises ``OffloadError`` with the reason and the fix if the worker cannot be served."""
 
     def status(self) -> list[ModelStatus]: ...
@@ -87,7 +69,7 @@ class Models(Protocol):
     def close(self) -> None: ...
 
 
-class House(Protocol):
+class Daemon(Protocol):
     """What a session may do with the daemon as a whole."""
 
     models: Models
@@ -98,27 +80,34 @@ class House(Protocol):
 
 
 class Session:
-    """The server's end of one connection; ``run`` on a thread of its own."""
+    """The server's end of one connection; ``run`` on a thread of its own.
 
-    def __init__(self, frames: FramedSocket[Request], peer: Peer, house: House) -> None:
+    It owns the connection, and what was opened on it: an attached worker, or the use of a history. When ``run``
+    returns, all of it is closed.
+    """
+
+    def __init__(self, frames: FramedSocket[Request], peer: Peer, daemon: Daemon) -> None:
+        self.role = ""
+        """As its Hello says; empty before that."""
         self._frames = frames
         self._peer = peer
-        self._house = house
-        self._allowed: tuple[type, ...] = ()
-        self._attachment: Attachment | None = None
+        self._daemon = daemon
+        self._worker: Worker | None = None
         self._history: HostedHistory | None = None
 
-    def run(self, know_role: Callable[[str], None]) -> str | None:
-        """Answer the peer until the connection ends, and close it.
+    @property
+    def keeps_daemon(self) -> bool:
+        """Whether the daemon is needed: by an engine, or by a peer that has not said yet what it is."""
+        return self.role != "control"
 
-        Args:
-            know_role: told which role the peer named, before it is welcomed.
+    def run(self) -> str | None:
+        """Answer the peer until the connection ends, and close it.
 
         Returns:
             Why the peer was refused; None if it left on its own.
         """
         try:
-            self._welcome(know_role)
+            self._welcome()
             while (request := self._frames.receive()) is not None:
                 self._answer(request)
             return None
@@ -128,13 +117,17 @@ class Session:
         except OSError:
             return None
         finally:
-            if self._attachment is not None:
-                self._attachment.detach()
+            if self._worker is not None:
+                self._worker.detach()
             if self._history is not None:
-                self._house.histories.leave(self._history)
+                self._daemon.histories.leave(self._history)
             self._frames.close()
 
-    def _welcome(self, know_role: Callable[[str], None]) -> None:
+    def disconnect(self) -> None:
+        """End the connection, from another thread: ``run`` returns soon."""
+        self._frames.shut_down()
+
+    def _welcome(self) -> None:
         self._frames.wait_at_most(FRAME_SECONDS)
         hello = self._frames.receive()
         if hello is None:
@@ -148,17 +141,16 @@ class Session:
             )
         if hello.role not in ROLES:
             raise PeerError(f"wants the role {hello.role!r}; there are {', '.join(ROLES)}")
-        self._allowed = ROLES[hello.role]
-        know_role(hello.role)
+        self.role = hello.role
         self._frames.wait_at_most(0)
         if hello.role == "history":
             self._frames.limit = LARGE_FRAME_BYTES
-            self._frames.large = self._house.histories.large
+            self._frames.large = self._daemon.histories.large
         self._frames.send(Welcome(VERSION, os.getpid()))
 
     def _answer(self, request: Request) -> None:
-        if not isinstance(request, self._allowed):
-            allowed = ", ".join(kind.__name__ for kind in self._allowed)
+        if not isinstance(request, ROLES[self.role]):
+            allowed = ", ".join(kind.__name__ for kind in ROLES[self.role])
             raise PeerError(f"sent {type(request).__name__} on a connection for {allowed}")
         if isinstance(request, Demand):
             self._reply(self._attached(request).demand, request)
@@ -175,34 +167,34 @@ class Session:
         elif isinstance(request, Search):
             self._search(request)
         elif isinstance(request, GetStatus):
-            self._frames.send(self._house.status())
+            self._frames.send(self._daemon.status())
         elif isinstance(request, Stop):
             self._stop()
 
     def _attach(self, request: Attach) -> None:
-        if self._attachment is not None:
+        if self._worker is not None:
             raise PeerError("sent Attach a second time")
         # The kernel knows better who asks, unless it lives in a container.
         request = msgspec.structs.replace(request, pid=self._peer.pid or request.pid)
         try:
-            self._attachment = self._house.models.attach(request)
+            self._worker = self._daemon.models.attach(request)
         except OffloadError as error:
             self._frames.send(Refused(str(error)))
         else:
-            self._frames.send(self._attachment.reply, self._attachment.fds)
+            self._frames.send(self._worker.reply, self._worker.fds)
 
     def _adopt(self, request: Adopt) -> None:
-        attachment = self._attached(request)
+        worker = self._attached(request)
         fds = self._frames.take_fds()
         if not fds:
             raise PeerError("sent Adopt without the descriptor of an arena")
-        self._reply(partial(attachment.adopt, fd=fds[0]), request)
+        self._reply(partial(worker.adopt, fd=fds[0]), request)
 
     def _open_history(self, request: OpenHistory) -> None:
         if self._history is not None:
             raise PeerError("sent OpenHistory a second time")
         try:
-            self._history = history = self._house.histories.open(request)
+            self._history = history = self._daemon.histories.open(request)
         except OffloadError as error:
             self._frames.send(Refused(str(error)))
         else:
@@ -211,7 +203,7 @@ class Session:
     def _remember(self, request: Remember) -> None:
         history = self._opened(request)
         history.remember(unpack_trace(request.trace, history.shape), request.again, self._peer.uid)
-        self._house.histories.keep_within_bounds()
+        self._daemon.histories.keep_within_bounds()
         self._frames.send(Remembered(history.size))
 
     def _search(self, request: Search) -> None:
@@ -233,12 +225,12 @@ class Session:
             self._frames.send(Refused("only the user the daemon runs as may stop it"))
             return
         self._frames.send(Stopping())
-        self._house.stop(f"{self._peer} asked for it")
+        self._daemon.stop(f"{self._peer} asked for it")
 
-    def _attached(self, request: Request) -> Attachment:
-        if self._attachment is None:
+    def _attached(self, request: Request) -> "Worker":
+        if self._worker is None:
             raise PeerError(f"sent {type(request).__name__} before Attach")
-        return self._attachment
+        return self._worker
 
     def _opened(self, request: Request) -> HostedHistory:
         if self._history is None:

@@ -1,4 +1,4 @@
-"""One attached worker as a pool sees it: the tickets whose experts it still reads, and what it says it used.
+"""What one worker keeps pinned in one pool, and what it says it used there.
 
 Its caller holds the pool's lock. What the worker wrote must never be believed further than its own experts go.
 """
@@ -6,20 +6,22 @@ Its caller holds the pool's lock. What the worker wrote must never be believed f
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..cache import EvictionPolicy, ExpertCache
-from ..cache.base import FloatArray, IntArray
-from ..prefetch.foresight import ForesightPolicy
+from ..cache.base import IntArray
 from .table import ResidencyTable
 from .uses import STEP, UseReader
 
 
-class Guest:
-    """The worker of one entry. Made when it attaches, with the entry cleared."""
+class WorkerPins:
+    """Made when the worker is attached, with its entry of the pool's table cleared; ``release_all`` ends it.
+
+    A pin is taken by ``keep`` for a ticket and freed by ``release_done`` when the worker has written the ticket's
+    number, or taken with ``lease`` and freed by ``end_lease``. ``release_all`` frees whatever is left.
+    """
 
     def __init__(self, table: ResidencyTable, worker: int):
         table.admit(worker)
@@ -30,10 +32,11 @@ class Guest:
         self._table = table
         self._uses = UseReader(table, worker)
         self._tickets: deque[tuple[int, NDArray[np.int32], float]] = deque()
-        """Numbers, slots, and since when they are held."""
+        """Numbers (rising), slots, and since when they are held."""
 
     def keep(self, ticket: int, slots: NDArray[np.int32]) -> None:
         """``slots`` stay pinned until the worker is done with ``ticket``."""
+        assert not self._tickets or self._tickets[-1][0] < ticket, "tickets do not rise"
         self._tickets.append((ticket, slots, time.monotonic()))
 
     @property
@@ -91,23 +94,3 @@ class Guest:
 def _use(policy: EvictionPolicy, experts: dict[int, None]) -> None:
     if experts:
         policy.use(np.array(list(experts)))
-
-
-class SharedForesight(ForesightPolicy):
-    """Heeds what the running steps of all workers are expected to use: the most that any of them expects."""
-
-    def __init__(self, policy: EvictionPolicy, table: ResidencyTable):
-        super().__init__(policy, table.experts)
-        self._table = table
-        self.workers: Sequence[int] = ()
-
-    def begin_step(self) -> None:
-        self._policy.begin_step()
-
-    def keep_scores(self, experts: IntArray) -> FloatArray:
-        self.expected[:] = 0
-        for worker in self.workers:
-            # fmax and minimum make numbers of whatever a worker has written
-            np.fmax(self.expected, self._table.expected[worker], out=self.expected)
-        np.minimum(self.expected, 1, out=self.expected)
-        return super().keep_scores(experts)
