@@ -23,8 +23,8 @@ class Pool:
     def __init__(self, root: Path, limit: int = N, layout: RecordLayout = ALIGNED, policy: str = "lfu"):
         self.built: RecordStore = build_store(root, [(layout, EXPERTS)] * LAYERS)
         self.loader = RecordLoader(self.built.store)
-        self.stirred = 0
-        self.pool = HostedPool("test", self.built.store, layout, self.loader, policy, limit, self._stir)
+        self.maintenance_requests = 0
+        self.pool = HostedPool("test", self.built.store, layout, self.loader, policy, limit, self._request_maintenance)
 
     def __enter__(self) -> "Pool":
         return self
@@ -33,15 +33,15 @@ class Pool:
         self.loader.close()
         self.built.store.close()
 
-    def _stir(self) -> None:
-        self.stirred += 1
+    def _request_maintenance(self) -> None:
+        self.maintenance_requests += 1
 
     def holds(self, slot: int, expert: int) -> bool:
         expected = self.built.records[expert // EXPERTS][expert % EXPERTS]
         return all(np.array_equal(a, b) for a, b in zip(self.pool.arena.slot(slot), expected, strict=True))
 
-    def tend(self) -> None:
-        while self.pool.tend():
+    def run_maintenance(self) -> None:
+        while self.pool.run_maintenance():
             pass
 
 

@@ -46,7 +46,7 @@ def overwrite(it: Pool, entry: int) -> None:
     other = Worker(it, entry)
     for layer in (1, 2, 3):
         other.use([layer * EXPERTS + expert for expert in range(EXPERTS)])
-        it.tend()
+        it.run_maintenance()
 
 
 @pytest.mark.parametrize("demanded", [True, False])
@@ -101,9 +101,9 @@ def test_detached_at_the_moment_it_begins_to_read_it_reads_nothing_and_holds_not
         with pytest.raises(DaemonGoneError, match="detached"):
             attached.hold(LAYER, ASKED)
         overwrite(it, ENTRY + 1)
-        it.tend()
-        assert not it.pool.occupancy.holders() and it.pool.held <= EXPERTS
-        assert not it.pool.occupancy.held_up(0.0)
+        it.run_maintenance()
+        assert not it.pool.reclaimer.holders() and it.pool.held <= EXPERTS
+        assert not it.pool.reclaimer.held_up(0.0)
 
 
 def test_a_daemon_that_does_not_answer_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

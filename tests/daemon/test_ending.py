@@ -66,7 +66,7 @@ def test_what_workers_have_seen_stays_true_when_the_daemon_ends(tmp_path: Path) 
         pool.pool.dismiss(3)
         pool.pool.limit = 2
         for _ in range(5):
-            pool.pool.tend()
+            pool.pool.run_maintenance()
         for expert, slot in shown.items():
             assert pool.holds(slot, expert), "an engine may go on with it"
 

@@ -319,7 +319,7 @@ def test_memory_is_looked_after_whatever_has_gone_wrong(tmp_path: Path, monkeypa
     with hosting(tmp_path, said=said) as models:
         engine = Engine(built, models.attach(ask(built)))
         pool = next(iter(models._models.values())).pools[0]
-        tend, rebalance, looked = pool.tend, models.rebalance, threading.Event()
+        maintain, rebalance, looked = pool.run_maintenance, models.rebalance, threading.Event()
 
         def fail() -> bool:
             raise RuntimeError("unheard of")
@@ -328,7 +328,7 @@ def test_memory_is_looked_after_whatever_has_gone_wrong(tmp_path: Path, monkeypa
             rebalance()
             looked.set()
 
-        monkeypatch.setattr(pool, "tend", fail)
+        monkeypatch.setattr(pool, "run_maintenance", fail)
         monkeypatch.setattr(models, "rebalance", fail)
         wait_until(lambda: len(said) >= 2, "both have said so")
         assert sorted(line.split(";")[0] for line in said) == [
@@ -336,7 +336,7 @@ def test_memory_is_looked_after_whatever_has_gone_wrong(tmp_path: Path, monkeypa
             "the memory could not be divided anew",
         ], "said once, however often it happens"
         assert all("RuntimeError: unheard of" in line for line in said)
-        monkeypatch.setattr(pool, "tend", tend)
+        monkeypatch.setattr(pool, "run_maintenance", maintain)
         monkeypatch.setattr(models, "rebalance", look)
         assert looked.wait(60)
         engine.use_everything()

@@ -67,23 +67,23 @@ def test_many_workers_at_once_never_see_a_wrong_record(tmp_path: Path, limit: in
                 else:
                     worker.use(experts)
 
-        def tend() -> None:
+        def maintain() -> None:
             while not stop.is_set():
-                it.pool.tend()
+                it.pool.run_maintenance()
                 it.pool.check_integrity()
                 assert it.pool.cache.occupied <= limit + 4 * 6, "more than a demand of each beyond the limit"
 
-        tender = threading.Thread(target=tend)
-        tender.start()
+        maintainer = threading.Thread(target=maintain)
+        maintainer.start()
         try:
             in_threads(*(lambda worker=worker: work(worker) for worker in workers))
         finally:
             stop.set()
-            tender.join()
+            maintainer.join()
         for entry in range(4):
             it.pool.dismiss(entry)
         wait_until(lambda: not it.pool.under_way.loads, "the last guess had arrived")
-        it.tend()
+        it.run_maintenance()
         it.pool.check_integrity()
         assert not it.pool.cache.pins.any()
         assert it.pool.held <= limit
@@ -122,12 +122,12 @@ def test_a_slot_read_in_place_is_not_reused_before_its_reader_leaves(tmp_path: P
         assert (slots != ABSENT).all()
         for layer in (1, 2, 3):
             other.use([layer * EXPERTS + e for e in range(4)])
-            it.pool.tend()
+            it.pool.run_maintenance()
             it.pool.check_integrity()
             reader.check([0, 1, 2, 3], slots)
         reader.reader.leave()
         other.use([8, 9, 10, 11])
-        it.tend()
+        it.run_maintenance()
         assert it.pool.held == 4
 
 
@@ -223,11 +223,11 @@ def test_a_hint_becomes_visible_without_anyone_asking_and_is_accounted_for(tmp_p
         while (it.pool.table.slot_of[[9, 11, 13]] == ABSENT).any():
             pass
         assert not worker.use([9, 11])
-        it.tend()
+        it.run_maintenance()
         assert it.pool.counters.useful == 2 and it.pool.counters.late == 0
         for layer in (0, 2, 3, 0, 2, 3):
             worker.use([layer * EXPERTS + e for e in range(EXPERTS)])
-            it.tend()
+            it.run_maintenance()
         it.pool.check_integrity()
         assert it.pool.counters.prefetches == 3 and it.pool.counters.wasted == 1
 
@@ -251,7 +251,7 @@ def test_a_long_prefill_leaves_most_of_the_pool_to_others(tmp_path: Path) -> Non
         for layer in (0, 1, 2, 3, 0, 1, 2, 3):
             prefilling.demand(list(range(layer * EXPERTS, (layer + 1) * EXPERTS)), stream=True)
             prefilling.done()
-            it.tend()
+            it.run_maintenance()
         assert sum(decoding.use(experts) for experts in working_set) == 0
 
 
@@ -263,8 +263,8 @@ def test_shrinking_empties_slots_and_gives_their_memory_back(tmp_path: Path) -> 
         full = arena_memory(it)
         held = worker.demand([0, 1, 2, 3])
         it.pool.limit = 10
-        it.pool.tend()
-        it.tend()
+        it.pool.run_maintenance()
+        it.run_maintenance()
         assert it.pool.held == 10 and it.pool.cache.occupied == 10 and it.pool.table.limit == 10
         worker.check([0, 1, 2, 3], held)
         assert arena_memory(it) == full * 10 // N
@@ -290,11 +290,11 @@ def test_shrinking_waits_for_who_reads_in_place(tmp_path: Path) -> None:
         worker.reader.enter()
         slots = it.pool.table.slot_of[[0, 1, 2, 3]]
         it.pool.limit = 1
-        assert it.pool.tend() and it.pool.tend()
+        assert it.pool.run_maintenance() and it.pool.run_maintenance()
         worker.check([0, 1, 2, 3], slots)
         assert it.pool.held == 4
         worker.reader.leave()
-        it.tend()
+        it.run_maintenance()
         assert it.pool.held == 1
 
 
@@ -305,7 +305,7 @@ def test_the_reserve_costs_no_reading(tmp_path: Path) -> None:
         for experts in kept:
             worker.use(experts)
         loads = it.pool.counters.loads
-        it.tend()
+        it.run_maintenance()
         assert it.pool.cache.retired
         for experts in kept:
             worker.use(experts)
@@ -335,13 +335,13 @@ def test_a_lease_brings_everything_home(tmp_path: Path, held: bool) -> None:
             lease(it.pool, 1)
         assert it.pool.table.slot_of.tolist() == list(range(N))
         leasing.check(list(range(N)), np.arange(N))
-        it.tend()
+        it.run_maintenance()
         it.pool.check_integrity()
         it.pool.limit = 4
-        it.pool.tend()
+        it.pool.run_maintenance()
         assert it.pool.table.slot_of.tolist() == list(range(N))
         it.pool.dismiss(1)
-        it.tend()
+        it.run_maintenance()
         assert it.pool.cache.occupied == 4
 
 
@@ -411,7 +411,7 @@ def test_nothing_breaks_when_everything_happens_at_once(tmp_path: Path, seed: in
             draw = np.random.default_rng(seed)
             while not stop.is_set():
                 it.pool.limit = int(draw.integers(12, N + 1))
-                it.pool.tend()
+                it.pool.run_maintenance()
                 it.pool.check_integrity()
 
         disturber = threading.Thread(target=disturb)
@@ -422,7 +422,7 @@ def test_nothing_breaks_when_everything_happens_at_once(tmp_path: Path, seed: in
             stop.set()
             disturber.join()
         wait_until(lambda: not it.pool.under_way.loads, "the last guess had arrived")
-        it.tend()
+        it.run_maintenance()
         it.pool.check_integrity()
         assert not it.pool.cache.pins.any()
         assert it.pool.held <= it.pool.limit

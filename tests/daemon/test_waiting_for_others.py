@@ -61,21 +61,21 @@ def test_a_stopped_worker_is_walked_around(tmp_path: Path, limit: int, stops: st
                 for worker in (other, third):
                     worker.done()
                 it.pool.hint(1, np.array(layer((turn + 1) % 4), np.int32), stream=turn % 2 == 0)
-                it.pool.tend()
+                it.pool.run_maintenance()
                 stopped.check(layer(0), slots)
 
         answers(serve)
         wait_until(lambda: not it.pool.under_way.loads, "the last hint had been read")
-        it.pool.tend()
+        it.pool.run_maintenance()
         assert it.pool.held <= limit, "what was lent beyond the limit is given back while the worker is still stopped"
         stopped.check(layer(0), slots)
         stopped.reader.leave()
         stopped.done()
-        it.tend()
+        it.run_maintenance()
         it.pool.check_integrity()
         for turn in range(4):
             other.use(layer(turn))
-            it.tend()
+            it.run_maintenance()
             assert it.pool.held <= limit
         other.use(layer(3))
         assert not other.use(layer(3)), "what is loaded is found without asking again"
@@ -89,7 +89,7 @@ def test_what_was_read_while_others_were_in_the_way_is_found_by_everybody_afterw
         other.demand(layer(1))
         assert it.pool.cache.occupied > 12 and (it.pool.table.slot_of[layer(1)] == ABSENT).any()
         stopped.reader.leave()
-        it.tend()
+        it.run_maintenance()
         shown = it.pool.table.slot_of[layer(1)]
         assert (shown != ABSENT).all()
         other.check(layer(1), shown)
@@ -109,7 +109,7 @@ def test_many_stopped_workers_are_walked_around(tmp_path: Path) -> None:
         it.pool.check_integrity()
         for entry in range(7):
             it.pool.dismiss(entry)
-        it.tend()
+        it.run_maintenance()
         it.pool.check_integrity()
         assert it.pool.held <= 10 and not it.pool.cache.pins.any()
 
@@ -128,7 +128,7 @@ def test_a_lease_is_not_granted_while_a_worker_is_stopped_and_nothing_stays_pinn
             patch.setattr("vllm_moe_offload.daemon.lease.PATIENCE_SECONDS", 0.05)
             assert not lease(it.pool, 1)
         stopped.done()
-        it.tend()
+        it.run_maintenance()
         assert not it.pool.cache.pins.any()
         assert lease(it.pool, 1)
         leasing.check(list(range(N)), np.arange(N))
@@ -210,7 +210,7 @@ def test_what_an_adoption_has_begun_arrives_though_it_fails(tmp_path: Path) -> N
         other = Worker(new, 1)
         answers(lambda: other.demand(layer(0)))
         other.done()
-        new.tend()
+        new.run_maintenance()
         new.pool.check_integrity()
         assert not new.pool.cache.pins.any()
 
@@ -221,18 +221,18 @@ def test_a_demand_made_before_the_pool_shrank_is_served(tmp_path: Path, limit: i
         worker = Worker(it, 0)
         worker.use(layer(0))
         it.pool.limit = limit
-        it.tend()
+        it.run_maintenance()
         for number in (1, 2, 1):
             worker.demand(layer(number))
             it.pool.check_integrity()
             worker.done()
-            it.tend()
+            it.run_maintenance()
             assert it.pool.held <= limit
         with pytest.raises(ValueError, match="at most 8"):
             it.pool.demand(0, 99, np.arange(9, dtype=np.int32))
 
 
-@pytest.mark.parametrize("where", ["under_way.wait_for", "under_way.begin", "occupancy.show_again", "loader.join"])
+@pytest.mark.parametrize("where", ["under_way.wait_for", "under_way.begin", "reclaimer.republish", "loader.join"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_demand_that_fails_anywhere_pins_nothing(
     tmp_path: Path, where: str, stream: bool, monkeypatch: pytest.MonkeyPatch
@@ -250,13 +250,13 @@ def test_a_demand_that_fails_anywhere_pins_nothing(
             with pytest.raises(RuntimeError, match="anything"):
                 it.pool.demand(0, 1, np.array([0, 1, 8, 9, 10], np.int32), stream)
         wait_until(lambda: not it.pool.under_way.loads, "what was begun had been read")
-        it.pool.tend()
+        it.pool.run_maintenance()
         assert not it.pool.cache.pins.any()
         it.pool.check_integrity()
         worker.ticket = 1
         answers(lambda: worker.demand([0, 1, 8, 9, 10]))
         worker.done()
-        it.tend()
+        it.run_maintenance()
         it.pool.check_integrity()
         assert (it.pool.table.slot_of[[0, 1, 8, 9, 10]] != ABSENT).all()
 

@@ -59,7 +59,7 @@ def _begin(pool: HostedPool, experts: NDArray[np.int32]) -> list[HostedLoad]:
 def _copy(pool: HostedPool, store: Store, older: Arena, slot: int, load: HostedLoad) -> None:
     """Take the record over if it is right; it has arrived then."""
     try:
-        pool.under_way.back(load)
+        pool.under_way.allocate(load)
     except LoadError:
         return
     for source, target in zip(older.slot(slot), load.parts, strict=True):

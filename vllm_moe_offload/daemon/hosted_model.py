@@ -25,7 +25,7 @@ from .table import COUNTERS
 from .workers import Worker
 
 _LOOK_SECONDS = 0.25
-"""How often uses are heard of when nobody asks for anything; the rings of workers hold far more."""
+"""How often noted uses are collected when nobody asks for anything; the rings of workers hold far more."""
 _BUSY_SECONDS = 0.001
 _SEEN_BY_WORKERS = ("hits", "misses", "stall_us", "steps", "tokens")
 """What the pools cannot count."""
@@ -55,20 +55,22 @@ class HostedModel:
         self._entries = Entries()
         self._departed: Counter[str] = Counter()
         self._lock = threading.Lock()
-        self._stirred = threading.Event()
+        self._maintenance_due = threading.Event()
         self._closing = False
         self._say = say
         self._complaint = ""
         self._loader = RecordLoader(store, cpus=io_cpus)
         self.pools = [
-            HostedPool(self.name[:8], store, members.layout, self._loader, policy, 0, self._stirred.set)
+            HostedPool(self.name[:8], store, members.layout, self._loader, policy, 0, self._maintenance_due.set)
             for members in pools_of(store.layers)
         ]
         self.sizes = [PoolSize(pool.experts, pool.layout.payload_bytes, slot_bytes(pool.layout)) for pool in self.pools]
         self.fds = [fd for pool in self.pools for fd in (pool.arena.mapping.reader_descriptor(), pool.table.mapping.fd)]
         """Arena, only to be read, and table of every pool; the model's."""
-        self._keeper = ReportedThread(target=self._keep, name=f"moe-offload-{self.name[:8]}", daemon=True)
-        self._keeper.start()
+        self._maintainer = ReportedThread(
+            target=self._run_maintenance, name=f"moe-offload-{self.name[:8]}", daemon=True
+        )
+        self._maintainer.start()
 
     @property
     def full_bytes(self) -> int:
@@ -144,7 +146,7 @@ class HostedModel:
                 entry, request, leased, least_bytes, self.pools, self.store, self.fds, same_experts, self._free
             )
             self.workers[entry] = worker
-        self._stirred.set()
+        self._maintenance_due.set()
         return worker
 
     def freeze(self) -> None:
@@ -189,8 +191,8 @@ class HostedModel:
         if self._closing:
             return
         self._closing = True
-        self._stirred.set()
-        self._keeper.join()
+        self._maintenance_due.set()
+        self._maintainer.join()
         self._loader.close()
         self._entries.close()
         for fd in self.fds[::2]:
@@ -212,20 +214,22 @@ class HostedModel:
     def _counters_of(self, entry: int) -> dict[str, int]:
         return dict(zip(COUNTERS, self.pools[0].table.counters[entry].tolist(), strict=True))
 
-    def _keep(self) -> None:
-        """Look after the pools. Runs in a thread of its own."""
+    def _run_maintenance(self) -> None:
+        """Reclaim slots of the pools as long as the model is open. Runs in a thread of its own."""
         while True:
-            self._stirred.clear()
+            self._maintenance_due.clear()
             if self._closing:
                 return
-            self._stirred.wait(_BUSY_SECONDS if self._tend() else _LOOK_SECONDS if self.workers else None)
+            self._maintenance_due.wait(
+                _BUSY_SECONDS if self._maintain_pools() else _LOOK_SECONDS if self.workers else None
+            )
 
-    def _tend(self) -> bool:
-        """Whether something is left to do soon. Whatever goes wrong, it is to be tried again: nobody else reclaims."""
+    def _maintain_pools(self) -> bool:
+        """Whether something is left to do soon. Whatever goes wrong, it is tried again: nobody else reclaims slots."""
         busy = False
         for pool in self.pools:
             try:
-                busy |= pool.tend()
+                busy |= pool.run_maintenance()
             except Exception as error:
                 complaint = f"{type(error).__name__}: {error}"
                 if complaint != self._complaint:

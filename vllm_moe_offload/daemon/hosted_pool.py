@@ -22,9 +22,9 @@ from ..store.pools import PoolMembers
 from ..store.reader import Store
 from .arena import Arena
 from .hosted_load import HostedLoad, PoolCounters, Supply
-from .occupancy import Occupancy
 from .pins import WorkerPins
 from .placement import Placement
+from .reclaim import SlotReclaimer
 from .shared_policy import SharedForesight
 from .table import ResidencyTable
 from .under_way import UnderWay
@@ -39,7 +39,7 @@ class HostedPool:
         name: for people who look at the process's memory.
         loader: shared by the pools of the store.
         limit: slots that may be occupied at first.
-        stir: called when ``tend`` should soon be.
+        request_maintenance: called when ``run_maintenance`` should be called soon.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class HostedPool:
         loader: RecordLoader,
         policy: str,
         limit: int,
-        stir: Callable[[], None],
+        request_maintenance: Callable[[], None],
     ):
         members = PoolMembers.of(store.layers, layout)
         self.largest_layer = max(members.counts)
@@ -63,32 +63,32 @@ class HostedPool:
         self.table = ResidencyTable.create(f"{name} table", self.experts, generation=time.time_ns())
         self._policy = SharedForesight(create_policy(policy, members.layer_of), self.table)
         self.cache = ExpertCache(members.layer_of, self.experts, self._policy, at_home=True)
-        self.occupancy = Occupancy(self.cache, self.arena, self.table)
+        self.reclaimer = SlotReclaimer(self.cache, self.arena, self.table)
         self._turn = threading.Condition(self.lock)
-        self.under_way = UnderWay(store, members, self.cache, self.occupancy, self.arena, self.table, self._turn)
+        self.under_way = UnderWay(store, members, self.cache, self.reclaimer, self.arena, self.table, self._turn)
         self.pins: dict[int, WorkerPins] = {}
         """Of the attached workers, by entry."""
         layer_sizes = np.repeat(members.counts, members.counts)
-        self.placement = Placement(self.cache, self.occupancy, layer_sizes, self.pins, self._turn, self._note_evicted)
-        self._stir = stir
+        self.placement = Placement(self.cache, self.reclaimer, layer_sizes, self.pins, self._turn, self._note_evicted)
+        self._request_maintenance = request_maintenance
         self.limit = limit
 
     @property
     def limit(self) -> int:
-        """Slots that may be occupied. Lowering it takes effect as readers leave, in ``tend``."""
+        """Slots that may be occupied. Lowering it takes effect as readers leave, in ``run_maintenance``."""
         return self.cache.limit
 
     @limit.setter
     def limit(self, slots: int) -> None:
         with self.lock:
             self.cache.limit = self.table.limit = slots
-        self._stir()
+        self._request_maintenance()
 
     @property
     def held(self) -> int:
         """Slots that take memory."""
         with self.lock:
-            return self.occupancy.held
+            return self.reclaimer.held
 
     @property
     def resident(self) -> int:
@@ -115,7 +115,7 @@ class HostedPool:
                 pins.release_all(self.cache)
                 self._policy.workers = list(self.pins)
                 self._turn.notify_all()
-        self._stir()
+        self._request_maintenance()
 
     def end_lease(self, worker: int) -> None:
         """The worker does not compute on experts without asking. Idempotent."""
@@ -140,7 +140,7 @@ class HostedPool:
             return self._supply(pins, ticket, experts, demand)
         except BaseException:
             with self.lock:
-                self._give_back(demand)
+                self._abort(demand)
             raise
 
     def hint(self, worker: int, experts: NDArray[np.int32], stream: bool = False) -> int:
@@ -157,25 +157,25 @@ class HostedPool:
             slots = self.cache.slot_of[experts]
             resident, absent = experts[slots != ABSENT], experts[slots == ABSENT]
             self.cache.keep(resident)
-            self.occupancy.show_again(resident, self.under_way.loads)
+            self.reclaimer.republish(resident, self.under_way.loads)
             if stream:
                 started = sum(len(self.begin(ahead, pinned=True)) for ahead in self.placement.stream_ahead(absent))
                 self.counters.streamed += started
             else:
                 guesses = self.placement.guess(absent, resident, len(self.under_way.loads))
                 started = len(self.begin(guesses, worker, pinned=True))
-        if self.occupancy.running_low:
-            self._stir()
+        if self.reclaimer.running_low:
+            self._request_maintenance()
         return started
 
-    def tend(self) -> bool:
-        """Do what nobody waits for: hear of uses, keep a reserve, shrink. Returns whether something is left to do."""
+    def run_maintenance(self) -> bool:
+        """Collect uses, retire a reserve, shrink to the limit. Returns whether something is left to do soon."""
         with self.lock:
             self.placement.release_done()
-            self._hear_of_uses()
-            self.occupancy.make_room()
-            self.occupancy.show_rest(self.under_way.loads)
-            return not self.occupancy.settled
+            self._collect_uses()
+            self.reclaimer.run_maintenance()
+            self.reclaimer.publish_rest(self.under_way.loads)
+            return not self.reclaimer.settled
 
     def begin(
         self, acquired: Acquisition, guess_of: int | None = None, pinned: bool = False, joined: bool = False
@@ -195,11 +195,11 @@ class HostedPool:
     def freeze(self) -> None:
         """The daemon ends: what workers have seen stays true, and may outlive it."""
         with self.lock:
-            self.occupancy.freeze()
+            self.reclaimer.freeze()
 
-    def _hear_of_uses(self) -> None:
+    def _collect_uses(self) -> None:
         for pins in self.pins.values():
-            used = pins.tell_uses(self._policy)
+            used = pins.report_uses(self._policy)
             if len(used):
                 self.under_way.note_used(used)
 
@@ -219,7 +219,7 @@ class HostedPool:
     def check_integrity(self) -> None:
         """Assert the invariants. For tests."""
         with self.lock:
-            self.occupancy.check_integrity(self.under_way.loads)
+            self.reclaimer.check_integrity(self.under_way.loads)
             assert np.flatnonzero(self.table.loading).tolist() == sorted(self.under_way.loads)
 
     def _check(self, pins: WorkerPins, ticket: int, count: int) -> None:
@@ -240,11 +240,11 @@ class HostedPool:
             self.counters.demands += 1
             self.counters.joined += len(demand.joined)
             self.counters.missed_bytes += len(demand.loads) * self.layout.payload_bytes
-            self.occupancy.show_again(experts, self.under_way.loads)
-            if self.occupancy.running_low or not self.occupancy.settled:
-                self._stir()
+            self.reclaimer.republish(experts, self.under_way.loads)
+            if self.reclaimer.running_low or not self.reclaimer.settled:
+                self._request_maintenance()
         except BaseException:
-            self._give_back(demand)
+            self._abort(demand)
             raise
         return demand
 
@@ -257,7 +257,7 @@ class HostedPool:
 
     def _note_evicted(self, experts: IntArray) -> None:
         if self.under_way.any_unused(experts):
-            self._hear_of_uses()
+            self._collect_uses()
             self.under_way.note_evicted(experts)
 
     def _supply(self, pins: WorkerPins, ticket: int, experts: NDArray[np.int32], demand: "_Demand") -> Supply:
@@ -270,7 +270,7 @@ class HostedPool:
             pins.keep(ticket, slots[slots != ABSENT] if failed else slots)
         return Supply(slots, len(demand.own), len(demand.joined), failed)
 
-    def _give_back(self, demand: "_Demand") -> None:
+    def _abort(self, demand: "_Demand") -> None:
         """Unpin what a demand had pinned that ends early. Under the lock."""
         self.loader.start(self.loader.withdraw(demand.own))  # nobody joins them now
         void = self.under_way.disown(demand.acquired, demand.own)

@@ -59,17 +59,17 @@ def _pin_all(pool: HostedPool, worker: int) -> list[HostedLoad] | None:
         return None
     finally:
         with pool.lock:
-            pool.occupancy.withheld.clear()
+            pool.reclaimer.withheld.clear()
 
 
 def _acquire(pool: HostedPool, worker: int) -> list[HostedLoad]:
     everything = np.arange(pool.experts, dtype=np.int32)
-    pool.occupancy.withheld.clear()
+    pool.reclaimer.withheld.clear()
     joined = list(pool.under_way.loads.values())
     acquired = pool.cache.acquire(everything, use=False)
     pool.pins[worker].lease = acquired.slots
     begun = pool.begin(acquired)
-    pool.occupancy.show_again(everything, pool.under_way.loads)
+    pool.reclaimer.republish(everything, pool.under_way.loads)
     return [*joined, *begun]
 
 
@@ -83,14 +83,14 @@ def _move_some(pool: HostedPool) -> bool:
 
     Returns whether anything changed.
     """
-    cache, occupancy = pool.cache, pool.occupancy
+    cache, reclaimer = pool.cache, pool.reclaimer
     slots = np.flatnonzero((cache.expert_of != FREE) & (cache.pins == 0))
     astray = cache.expert_of[slots[cache.expert_of[slots] != slots]]
     if len(astray) == 0:
         return False
     can_move = cache.expert_of[astray] == FREE
     chosen = astray[can_move][:_MOVES] if can_move.any() else astray[:1]
-    occupancy.withhold(chosen)
+    reclaimer.withhold(chosen)
     unread = chosen[~cache.exposed[cache.slot_of[chosen]]]
     if not can_move.any():
         _evict(pool, unread)
@@ -102,17 +102,17 @@ def _move_some(pool: HostedPool) -> bool:
 
 def _move(pool: HostedPool, expert: int) -> None:
     old, only = int(pool.cache.slot_of[expert]), np.array([expert])
-    pool.occupancy.back(expert)
+    pool.reclaimer.allocate(expert)
     for source, target in zip(pool.arena.slot(old), pool.arena.slot(expert), strict=True):
         target[:] = source
     pool.cache.move(expert, expert)
-    pool.occupancy.soil(np.array([old]))
-    pool.occupancy.withheld.remove(expert)
-    pool.occupancy.show(only)
+    pool.reclaimer.mark_dirty(np.array([old]))
+    pool.reclaimer.withheld.remove(expert)
+    pool.reclaimer.publish(only)
 
 
 def _evict(pool: HostedPool, experts: IntArray) -> None:
     slots = pool.cache.slot_of[experts]
     pool.under_way.note_evicted(experts)
     pool.cache.forget(experts)
-    pool.occupancy.soil(slots)
+    pool.reclaimer.mark_dirty(slots)

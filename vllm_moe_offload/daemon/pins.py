@@ -74,7 +74,7 @@ class WorkerPins:
             cache.release(self.lease)
             self.lease = None
 
-    def tell_uses(self, policy: EvictionPolicy) -> IntArray:
+    def report_uses(self, policy: EvictionPolicy) -> IntArray:
         """Tell the policy what the worker used since the last call; returns those experts."""
         noted = self._uses.drain()
         if len(noted) == 0:

@@ -13,8 +13,8 @@ from ..cache import Acquisition, ExpertCache
 from ..cache.base import IntArray
 from ..cache.cache import ABSENT
 from ..slots.base import guess_room, stream_share
-from .occupancy import Occupancy
 from .pins import WorkerPins
+from .reclaim import SlotReclaimer
 
 PATIENCE_SECONDS = 0.005
 """How long a demand waits for workers to finish what they compute before it is served beyond the limit."""
@@ -39,14 +39,14 @@ class Placement:
     def __init__(
         self,
         cache: ExpertCache,
-        occupancy: Occupancy,
+        reclaimer: SlotReclaimer,
         layer_sizes: IntArray,
         pins: Mapping[int, WorkerPins],
         turn: threading.Condition,
         evicted: Callable[[IntArray], None],
     ):
         self._cache = cache
-        self._occupancy = occupancy
+        self._reclaimer = reclaimer
         self._layer_sizes = layer_sizes
         self._pins = pins
         self._turn = turn
@@ -100,10 +100,10 @@ class Placement:
         """
         if len(absent) == 0:
             return self._cache.admit(absent)
-        self._occupancy.reclaim()
+        self._reclaimer.reclaim()
         room = guess_room(self._cache.limit, self._layer_size(absent), under_way)
         # half of the reserve is left to demands
-        room = max(0, min(room, self._cache.available - self._occupancy.reserve // 2))
+        room = max(0, min(room, self._cache.available - self._reclaimer.reserve // 2))
         return self._take(self._cache.admit(absent[:room], protect=resident))
 
     def release_done(self) -> None:
@@ -125,7 +125,7 @@ class Placement:
 
     def _held_up(self) -> bool:
         """Whether what is waited for depends on a worker that others have waited for too long already."""
-        if self._occupancy.held_up(PATIENCE_SECONDS):
+        if self._reclaimer.held_up(PATIENCE_SECONDS):
             return True
         since = time.monotonic() - PATIENCE_SECONDS
         return not self._some_are_leaving() and any(pins.holding_since < since for pins in self._pins.values())
@@ -144,7 +144,7 @@ class Placement:
                 return streamed
             self._cache.release(streamed.slots[streamed.slots != ABSENT])
             self._cache.forget(streamed.missing)
-            self._occupancy.soil(streamed.missing_slots)
+            self._reclaimer.mark_dirty(streamed.missing_slots)
         self._retire_for(experts)
         try:
             return self._take(self._cache.acquire(experts, use=False))
@@ -155,8 +155,8 @@ class Placement:
         """Let others leave for ``experts``; their slots can be taken when nobody reads them, which may be at once."""
         if (self._cache.slot_of[experts] != ABSENT).all():
             return
-        self._occupancy.hide(self._cache.retire_for(experts, share))
-        self._occupancy.reclaim()
+        self._reclaimer.retire(self._cache.retire_for(experts, share))
+        self._reclaimer.reclaim()
 
     def _take(self, acquired: Acquisition) -> Acquisition:
         if len(acquired.evicted):

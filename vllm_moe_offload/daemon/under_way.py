@@ -1,6 +1,6 @@
 """The records of a pool that are on their way into slots: begun, arrived, failed, taken back.
 
-It must never show a record that is not complete, nor leave an expert in a slot that was not filled.
+It must never publish a record that is not complete, nor leave an expert in a slot that was not filled.
 """
 
 import threading
@@ -16,7 +16,7 @@ from ..store.pools import PoolMembers
 from ..store.reader import Store
 from .arena import Arena
 from .hosted_load import HostedLoad, PoolCounters
-from .occupancy import Occupancy
+from .reclaim import SlotReclaimer
 from .table import ResidencyTable
 
 
@@ -35,7 +35,7 @@ class UnderWay:
         store: Store,
         members: PoolMembers,
         cache: ExpertCache,
-        occupancy: Occupancy,
+        reclaimer: SlotReclaimer,
         arena: Arena,
         table: ResidencyTable,
         changed: threading.Condition,
@@ -46,11 +46,11 @@ class UnderWay:
         self.counters = PoolCounters()
         self._number_of = members.number_of.tolist()
         self._store = store
-        self._cache, self._occupancy, self._arena, self._table = cache, occupancy, arena, table
+        self._cache, self._reclaimer, self._arena, self._table = cache, reclaimer, arena, table
         self._changed = changed
         self._record_bytes = arena.layout.payload_bytes
         # parts that are no whole blocks are read aside and copied; large pages have to be taken before anything is read
-        self._backs = arena.takes_large_pages or any(part.nbytes % ALIGNMENT for part in arena.layout.components)
+        self._allocates = arena.takes_large_pages or any(part.nbytes % ALIGNMENT for part in arena.layout.components)
         self._unused: set[int] = set()
         """Guesses that nobody has used yet."""
 
@@ -61,33 +61,34 @@ class UnderWay:
         pairs = zip(acquired.missing.tolist(), acquired.missing_slots.tolist(), strict=True)
         begun = [self._load(expert, slot, guess_of, pinned) for expert, slot in pairs]
         self.loads.update((load.flat, load) for load in begun)
+        assert not self._cache.exposed[acquired.missing_slots].any(), "a slot would be written that may be read"
         self._table.loading[acquired.missing] = 1
         if guess_of is not None:
             self._unused.update(load.flat for load in begun)
             self.counters.prefetches += len(begun)
         return begun
 
-    def back(self, load: HostedLoad) -> None:
+    def allocate(self, load: HostedLoad) -> None:
         """Take memory for the slot of a load that is going to be written. Not under the lock.
 
         Raises:
             LoadError: the system has not enough; found out in copying, it would end the process.
         """
         try:
-            self._occupancy.back(load.slot)
+            self._reclaimer.allocate(load.slot)
         except ConfigError as error:
             name = self._store.layers[load.layer].name
             raise LoadError(f"expert {load.expert} of {name} was not loaded: {error}") from error
 
     def _prepare(self, load: HostedLoad) -> None:
-        if self._backs:
-            self.back(load)
+        if self._allocates:
+            self.allocate(load)
 
     def forget(self, load: HostedLoad) -> None:
         """Nobody will read it, nor waits for it: it never finishes."""
         self._end(load)
         self._cache.cancel(np.array([load.flat]))
-        self._occupancy.soil(np.array([load.slot]))
+        self._reclaimer.mark_dirty(np.array([load.slot]))
         self._unused.discard(load.flat)
 
     def take_back(self, load: HostedLoad) -> None:
@@ -151,7 +152,7 @@ class UnderWay:
             if load is None:
                 if self._cache.slot_of[expert] == slot:
                     self._cache.cancel(np.array([expert]))
-                    self._occupancy.soil(np.array([slot]))
+                    self._reclaimer.mark_dirty(np.array([slot]))
                 void.append(slot)
             elif self.has(load):
                 load.pinned = True
@@ -177,7 +178,7 @@ class UnderWay:
                 self.forget(load)
             else:
                 self._end(load)
-                self._occupancy.show(np.array([load.flat]))
+                self._reclaimer.publish(np.array([load.flat]))
                 if load.pinned:
                     self._cache.release(np.array([load.slot]))
                 if load.copied:

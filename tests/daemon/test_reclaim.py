@@ -17,28 +17,28 @@ def test_a_slot_hidden_twice_is_exposed_until_both_readers_have_left(tmp_path: P
     with Pool(tmp_path) as it:
         first, second = Worker(it, 0), Worker(it, 1)
         first.use([0])
-        slot, occupancy, exposed = int(it.pool.table.slot_of[0]), it.pool.occupancy, it.pool.cache.exposed
+        slot, reclaimer, exposed = int(it.pool.table.slot_of[0]), it.pool.reclaimer, it.pool.cache.exposed
         only = np.array([0])
         with it.pool.lock:
             for reader in (first.reader, second.reader):
                 reader.enter()
-                occupancy.hide(only)
-                occupancy.show_again(only, ())
-            occupancy.hide(only)
+                reclaimer.retire(only)
+                reclaimer.republish(only, ())
+            reclaimer.retire(only)
             second.reader.leave()
-            occupancy.reclaim()
+            reclaimer.reclaim()
             assert exposed[slot], "the first reader is inside"
             second.reader.enter()
             first.reader.leave()
-            occupancy.reclaim()
+            reclaimer.reclaim()
             assert not exposed[slot], "who entered after it was hidden cannot have found it"
-            occupancy.show_again(only, ())
-            occupancy.hide(only)
-            occupancy.reclaim()
+            reclaimer.republish(only, ())
+            reclaimer.retire(only)
+            reclaimer.reclaim()
             assert exposed[slot], "the second has been inside since it was shown"
-            occupancy.show_again(only, ())
+            reclaimer.republish(only, ())
             second.reader.leave()
-            occupancy.reclaim()
+            reclaimer.reclaim()
             assert exposed[slot], "it is shown"
         it.pool.check_integrity()
 
@@ -47,19 +47,19 @@ def test_a_slot_between_two_readers_stays_exposed_when_the_earlier_one_leaves(tm
     with Pool(tmp_path) as it:
         earlier, later = Worker(it, 0), Worker(it, 1)
         earlier.use([0])
-        slot, occupancy = int(it.pool.table.slot_of[0]), it.pool.occupancy
+        slot, reclaimer = int(it.pool.table.slot_of[0]), it.pool.reclaimer
         only = np.array([0])
         with it.pool.lock:
             earlier.reader.enter()
-            occupancy.hide(only)
-            occupancy.show_again(only, ())
+            reclaimer.retire(only)
+            reclaimer.republish(only, ())
             later.reader.enter()
-            occupancy.hide(only)
+            reclaimer.retire(only)
             earlier.reader.leave()
-            occupancy.reclaim()
+            reclaimer.reclaim()
             assert it.pool.cache.exposed[slot], "the later one found it shown again"
             later.reader.leave()
-            occupancy.reclaim()
+            reclaimer.reclaim()
             assert not it.pool.cache.exposed[slot]
 
 
@@ -71,7 +71,7 @@ def test_nothing_is_moved_for_a_lease_while_it_is_read_and_others_are_served_mea
         for layer in (3, 0, 2, 1):
             worker.use([layer * EXPERTS + e for e in (1, 7, 2, 5)])
         it.pool.limit = N
-        it.tend()
+        it.run_maintenance()
         slots = it.pool.table.slot_of.copy()
         astray = np.flatnonzero((slots != ABSENT) & (slots != np.arange(N))).tolist()
         assert astray
@@ -95,7 +95,7 @@ def test_nothing_is_moved_for_a_lease_while_it_is_read_and_others_are_served_mea
         asking.join(60)
         assert not asking.is_alive() and granted
         leasing.check(list(range(N)), np.arange(N))
-        it.tend()
+        it.run_maintenance()
         it.pool.check_integrity()
 
 
