@@ -1,14 +1,13 @@
 """docs/structures.md says which room may import which; the code keeps to it."""
 
-import ast
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
-import vllm_moe_offload
+import pytest
 
-PACKAGE = Path(vllm_moe_offload.__file__).parent
-DOCS = Path(__file__).parent.parent / "docs" / "structures.md"
+from benchmarks.structure import PACKAGE, ROOT, Package, against_the_order, circles
+
+DOCS = ROOT / "docs" / "structures.md"
 
 
 def documented() -> list[str]:
@@ -17,42 +16,86 @@ def documented() -> list[str]:
     return [name.removesuffix(".py").removesuffix("/") for name in re.findall(r"\*\*`([\w./]+)`\*\*", rooms)]
 
 
-def room_of(module: list[str]) -> str:
-    return module[0] if module else "__init__"
+@pytest.fixture(scope="module")
+def package() -> Package:
+    return Package(PACKAGE)
 
 
-def imports(file: Path) -> Iterator[str]:
-    """The rooms that a file of the package imports from, also those for type checkers only."""
-    here = list(file.relative_to(PACKAGE).parts[:-1])
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            base = node.module.split(".") if node.module else []
-            if node.level:
-                base = [*here[: len(here) - node.level + 1], *base]
-            elif base[:1] == [PACKAGE.name]:
-                base = base[1:]
-            else:
-                continue
-            yield from [room_of(base)] if base else [alias.name for alias in node.names]
-        elif isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.startswith(f"{PACKAGE.name}."):
-                    yield room_of(alias.name.split(".")[1:])
+def test_every_room_is_in_the_docs(package: Package) -> None:
+    assert {module.partition(".")[0] for module in package.imports} - {""} == set(documented())
 
 
-def test_every_room_is_in_the_docs() -> None:
-    rooms = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-    assert rooms - {"__init__"} == set(documented())
+def test_a_room_imports_only_from_rooms_further_down(package: Package) -> None:
+    assert not against_the_order(package.imports, [[room] for room in documented()])
 
 
-def test_a_room_imports_only_from_rooms_further_down() -> None:
-    order = documented()
-    wrong = {
-        f"{file.relative_to(PACKAGE)} imports {room}"
-        for file in PACKAGE.rglob("*.py")
-        if file.parent != PACKAGE or file.stem != "__init__"
-        for room in imports(file)
-        if room in order
-        and order.index(room) < order.index(room_of([file.relative_to(PACKAGE).parts[0].removesuffix(".py")]))
+def test_no_module_imports_itself_through_others(package: Package) -> None:
+    assert not circles(package.imports)
+
+
+def test_only_the_integration_imports_vllm_and_torch(package: Package) -> None:
+    importers = {module for module, names in package.outside.items() if names & {"vllm", "torch", "transformers"}}
+    assert {module for module in importers if not module.startswith("integration.")} == set()
+
+
+TOP = {
+    "statement": "from ..low.base import Base",
+    "absolute": "import planted.low.base",
+    "in a function": "def later() -> None:\n    from ..low import base",
+    "for type checkers": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..low.base import Base",
+    "through the package": "from .. import low",
+    "importlib": "import importlib\nimportlib.import_module('planted.low.base')",
+    "relative importlib": "import importlib\nimportlib.import_module('.base', 'planted.low')",
+    "a name put together": "import importlib\nname = 'base'\nimportlib.import_module(f'planted.low.{name}')",
+    "a registry": "CLASSES = {'base': 'planted.low.base:Base'}",
+    "a relative registry": "CLASSES = {'base': '..low.base:Base'}",
+    "another process": "import subprocess\nsubprocess.run(['python', '-m', 'planted.low.base'])",
+}
+
+
+def planted(folder: Path, files: dict[str, str]) -> Package:
+    for name, text in files.items():
+        path = folder / "planted" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return Package(folder / "planted")
+
+
+@pytest.mark.parametrize("how", TOP)
+def test_a_planted_import_is_found_however_it_is_written(how: str, tmp_path: Path) -> None:
+    files = {
+        "__init__.py": "",
+        "high/__init__.py": "",
+        "high/user.py": TOP[how],
+        "low/__init__.py": "",
+        "low/base.py": "",
     }
-    assert not wrong, sorted(wrong)
+    package = planted(tmp_path, files)
+    assert against_the_order(package.imports, [["high"], ["low"]]) == []
+    wrong = against_the_order(package.imports, [["low"], ["high"]])
+    assert wrong
+    assert {line.removesuffix(".base") for line in wrong} == {"high.user imports low"}
+    assert against_the_order(package.imports, [["low", "high"]]) == wrong
+
+
+def test_a_room_without_a_place_is_found(tmp_path: Path) -> None:
+    package = planted(tmp_path, {"__init__.py": "", "attic/__init__.py": ""})
+    assert against_the_order(package.imports, []) == ["attic has no place in the order"]
+
+
+def test_a_planted_circle_is_found(tmp_path: Path) -> None:
+    files = {
+        "__init__.py": "",
+        "a.py": "from . import b",
+        "b.py": "def f():\n    from .c import g",
+        "c.py": "import planted.a",
+    }
+    assert circles(planted(tmp_path, files).imports) == [["a", "b", "c"]]
+    assert circles(planted(tmp_path, files | {"c.py": "import planted"}).imports) == []
+
+
+def test_what_comes_from_outside_is_found(tmp_path: Path) -> None:
+    package = planted(
+        tmp_path, {"__init__.py": "", "a.py": "def f():\n    import torch.nn\n    from numpy import array"}
+    )
+    assert package.outside["a"] == {"torch", "numpy"}

@@ -5,7 +5,7 @@ A worker may load several models: the one it serves and those that draft for it.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from vllm.distributed import get_world_group
@@ -20,9 +20,7 @@ from ..store.files import size_text
 from ..store.layout import RecordLayout
 from ..store.reader import Store
 from .hosting import attach_to_daemon
-
-if TYPE_CHECKING:
-    from .watching import Layers
+from .method import OffloadedLayers
 
 SPARE_SHARE = 0.9
 """Of the memory that is free when all weights are loaded, this much may become slots and KV cache."""
@@ -37,7 +35,7 @@ class LoadedModel(NamedTuple):
     """Of its checkpoint."""
     module: torch.nn.Module
     store: Store
-    layers: "Layers"
+    layers: OffloadedLayers
     """By their names in the store."""
     built: bool
     """The store: just now, rather than found."""

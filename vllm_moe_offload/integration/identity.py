@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import vllm
@@ -26,9 +26,7 @@ from ..store.checkpoint import FileDigests
 from ..store.identity import StoreIdentity, digest
 from ..store.manifest import FORMAT_VERSION
 from ..store.root import StoreRoot
-
-if TYPE_CHECKING:
-    from .method import OffloadedMoEMethod
+from .method import OffloadedLayers, OffloadedMoEMethod
 
 COPIED_TO_MEMORY = ("eager", "torchao")
 """Values of ``--safetensors-load-strategy`` with which tensors are no views of mapped files."""
@@ -97,7 +95,7 @@ def store_identity(
     vllm_config: Any,
     model_config: Any,
     model: torch.nn.Module,
-    layers: "Mapping[str, tuple[torch.nn.Module, OffloadedMoEMethod]]",
+    layers: OffloadedLayers,
     checkpoint: Mapping[str, Any],
     folder: Path,
 ) -> StoreIdentity:
@@ -137,11 +135,11 @@ def store_identity(
     return StoreIdentity(facts, str(folder))
 
 
-def _kernel(method: "OffloadedMoEMethod") -> str:
+def _kernel(method: OffloadedMoEMethod) -> str:
     return getattr(getattr(method.real, "experts_cls", None), "__name__", "?")
 
 
-def _layer_facts(name: str, layer: torch.nn.Module, method: "OffloadedMoEMethod") -> list[Any]:
+def _layer_facts(name: str, layer: torch.nn.Module, method: OffloadedMoEMethod) -> list[Any]:
     """How a layer takes in weights: by which class and kernel, into which tensors, for which experts."""
     tensors = {key: [str(value.dtype), list(value.shape)] for key, value in layer.named_parameters(recurse=False)}
     experts = None if layer._expert_map is None else layer._expert_map.tolist()

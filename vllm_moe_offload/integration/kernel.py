@@ -1,19 +1,17 @@
 """Gives a layer's kernel slots to read from instead of the weights it was built for."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..errors import StoreError, UnsupportedError
 from ..slots.base import SlotMemory
+from .method import OffloadedMoEMethod
 from .records import expert_tensors, place_in_pool, record_layout, remove
-
-if TYPE_CHECKING:
-    from .method import OffloadedMoEMethod
 
 
 def attach_slots(
-    layer: torch.nn.Module, method: "OffloadedMoEMethod", memory: SlotMemory, first: int, count: int
+    layer: torch.nn.Module, method: OffloadedMoEMethod, memory: SlotMemory, first: int, count: int
 ) -> None:
     """Make slots ``first … first + count - 1`` the experts that ``method``'s kernel computes with.
 
@@ -37,7 +35,7 @@ def attach_slots(
     _refuse_captured(layer, real, {tensor.untyped_storage().data_ptr() for tensor in template.values()})
 
 
-def _build_on_one_expert(layer: torch.nn.Module, method: "OffloadedMoEMethod") -> dict[str, torch.Tensor]:
+def _build_on_one_expert(layer: torch.nn.Module, method: OffloadedMoEMethod) -> dict[str, torch.Tensor]:
     remove(layer)
     experts = layer.local_num_experts
     layer.local_num_experts = 1

@@ -20,6 +20,6 @@ def _take_over(get_quant_method: Callable[..., Any]) -> Callable[..., Any]:
         if offload is None:
             return method
         refuse_method(prefix, method)
-        return OffloadedMoEMethod(method, offload)
+        return OffloadedMoEMethod(method, offload.take_layer, offload.record)
 
     return _get_quant_method

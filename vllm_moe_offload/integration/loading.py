@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -25,12 +25,10 @@ from . import seams
 from .budget import LoadedModel
 from .engine_config import offload_config, only_environment_asks
 from .identity import checkpoint_read, store_identity
+from .method import OffloadedMoEMethod
 from .records import NOT_EXPERT_WEIGHTS, as_bytes, expert_tensors, record_layout
 from .streaming import DIRECT_WRITERS, DirectlyWrittenLayers, StreamedLayer, refuse_late_loads
 from .support import refuse_loading, refuse_unsupported
-
-if TYPE_CHECKING:
-    from .method import OffloadedMoEMethod
 
 logger = init_logger("vllm.moe_offload")
 
@@ -130,7 +128,7 @@ class ModelOffload:
         """Bytes of each layer's expert tensors as vLLM loads them, before it processes them."""
         self._progress: tqdm[Any] | None = None
 
-    def adopt(self, layer: torch.nn.Module, method: "OffloadedMoEMethod") -> None:
+    def take_layer(self, layer: torch.nn.Module, method: OffloadedMoEMethod) -> None:
         """A layer is being made: it gets its parameters, without memory behind them.
 
         Raises:
@@ -192,7 +190,7 @@ class ModelOffload:
             )
         return directly_written
 
-    def record(self, layer: torch.nn.Module, method: "OffloadedMoEMethod") -> None:
+    def record(self, layer: torch.nn.Module, method: OffloadedMoEMethod) -> None:
         """Process a layer that is loaded and turn it into records, once."""
         name = self._name(layer)
         if self._writer is None or name in self._recorded:

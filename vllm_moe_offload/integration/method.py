@@ -1,8 +1,8 @@
 """The quantization method of an offloaded MoE layer: vLLM's own around slots instead of around all experts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +14,7 @@ from ..chronicle.witness import Witness
 from ..runtime import OffloadRuntime, PooledLayer
 from .records import remove
 
-if TYPE_CHECKING:
-    from .loading import ModelOffload
+LayerConsumer = Callable[[torch.nn.Module, "OffloadedMoEMethod"], None]
 
 
 class OffloadedMoEMethod(FusedMoEMethodBase):
@@ -24,11 +23,16 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
     Until the model is loaded it hands weights to the store. After that the layer's per-expert parameters are slots:
     its own window of the pool if all experts are resident (then ``real`` runs as ever), else the whole pool, and
     each step asks the runtime to bring the chosen experts in.
+
+    Args:
+        take_layer: called when vLLM makes the layer, which has no parameters yet.
+        record: called when vLLM takes the layer for loaded.
     """
 
-    def __init__(self, real: FusedMoEMethodBase, offload: "ModelOffload"):
+    def __init__(self, real: FusedMoEMethodBase, take_layer: LayerConsumer, record: LayerConsumer):
         self.real = real
-        self.offload = offload
+        self._take_layer = take_layer
+        self._record = record
         self.moe = real.moe
         self._create_arguments: dict[str, Any] = {}
         self._default_dtype = torch.float32
@@ -44,7 +48,7 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
     def create_weights(self, layer: torch.nn.Module, **kwargs: Any) -> None:
         self._create_arguments = kwargs
         self._default_dtype = torch.get_default_dtype()
-        self.offload.adopt(layer, self)
+        self._take_layer(layer, self)
 
     def create_placeholders(self, layer: torch.nn.Module) -> None:
         """Give the layer its parameters without memory behind them."""
@@ -63,7 +67,7 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
             torch.set_default_dtype(outside)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        self.offload.record(layer, self)
+        self._record(layer, self)
 
     def apply(
         self,
@@ -171,3 +175,7 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
     @property
     def is_monolithic(self) -> bool:
         return self.real.is_monolithic
+
+
+OffloadedLayers = Mapping[str, tuple[torch.nn.Module, OffloadedMoEMethod]]
+"""The MoE layers of a model by their names in its store."""

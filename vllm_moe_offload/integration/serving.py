@@ -19,10 +19,10 @@ from .chunk_report import ChunkReport
 from .failures import StepFailures
 from .hosting import another_rank_foretells, daemon_socket
 from .kernel import attach_slots
+from .method import OffloadedMoEMethod
 from .report import StatsReport
 
 if TYPE_CHECKING:
-    from .method import OffloadedMoEMethod
     from .watching import Watch
 
 logger = init_logger("vllm.moe_offload")
@@ -177,7 +177,7 @@ class ServedModel:
         socket = None if self._daemon is None else daemon_socket(config)
         return watch_if_possible(model.vllm_config, config, model.module, model.layers, self.runtime, io_cpus, socket)
 
-    def _attach(self, name: str, layer: torch.nn.Module, method: "OffloadedMoEMethod") -> None:
+    def _attach(self, name: str, layer: torch.nn.Module, method: OffloadedMoEMethod) -> None:
         """Put slots in place of the layer's experts: its own window if all are resident, else the whole pool.
 
         Expert-parallel layers take the pool even then: CPU kernels crash on the choices of other ranks, which only

@@ -1,10 +1,10 @@
 """Sets up what one worker remembers of its requests, and tells it when steps begin and requests end."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,18 +33,14 @@ from ..slots.looking_ahead import SlotsAhead
 from . import seams
 from .keeping import history_fingerprint, history_keeper, trace_recording
 from .meaning import meaning_of
+from .method import OffloadedLayers
 from .rows import RunnerStep, token_rows
-
-if TYPE_CHECKING:
-    from .method import OffloadedMoEMethod
 
 logger = init_logger("vllm.moe_offload")
 
 SECONDS_BETWEEN_ROUNDS = 5.0
 MOST_TOKENS = 8192
 """Of one request, the history sees its last so many."""
-
-Layers = Mapping[str, tuple[torch.nn.Module, "OffloadedMoEMethod"]]
 
 
 class Watch:
@@ -62,7 +58,7 @@ class Watch:
         vllm_config: Any,
         config: OffloadConfig,
         model: torch.nn.Module,
-        layers: Layers,
+        layers: OffloadedLayers,
         runtime: OffloadRuntime,
         cpus: set[int],
         daemon: Path | None,
@@ -106,7 +102,7 @@ class Watch:
             return None
         return Learning(self._predictor, self._keeper, self._vectors, cpus, _say)
 
-    def _look_ahead(self, layers: Layers, runtime: OffloadRuntime) -> Anticipation | None:
+    def _look_ahead(self, layers: OffloadedLayers, runtime: OffloadRuntime) -> Anticipation | None:
         """Nothing is looked for ahead where everything is resident."""
         if self._predictor is None or all(method.pooled is None for _, method in layers.values()):
             return None
@@ -196,7 +192,7 @@ def watch_if_possible(
     vllm_config: Any,
     config: OffloadConfig,
     model: torch.nn.Module,
-    layers: Layers,
+    layers: OffloadedLayers,
     runtime: OffloadRuntime,
     cpus: set[int],
     daemon: Path | None,
@@ -218,7 +214,7 @@ def watch_if_possible(
         return None
 
 
-def model_shape(layers: Layers) -> ModelShape:
+def model_shape(layers: OffloadedLayers) -> ModelShape:
     """Layers, experts and choices of the model.
 
     Raises:
@@ -241,7 +237,9 @@ def _refuse_unknown_rows(vllm_config: Any) -> None:
         )
 
 
-def _gate_predictor(model: torch.nn.Module, layers: Layers, shape: ModelShape, prediction: Switch) -> GatePredictor:
+def _gate_predictor(
+    model: torch.nn.Module, layers: OffloadedLayers, shape: ModelShape, prediction: Switch
+) -> GatePredictor:
     seams.refuse_where_moved(seams.GATE_PREDICTOR)
     from .gates import layer_routers  # leans on what only this predictor needs
 
