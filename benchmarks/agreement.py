@@ -31,12 +31,12 @@ from warm import HELD_OUT, HISTORY, TINY_MOE, model_vectors
 from vllm_moe_offload.cache import create_policy
 from vllm_moe_offload.chronicle.keeper import HistoryKeeper
 from vllm_moe_offload.chronicle.learning import Learning
-from vllm_moe_offload.chronicle.predictors import create_predictor
 from vllm_moe_offload.history.archive import HistoryArchive
 from vllm_moe_offload.history.trace import Trace
 from vllm_moe_offload.history.trace_file import read_trace
 from vllm_moe_offload.predict.base import ModelShape, Predictor
 from vllm_moe_offload.predict.context import TokenMap
+from vllm_moe_offload.predict.registry import predictor_for_engine
 from vllm_moe_offload.replay.bounds import perfect_forecast
 from vllm_moe_offload.replay.forecast import Forecast, forecast
 from vllm_moe_offload.replay.hardware import HardwareProfile, hardware_profile
@@ -84,7 +84,7 @@ def trained_predictor(warm: Path, model: Path, trace: Trace) -> Predictor:
         keeper = HistoryKeeper(archive, trace.fingerprint, shape, console.print, writes=False)
         if not keeper.history.num_tokens:
             raise ValueError(f"--warm {warm} has no history of this model")
-        predictor = create_predictor(ON, shape, keeper.history, vectors)
+        predictor = predictor_for_engine(ON, shape, keeper.history, vectors)
         Learning(predictor, keeper, vectors, None, console.print).close()
     return predictor
 
@@ -92,7 +92,7 @@ def trained_predictor(warm: Path, model: Path, trace: Trace) -> Predictor:
 def thinking_seconds(predictor: Predictor, trace: Trace, tokens: int = 200) -> float:
     """Seconds to tell a predictor of one layer and to ask about the next, caches as cold as after a layer."""
     request = trace.request(0)
-    state, others = predictor.open(), np.ones(LAYER_BYTES // 4, np.float32)
+    state, others = predictor.start_request(), np.ones(LAYER_BYTES // 4, np.float32)
     spent, asked = 0.0, 0
     for row in range(min(tokens, request.num_tokens)):
         token = int(request.tokens[row]) if request.tokens is not None else -1

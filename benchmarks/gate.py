@@ -21,8 +21,8 @@ from rich.table import Table
 from vllm_moe_offload.history.store import HistoryStore
 from vllm_moe_offload.history.trace_file import read_trace
 from vllm_moe_offload.predict.base import ModelShape
-from vllm_moe_offload.predict.fitting import fit_predictor
 from vllm_moe_offload.predict.history import HistoryPredictor
+from vllm_moe_offload.predict.registry import predictor_for_replay
 from vllm_moe_offload.predict.token_vectors import ModelVectors
 from vllm_moe_offload.replay.accuracy import Accuracy
 from vllm_moe_offload.replay.forecast import forecast
@@ -112,7 +112,7 @@ def replay(model: Path, trace_file: Path, held_out: int) -> dict[str, Accuracy]:
             predictor = HistoryPredictor(shape, history, lambda vectors=vectors: vectors)
             predictor.learn_all()
         else:
-            predictor = fit_predictor(name, shape, history)
+            predictor = predictor_for_replay(name, shape, history)
         scores[name] = Accuracy(shape.layers, shape.top_k, DISTANCES)
         forecast(predictor, trace.select(np.arange(first, trace.num_requests)), (), scores[name])
     return scores

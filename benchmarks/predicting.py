@@ -24,10 +24,10 @@ from vllm_moe_offload.history.recording import Recorder, RequestRows
 from vllm_moe_offload.history.store import HistoryStore
 from vllm_moe_offload.history.trace import Trace
 from vllm_moe_offload.predict.base import ModelShape, Predictor
-from vllm_moe_offload.predict.fitting import fit_predictor
 from vllm_moe_offload.predict.heads import HeadsPredictor
 from vllm_moe_offload.predict.history import HistoryPredictor
 from vllm_moe_offload.predict.network import NetworkSize, Parameters
+from vllm_moe_offload.predict.registry import predictor_for_replay
 from vllm_moe_offload.predict.token_vectors import ModelVectors
 from vllm_moe_offload.prefetch.anticipation import Anticipation
 from vllm_moe_offload.prefetch.estimates import Estimates
@@ -116,7 +116,7 @@ def make_predictor(name: str, shape: ModelShape, history: HistoryStore) -> Predi
     if name == "none":
         return None
     if name != "history":
-        return fit_predictor(name, shape, history)
+        return predictor_for_replay(name, shape, history)
     predictor = HistoryPredictor(shape, history)
     table = np.random.default_rng(2).standard_normal((VOCABULARY, WIDTH)).astype(np.float32)
     parameters = Parameters.random(NetworkSize(shape.layers, shape.experts, WIDTH), np.random.default_rng(3))
@@ -136,7 +136,7 @@ class Bench:
             estimates = Estimates(load_seconds=1e-3, layer_seconds=1e-3, chunk_seconds=1e-3)
             # by a clock that stands still thinking costs nothing, so nothing silences it for good
             self.anticipation = Anticipation(predictor, self.slots, estimates, lambda: 0.0)
-        closed = (lambda trace, state: predictor.close(state, trace)) if predictor else lambda trace, state: None
+        closed = (lambda trace, state: predictor.end_request(state, trace)) if predictor else lambda trace, state: None
         self.witness = Witness(Recorder(shape, 4096), closed, None, self.anticipation)
         draw = np.random.default_rng(4)
         self._tokens = draw.integers(0, VOCABULARY, 4096).astype(np.int32)

@@ -7,15 +7,16 @@ every process as one dict), then the environment variable ``VLLM_MOE_OFFLOAD``. 
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .cache import POLICY_NAMES
 from .errors import ConfigError
-from .predict.names import ENGINE_PREDICTORS
+from .extensions import is_reference
+from .predict.registry import ENGINE_PREDICTORS
 from .store.files import named_path
 
 PLUGIN_NAME = "moe-offload"
@@ -36,7 +37,6 @@ _UNITS = {
     "TB": 10**12,
 }
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B)", re.IGNORECASE)
-_FUNCTION = re.compile(r"[\w.]+:[\w.]+")
 _SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 _MOST_BYTES = 2**60
 _CACHE_EXAMPLES = "a share like '25%', a size like '4GiB', or 'auto'"
@@ -89,18 +89,21 @@ class OffloadConfig(BaseModel):
     cache: str = Field(
         "auto", description=f"fast memory for routed experts, per worker, a drafter's included: {_CACHE_EXAMPLES}"
     )
-    policy: Literal[POLICY_NAMES] = Field(  # type: ignore[valid-type]
-        "lfu", description="which resident expert leaves when another must come"
+    policy: str = Field(
+        "lfu",
+        description=f"eviction policy: which resident expert leaves when another must come ({', '.join(POLICY_NAMES)}, "
+        "or a class of yours as 'package.module:Class'); a daemon that keeps the experts has its own --policy",
     )
     store: Path | None = Field(
         None,
         description="folder of the record stores (default: $VLLM_MOE_OFFLOAD_STORE_ROOT, else "
         "vllm-moe-offload/stores in the user's cache folder)",
     )
-    predictor: Literal[ENGINE_PREDICTORS] = Field(  # type: ignore[valid-type]
+    predictor: str = Field(
         "history",
-        description="what foretells the experts of the layers ahead, to load them before they are asked for; asked for "
-        "by name, it is refused where it cannot work, instead of left out",
+        description="predictor of the experts of the layers ahead, which are loaded before they are asked for "
+        f"({', '.join(ENGINE_PREDICTORS)}, or a class of yours as 'package.module:Class'); one that is named is "
+        "refused where it cannot work, instead of left out",
     )
     history: str | None = Field(
         None,
@@ -121,6 +124,16 @@ class OffloadConfig(BaseModel):
         description="the daemon that keeps experts for all engines of this host: 'auto' (use it if one runs), "
         "'unix:PATH' (of its socket), 'start' (start one where none runs, of the size of 'cache'), or 'off'",
     )
+
+    @field_validator("policy")
+    @classmethod
+    def _check_policy(cls, value: str) -> str:
+        return _name_or_class(value, POLICY_NAMES)
+
+    @field_validator("predictor")
+    @classmethod
+    def _check_predictor(cls, value: str) -> str:
+        return _name_or_class(value, ENGINE_PREDICTORS)
 
     @field_validator("daemon")
     @classmethod
@@ -155,7 +168,7 @@ class OffloadConfig(BaseModel):
     @field_validator("embedding")
     @classmethod
     def _check_embedding(cls, value: str) -> str:
-        if value != MODEL_EMBEDDING and not _FUNCTION.fullmatch(value):
+        if value != MODEL_EMBEDDING and not is_reference(value):
             raise ValueError(f"{value!r} is neither 'model' nor like 'package.module:function'")
         return value
 
@@ -201,6 +214,13 @@ class OffloadConfig(BaseModel):
             if complaint := cls.complaint(key, value):
                 raise ConfigError(f"{door}: {key} = {_shortened(repr(value))}: {complaint}")
         return cls(**settings)
+
+
+def _name_or_class(value: str, names: Sequence[str]) -> str:
+    if value not in names and not is_reference(value):
+        *most, last = map(repr, names)
+        raise ValueError(f"choose {', '.join(most)} or {last}, or name a class of yours like 'package.module:Class'")
+    return value
 
 
 def _named(path: str) -> Path:

@@ -15,7 +15,6 @@ from vllm_moe_offload.chronicle import learning as learning_module
 from vllm_moe_offload.chronicle.heads_file import LEARNED_VECTORS_HEADS_FILE, LOCK_FILE, read_heads, write_heads
 from vllm_moe_offload.chronicle.keeper import HistoryKeeper, seconds_between_saves
 from vllm_moe_offload.chronicle.learning import Learning
-from vllm_moe_offload.chronicle.predictors import create_predictor
 from vllm_moe_offload.errors import TraceError
 from vllm_moe_offload.history.archive import HistoryArchive
 from vllm_moe_offload.history.store import HistoryStore
@@ -23,6 +22,7 @@ from vllm_moe_offload.history.trace import Trace
 from vllm_moe_offload.predict.base import ModelShape
 from vllm_moe_offload.predict.history import HistoryPredictor
 from vllm_moe_offload.predict.network import NetworkSize, Parameters
+from vllm_moe_offload.predict.registry import predictor_for_engine
 from vllm_moe_offload.predict.token_vectors import LearnedVectors, ModelVectors, TokenVectors
 
 SHAPE = ModelShape(3, 8, 2)
@@ -55,7 +55,7 @@ def engine(
 ) -> tuple[HistoryPredictor, Learning]:
     """What one engine has of the histories in ``folder``."""
     keeper = HistoryKeeper(HistoryArchive(folder), "ab", SHAPE, say, writes=False)
-    made = create_predictor("history", SHAPE, keeper.history, vectors)
+    made = predictor_for_engine("history", SHAPE, keeper.history, vectors)
     assert isinstance(made, HistoryPredictor)
     return made, Learning(made, keeper, vectors, None, say, clock)
 
@@ -86,7 +86,7 @@ def test_heads_are_learned_beside_the_engine_and_found_at_the_next_start(
 
     restarted, learning = engine(tmp_path, vectors, said.append)
     learning.close()
-    step = restarted.begin([restarted.open().context(2)])
+    step = restarted.begin([restarted.start_request().context(2)])
     np.testing.assert_array_equal(np.argsort(-step.predict(0)[0])[:2] // 2, [2, 2])
     assert restarted.trained_tokens == 600 and "heads learned from 600 tokens" in said[-1]
 

@@ -23,6 +23,7 @@ from vllm_moe_offload.daemon.socket_file import lock_path
 
 COMMAND = [sys.executable, "-m", "vllm_moe_offload", "daemon"]
 LAYERS, EXPERTS = 3, 8
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +178,7 @@ REFUSED = {
     "no size": ([], "--cache (not given): give a size, like 32GiB"),
     "a share": (["--cache", "25%"], "--cache 25%: give a size"),
     "auto": (["--cache", "auto"], "--cache auto: give a size"),
-    "policy": (["--cache", "1GiB", "--policy", "fifo"], "--policy fifo: there are lfu"),
+    "policy": (["--cache", "1GiB", "--policy", "fifo"], "policy: 'fifo' is unknown; choose one of lfu, lru, "),
     "share": (["--cache", "1GiB", "--share", "abc"], "--share abc: give STORE=SIZE"),
     "size of a share": (["--cache", "1GiB", "--share", "abc=much"], "--share abc= much: give a size"),
     "group": (["--cache", "1GiB", "--socket", "x", "--group", "nonesuch"], "--group nonesuch: there is no such group"),
@@ -193,6 +194,18 @@ def test_what_cannot_be_is_said_in_one_line(case: str, tmp_path: Path) -> None:
     assert result.stderr.startswith(f"error: {reason}")
     assert len(result.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_its_operator_may_name_an_eviction_policy_from_outside(
+    tmp_path: Path, stored: RecordStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = run("--cache", "1MiB", "--socket", str(tmp_path / "socket"), "--policy", "lru_2:Missing")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: policy = 'lru_2:Missing' cannot be imported (")
+    monkeypatch.setenv("PYTHONPATH", f"{EXAMPLES}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    chosen = ("--policy", "lru_2:LeastRecentlyUsedTwice")
+    with daemon(tmp_path, stored, *chosen), worker(tmp_path, stored) as engine:
+        assert engine.request(Demand(1, 0, pack_ids(np.array([1, 9])))).loaded == 2
 
 
 @pytest.mark.parametrize("command", ["status", "top", "stop"])

@@ -16,7 +16,6 @@ from house import STORE, House
 from past import FINGERPRINT, SHAPE, past_request, same
 from wire import threads, wait_until
 
-from vllm_moe_offload.chronicle.predictors import create_predictor
 from vllm_moe_offload.daemon import history_line
 from vllm_moe_offload.daemon.protocol import OpenHistory
 from vllm_moe_offload.daemon.remote_history import RemoteKeeper
@@ -25,6 +24,7 @@ from vllm_moe_offload.history.store import PastRequest
 from vllm_moe_offload.history.trace_file import read_trace
 from vllm_moe_offload.predict.base import ModelShape
 from vllm_moe_offload.predict.history import HistoryPredictor
+from vllm_moe_offload.predict.registry import predictor_for_engine
 
 OPEN = OpenHistory(FINGERPRINT, SHAPE, STORE)
 
@@ -105,7 +105,7 @@ def test_an_engine_that_comes_later_starts_with_the_latest_requests(tmp_path: Pa
                 next(s for s in range(3) if same(past.trace, past_request(s))) for past in second.history.requests
             ]
             assert numbers == [0, 1, 2]
-            predictor = create_predictor("history", ModelShape(*SHAPE), second.history, None)
+            predictor = predictor_for_engine("history", ModelShape(*SHAPE), second.history, None)
             token = int(past_request(2).tokens[-1])  # type: ignore[index]
             remembered = predictor.memory.recall(token)
             assert remembered is not None and np.array_equal(remembered.experts, past_request(2).experts[-1])
@@ -117,12 +117,12 @@ def test_neighbours_are_those_of_all_engines_as_soon_as_the_daemon_has_answered(
         closing(engine(house.path)) as first,
         closing(engine(house.path)) as second,
     ):
-        predictor = create_predictor("history", ModelShape(*SHAPE), second.history, None)
+        predictor = predictor_for_engine("history", ModelShape(*SHAPE), second.history, None)
         assert isinstance(predictor, HistoryPredictor)
         past = past_request(1, tokens=40, meaning=3)
         first.history.add(past)
         wait_until(lambda: second.history.num_requests == 1, "the daemon has it")
-        state = predictor.open(np.eye(6, dtype=np.float32)[3])
+        state = predictor.start_request(np.eye(6, dtype=np.float32)[3])
         wait_until(lambda: len(state.notes.tokens) == 40, "candidates are there")  # type: ignore[attr-defined]
         step = predictor.begin([state.context()])
         for layer in range(3):

@@ -20,6 +20,7 @@ def prompts(count: int, seed: int) -> list[list[int]]:
     return [[draw.randrange(1, 8192) for _ in range(draw.randint(1, 60))] for _ in range(count)]
 
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 PAST = [{"prompts": prompts(12, seed=1), "tokens": 48}]
 ROUNDS = [{"prompts": prompts(1, seed=seed), "tokens": 40} for seed in (2, 3)] + [
     {"prompts": prompts(5, seed=4), "tokens": 12}
@@ -68,6 +69,21 @@ def test_tokens_stay_the_same_and_some_guesses_are_right(
     assert rounds == expected
     assert stats["prefetches"] > 0 and stats["prefetch_useful"] + stats["prefetch_late"] > 0
     assert settled(stats) <= stats["prefetches"] and stats["failed_loads"] == 0
+
+
+def test_classes_from_outside_serve_the_same_tokens(
+    tiny_moe: Path, past: Path, expected: list[Any], tmp_path: Path
+) -> None:
+    path = f"{EXAMPLES}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    server = EngineServer(tmp_path / "log", PYTHONPATH=path)
+    settings = {"predictor": "previous_token:PreviousToken", "policy": "lru_2:LeastRecentlyUsedTwice"}
+    try:
+        rounds, stats = run(server, tiny_moe, **settings, history=str(fresh(past, tmp_path).parent.parent))
+    finally:
+        server.close()
+    assert rounds == expected
+    assert stats["prefetches"] > 0 and stats["prefetch_useful"] + stats["prefetch_late"] > 0
+    assert stats["prediction_failures"] == 0 and stats["failed_loads"] == 0
 
 
 def test_without_a_predictor_nothing_is_guessed_or_kept(

@@ -132,7 +132,7 @@ def test_weights_that_are_no_numbers_cost_neighbours_one_layer_of_one_step() -> 
     history = HistoryStore(shape)
     history.add(make_trace((50,)))
     predictor = NeighboursPredictor(shape, history, 100)
-    state = predictor.open()
+    state = predictor.start_request()
     for weights in ([NAN, 0.5], [-0.5, 0.5], [0.5, 0.5]):
         step = predictor.begin([state.context(7)])
         for layer in range(2):

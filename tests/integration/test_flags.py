@@ -95,7 +95,7 @@ def test_other_additional_configuration_is_left_alone(engine_args: EngineArgumen
     [
         (["--moe-offload-cache", "nonsense"], "argument --moe-offload-cache: 'nonsense' is not a share like '25%'"),
         (["--moe-offload-cache", "0%"], "argument --moe-offload-cache: '0%' must be above 0%"),
-        (["--moe-offload-policy", "best"], "argument --moe-offload-policy: Input should be 'l"),
+        (["--moe-offload-policy", "best"], "argument --moe-offload-policy: choose 'lfu', "),
         (["--plugin", "nope"], "argument --plugin: no vLLM plugin 'nope' is installed; installed: "),
         (["--additional-config.moe_offload.cahce", "25%"], "unknown key 'cahce'; did you mean 'cache'?"),
         (["--additional-config.moe_offload.cache", "x"], "additional_config['moe_offload']: cache = 'x': 'x' is not"),
@@ -127,6 +127,14 @@ def test_what_a_server_cannot_offload_ends_with_one_line_and_2(
     arguments = engine_args("--moe-offload-cache", "25%", "--enable-lora")
     said = complaint(capsys, arguments.create_engine_config)
     assert said.startswith("error: UnsupportedError: moe-offload does not work with LoRA (--enable-lora)")
+
+
+@pytest.mark.parametrize("setting", ["predictor", "policy"])
+def test_a_class_that_is_not_there_ends_with_one_line_and_2_before_a_worker_starts(
+    engine_args: EngineArguments, capsys: pytest.CaptureFixture[str], setting: str
+) -> None:
+    said = complaint(capsys, engine_args(f"--moe-offload-{setting}", "no.such:Class").create_engine_config)
+    assert said.startswith(f"error: ConfigError: {setting} = 'no.such:Class' cannot be imported (ModuleNotFoundError")
 
 
 def test_a_vllm_with_a_plugin_flag_of_its_own_is_asked(

@@ -56,13 +56,13 @@ def test_margins_are_above_zero_for_what_is_chosen(
 
 def test_before_the_first_layer_every_expert_is_alike() -> None:
     made = predictor()
-    assert np.allclose(made.begin([made.open().context()]).predict(2), SHAPE.top_k / SHAPE.experts)
+    assert np.allclose(made.begin([made.start_request().context()]).predict(2), SHAPE.top_k / SHAPE.experts)
 
 
 def test_the_layers_ahead_are_asked_with_what_this_layers_router_reads() -> None:
     made = predictor()
     hidden = np.random.default_rng(1).standard_normal((6, HIDDEN)).astype(np.float32)
-    step = made.begin([made.open().context()] * 4)
+    step = made.begin([made.start_request().context()] * 4)
     made.see(lambda: hidden)
     chosen = chosen_by(made.routers[0], hidden)[:4]
     step.observe(0, chosen, np.full(chosen.shape, 1 / 3))
@@ -73,7 +73,7 @@ def test_the_layers_ahead_are_asked_with_what_this_layers_router_reads() -> None
 
 def test_a_gate_that_is_shown_nothing_says_so() -> None:
     made = predictor()
-    step = made.begin([made.open().context()])
+    step = made.begin([made.start_request().context()])
     with pytest.raises(ValueError, match="not shown"):
         step.observe(0, np.array([[0, 1, 2]]), np.full((1, 3), 1 / 3))
 
@@ -92,7 +92,7 @@ def test_probabilities_come_to_mean_what_they_say(drift: float) -> None:
     said, true = [], []
     for number in range(500):
         hidden = random.standard_normal((2, HIDDEN)).astype(np.float32)
-        step = made.begin([made.open().context()] * 2)
+        step = made.begin([made.start_request().context()] * 2)
         probabilities = np.empty(0)
         for layer in range(SHAPE.layers):
             chosen = chosen_by(made.routers[layer], hidden)

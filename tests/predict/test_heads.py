@@ -80,7 +80,7 @@ def test_training_sees_exactly_what_a_running_step_sees(past, trainer):
 
 def test_rows_do_not_see_each_other(past, heads):
     request = past.request(0)
-    state = heads.open()
+    state = heads.start_request()
     rows = state.contexts_side_by_side(request.tokens[:5])
 
     def probabilities(picked):
@@ -97,7 +97,7 @@ def test_rows_do_not_see_each_other(past, heads):
 
 def test_predictions_before_an_observation_stay_as_they_were(past, heads):
     request = past.request(1)
-    step = heads.begin([heads.open().context(int(request.tokens[0]))])
+    step = heads.begin([heads.start_request().context(int(request.tokens[0]))])
     before = step.predict(2)
     copy = before.copy()
     step.observe(0, request.experts[:1, 0].astype(np.int64), request.weights[:1, 0])

@@ -107,7 +107,7 @@ def test_the_latest_tokens_are_candidates_however_they_came(bursts, room, others
 def test_a_history_that_answers_late_does_not_cost_the_own_tokens(past, unseen):
     history = filled(past, LateHistory)
     predictor = NeighboursPredictor(SHAPE, history)
-    state = predictor.open()
+    state = predictor.start_request()
     run(predictor, unseen, state)
     history.answer()
     step = passed(predictor, state, unseen, 50, 10)
@@ -125,21 +125,21 @@ def heads():
 
 def test_young_heads_predict_from_the_start_and_neighbours_afterwards(past, unseen, heads):
     predictor = HistoryPredictor(SHAPE, filled(past))
-    state = predictor.open()
+    state = predictor.start_request()
     neighbours = passed(predictor, state, unseen, 3, 5).predict(7)
     predictor.use_heads(heads, 600)
     rows = [state.context(int(unseen.tokens[3]))]
     assert np.array_equal(predictor.begin(rows).predict(1), heads.begin(rows).predict(1))
     assert np.array_equal(passed(predictor, state, unseen, 3, 5).predict(7), neighbours)
-    many = [predictor.open().context() for _ in range(5)]
+    many = [predictor.start_request().context() for _ in range(5)]
     assert type(predictor.begin(many)) is type(heads.begin(many))
 
 
 def test_heads_that_know_enough_predict_alone_and_for_good(past, unseen, heads):
     predictor = HistoryPredictor(SHAPE, filled(past))
-    before = predictor.open()
+    before = predictor.start_request()
     predictor.use_heads(heads, 100_000)
-    for state in (before, predictor.open()):
+    for state in (before, predictor.start_request()):
         run(predictor, unseen, state)
         assert type(predictor.begin([state.context()])) is type(heads.begin([state.context()]))
     predictor.use_heads(heads, 600)

@@ -6,11 +6,10 @@ from vllm_moe_offload.history.store import HistoryStore
 from vllm_moe_offload.predict.base import ModelShape, union_probability
 from vllm_moe_offload.predict.context import TokenMap
 from vllm_moe_offload.predict.finemoe import FineMoEPredictor
-from vllm_moe_offload.predict.fitting import fit_predictor
 from vllm_moe_offload.predict.history import HistoryPredictor
 from vllm_moe_offload.predict.moe_infinity import MoEInfinityPredictor
-from vllm_moe_offload.predict.names import REPLAY_PREDICTORS
 from vllm_moe_offload.predict.neighbours import NeighboursPredictor
+from vllm_moe_offload.predict.registry import REPLAY_PREDICTORS, predictor_for_replay
 from vllm_moe_offload.replay.accuracy import Accuracy
 from vllm_moe_offload.replay.forecast import forecast
 
@@ -25,7 +24,7 @@ def store_of(trace) -> HistoryStore:
 
 def walk(predictor, request, row, layers):
     """A step of one row that has observed ``layers`` layers."""
-    step = predictor.begin([predictor.open().context(int(request.tokens[row]))])
+    step = predictor.begin([predictor.start_request().context(int(request.tokens[row]))])
     for layer in range(layers):
         step.observe(
             layer, request.experts[row : row + 1, layer].astype(np.int64), request.weights[row : row + 1, layer]
@@ -36,7 +35,7 @@ def walk(predictor, request, row, layers):
 @pytest.mark.parametrize("name", [name for name in REPLAY_PREDICTORS if name != "history"])
 def test_every_predictor_gives_probabilities_with_and_without_history(name, past, unseen):
     for history in (past, past.select([])):
-        prediction = forecast(fit_predictor(name, SHAPE, store_of(history)), unseen, (1, 2)).probabilities
+        prediction = forecast(predictor_for_replay(name, SHAPE, store_of(history)), unseen, (1, 2)).probabilities
         assert prediction.shape == (unseen.num_tokens, 2, 24, 32)
         assert np.isfinite(prediction).all() and (prediction >= 0).all() and (prediction <= 1).all()
 
@@ -44,7 +43,7 @@ def test_every_predictor_gives_probabilities_with_and_without_history(name, past
 @pytest.mark.parametrize(("name", "better"), [("frequency", 0.35), ("coactivation", 0.35), ("neighbours", 0.5)])
 def test_what_is_learned_from_other_requests_helps(name, better, past, unseen):
     accuracy = Accuracy(24, 4, (2,))
-    forecast(fit_predictor(name, SHAPE, store_of(past)), unseen, (), accuracy)
+    forecast(predictor_for_replay(name, SHAPE, store_of(past)), unseen, (), accuracy)
     assert accuracy.recall(2, 4)[6:].mean() > better
 
 
@@ -75,9 +74,9 @@ def test_finemoe_searches_by_token_before_the_first_layer(past):
     predictor = FineMoEPredictor(SHAPE)
     predictor.fit(past)
     row = int(np.flatnonzero(predictor.tokens[: predictor.filled] == past.tokens[20])[0])
-    step = predictor.begin([predictor.open().context(int(past.tokens[20]))])
+    step = predictor.begin([predictor.start_request().context(int(past.tokens[20]))])
     assert set(np.flatnonzero(step.predict(1)[0])) == set(past.experts[row, 1].tolist())
-    unknown = predictor.begin([predictor.open().context(10**6)])
+    unknown = predictor.begin([predictor.start_request().context(10**6)])
     assert not unknown.predict(1).any()
 
 
@@ -100,7 +99,7 @@ def test_history_predicts_from_neighbours_until_the_heads_are_trained(past, unse
     assert not predictor.training_due and predictor.heads is None
     neighbours = NeighboursPredictor(SHAPE, store_of(past))
     for request in past.requests():
-        predictor.close(predictor.open(), request)
+        predictor.end_request(predictor.start_request(), request)
     assert predictor.training_due
     young = forecast(predictor, unseen, (2,)).probabilities
     assert np.allclose(young, forecast(neighbours, unseen, (2,)).probabilities, atol=1e-3)
@@ -122,6 +121,6 @@ def test_history_trains_in_small_pieces_and_then_takes_over(past, monkeypatch):
 
 def test_unknown_names_are_refused_with_the_choices(past):
     with pytest.raises(ConfigError, match=r"'oracle' is unknown; choose one of history, .*none"):
-        fit_predictor("oracle", SHAPE, store_of(past))
+        predictor_for_replay("oracle", SHAPE, store_of(past))
     with pytest.raises(ConfigError, match="hidden states"):
-        fit_predictor("gate", SHAPE, store_of(past))
+        predictor_for_replay("gate", SHAPE, store_of(past))

@@ -19,7 +19,7 @@ from vllm_moe_offload.prefetch.anticipation import Anticipation
 from vllm_moe_offload.prefetch.optional import Switch
 
 Failing = Callable[[str], None]
-CALLS = ("predictor.open", "predictor.begin", "step.observe", "step.predict")
+CALLS = ("predictor.start_request", "predictor.begin", "step.observe", "step.predict")
 CALLS += ("absent", "expect", "passed", "prefetch", "queued", "clock")
 WATCHED = ("source.rows", "source.prompt", "embed", "recorder.note", "recorder.end_step")
 
@@ -29,9 +29,9 @@ class Raising(Oracle):
         super().__init__()
         self.enter = enter
 
-    def open(self, embedding: Any = None) -> RequestState:
-        self.enter("predictor.open")
-        return super().open(embedding)
+    def start_request(self, embedding: Any = None) -> RequestState:
+        self.enter("predictor.start_request")
+        return super().start_request(embedding)
 
     def begin(self, rows: Sequence[TokenContext]) -> Step:
         self.enter("predictor.begin")

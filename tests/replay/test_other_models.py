@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from replay_traces import random_trace
 
-from vllm_moe_offload.predict.names import REPLAY_PREDICTORS
+from vllm_moe_offload.predict.registry import REPLAY_PREDICTORS
 from vllm_moe_offload.replay.bounds import perfect_forecast
 from vllm_moe_offload.replay.hardware import ModelProfile, hardware_profile
 from vllm_moe_offload.replay.report import DISTANCES, Setup, replay, run_once

@@ -5,6 +5,6 @@ Pure decision code: arrays in, decisions out. It must never do I/O, read a clock
 
 from .base import EvictionPolicy
 from .cache import Acquisition, ExpertCache
-from .policies import POLICY_NAMES, create_policy
+from .policies import POLICY_NAMES, create_policy, policy_class
 
-__all__ = ["POLICY_NAMES", "Acquisition", "EvictionPolicy", "ExpertCache", "create_policy"]
+__all__ = ["POLICY_NAMES", "Acquisition", "EvictionPolicy", "ExpertCache", "create_policy", "policy_class"]

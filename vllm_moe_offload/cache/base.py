@@ -15,6 +15,9 @@ class EvictionPolicy(ABC):
     Experts are flat ids ``0 … N-1`` over all layers that share a slot pool. A policy only remembers and scores: it
     never knows about pins or free slots, which are the cache's business. The engine's forward passes are its only
     clock (``begin_step``), so that the same policy gives the same decisions in the engine and in replay.
+
+    A policy is made as ``Class(layer_of)``, int ``[N]``: the layer of each expert. It is called while a layer waits, so
+    every method must take microseconds; what it raises ends the engine.
     """
 
     @abstractmethod

@@ -1,10 +1,11 @@
-"""The eviction policies, one small class each, chosen by name."""
+"""The eviction policies, one small class each, chosen by name; one from outside is named ``package.module:Class``."""
 
 from collections.abc import Callable
 
 import numpy as np
 
 from ..errors import ConfigError
+from ..extensions import failure, is_reference, load_class
 from .base import EvictionPolicy, FloatArray, IntArray
 
 
@@ -90,12 +91,44 @@ _POLICIES: dict[str, Callable[[IntArray], EvictionPolicy]] = {
 POLICY_NAMES = tuple(_POLICIES)
 
 
-def create_policy(name: str, layer_of: IntArray) -> EvictionPolicy:
-    """Make the policy called ``name`` for experts whose layers are ``layer_of`` (int ``[N]``).
+def policy_class(name: str) -> Callable[[IntArray], EvictionPolicy]:
+    """The class of a policy.
 
     Raises:
-        ConfigError: there is no policy of that name.
+        ConfigError: there is none of that name, or it is from outside and cannot be imported or is no
+            ``EvictionPolicy``.
     """
+    if is_reference(name):
+        return load_class("policy", name, EvictionPolicy)  # type: ignore[type-abstract]
     if name not in _POLICIES:
-        raise ConfigError(f"policy: {name!r} is unknown; choose one of {', '.join(POLICY_NAMES)}")
-    return _POLICIES[name](layer_of)
+        raise ConfigError(
+            f"policy: {name!r} is unknown; choose one of {', '.join(POLICY_NAMES)}, or a class of yours as "
+            "package.module:Class"
+        )
+    return _POLICIES[name]
+
+
+def create_policy(name: str, layer_of: IntArray) -> EvictionPolicy:
+    """Make the policy called ``name``, or named ``package.module:Class``, for experts of layers ``layer_of`` (``[N]``).
+
+    Raises:
+        ConfigError: as ``policy_class``, or a policy from outside does not work.
+    """
+    cls = policy_class(name)
+    if not is_reference(name):
+        return cls(layer_of)
+    try:
+        _try_a_step(cls(layer_of), np.arange(min(len(layer_of), 2)))
+        return cls(layer_of)
+    except Exception as error:
+        way_out = "it is made of the layers of all experts alone and must answer as vllm_moe_offload.cache.base says"
+        raise failure("policy", name, "fails on a first step", error, way_out) from error
+
+
+def _try_a_step(policy: EvictionPolicy, experts: IntArray) -> None:
+    policy.begin_step()
+    policy.load(experts)
+    policy.use(experts)
+    scores = np.asarray(policy.keep_scores(experts))
+    if scores.shape != experts.shape or scores.dtype.kind != "f" or np.isnan(scores).any():
+        raise ValueError(f"scores {scores} instead of one float for each of {len(experts)} experts")

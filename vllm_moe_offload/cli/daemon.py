@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
-from vllm_moe_offload.cache import POLICY_NAMES
+from vllm_moe_offload.cache import POLICY_NAMES, policy_class
 from vllm_moe_offload.config import CacheBudget
 from vllm_moe_offload.daemon import membarrier
 from vllm_moe_offload.daemon.connection import Connection
@@ -66,7 +66,9 @@ def run(
     metrics_port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Count for Prometheus on this port of 127.0.0.1.")
     ] = None,
-    policy: Annotated[str, typer.Option(help=f"Which expert leaves for another: {', '.join(POLICY_NAMES)}.")] = "lfu",
+    policy: Annotated[
+        str, typer.Option(help=f"Eviction policy: {', '.join(POLICY_NAMES)}, or a class as package.module:Class.")
+    ] = "lfu",
     share: Annotated[
         list[str] | None,
         typer.Option(help="STORE=SIZE: memory kept for one model, by the name of its store; again for others."),
@@ -81,8 +83,7 @@ def run(
         return
     budget = _size("--cache", cache)
     shares = _shares(share or [])
-    if policy not in POLICY_NAMES:
-        raise ConfigError(f"--policy {policy}: there are {', '.join(POLICY_NAMES)}")
+    policy_class(policy)
     if group and socket is None:
         raise ConfigError(f"--group {group}: name a --socket in a folder its members can enter, too")
     gid = find_group(group) if group else None

@@ -12,7 +12,7 @@ from vllm_moe_offload.cli.replay_output import print_report, print_sweep
 from vllm_moe_offload.errors import ConfigError, TraceError
 from vllm_moe_offload.history.trace import Trace
 from vllm_moe_offload.history.trace_file import read_trace
-from vllm_moe_offload.predict.names import REPLAY_PREDICTORS
+from vllm_moe_offload.predict.registry import REPLAY_PREDICTORS
 from vllm_moe_offload.replay.hardware import PROFILE_NAMES, hardware_profile, model_profile
 from vllm_moe_offload.replay.plot import plot_report, plot_sweep, require_plotting
 from vllm_moe_offload.replay.report import Setup, parse_slots
@@ -20,6 +20,7 @@ from vllm_moe_offload.replay.report import replay as run_replay
 from vllm_moe_offload.replay.sweep import SWEEP_SLOTS, SWEEP_TOKENS, Point, sweep
 
 _SAMPLE_TOKENS = Setup(slots=1).frontier_tokens
+_OR_A_CLASS = ", or a class as package.module:Class."
 
 
 def replay(
@@ -29,8 +30,12 @@ def replay(
         str | None,
         typer.Option(help="Slots, as a number or a share of all experts.", show_default="25%"),
     ] = None,
-    predictor: Annotated[str | None, typer.Option(help=", ".join(REPLAY_PREDICTORS), show_default="history")] = None,
-    policy: Annotated[str | None, typer.Option(help=", ".join(POLICY_NAMES), show_default="lfu")] = None,
+    predictor: Annotated[
+        str | None, typer.Option(help=f"{', '.join(REPLAY_PREDICTORS)}{_OR_A_CLASS}", show_default="history")
+    ] = None,
+    policy: Annotated[
+        str | None, typer.Option(help=f"{', '.join(POLICY_NAMES)}{_OR_A_CLASS}", show_default="lfu")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Requests that run at a time.")] = 1,
     threshold: Annotated[float, typer.Option(help="Prefetch what is given a greater probability.")] = 0.5,
     hardware: Annotated[

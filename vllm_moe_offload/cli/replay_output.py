@@ -6,7 +6,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vllm_moe_offload.cache import POLICY_NAMES
 from vllm_moe_offload.history.trace import Trace
 from vllm_moe_offload.replay.sweep import BELADY, LRU_PER_LAYER, PERFECT, Point, best_at_bytes
 
@@ -54,7 +53,7 @@ def print_sweep(points: Sequence[Point], trace: Trace) -> None:
     for slots in sorted({point.slots for point in points}):
         here = [point for point in points if point.slots == slots]
         limit = next(point.loads_per_use for point in here if point.policy == LRU_PER_LAYER)
-        policies = [name for name in POLICY_NAMES if any(point.policy == name for point in here)]
+        policies = list(dict.fromkeys(p.policy for p in here if p.policy not in (BELADY, LRU_PER_LAYER)))
         table = Table("", *policies, title=f"{slots} slots, {slots / total:.1%} of the experts", title_justify="left")
         for name in (BELADY, LRU_PER_LAYER):
             bound = next(point for point in here if point.policy == name)

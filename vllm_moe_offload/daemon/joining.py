@@ -41,7 +41,7 @@ def join_daemon(
     Args:
         request: what to attach to.
         store: the model's.
-        policy: name of the eviction policy while there is no daemon.
+        policy: name of the eviction policy while there is no daemon, and of a daemon that is started.
         daemon_bytes: size of a daemon that is started, whole pages of slots included (``bytes_with_pages``).
         io_cpus: where a daemon that is started, and loader threads while there is none, may run; None for anywhere.
         ledger: the worker's books.
@@ -61,7 +61,7 @@ def join_daemon(
         if setting == "auto":
             return join(path) if path.exists() else None
         if setting == "start":
-            return _start_and_join(path, store, daemon_bytes, io_cpus, join)
+            return _start_and_join(path, store, policy, daemon_bytes, io_cpus, join)
         return join(path)
     except (OffloadError, OSError) as error:
         reason = str(error)
@@ -85,9 +85,11 @@ def socket_of(setting: str) -> Path:
     return Path(path) if path.startswith("/") else default_socket_path()
 
 
-def _start_and_join(path: Path, store: Store, nbytes: int, cpus: set[int] | None, join: Join) -> DaemonClient:
+def _start_and_join(
+    path: Path, store: Store, policy: str, nbytes: int, cpus: set[int] | None, join: Join
+) -> DaemonClient:
     cache = f"{nbytes}B"
-    options = ["--store", str(store.path.parent.absolute())]
+    options = ["--store", str(store.path.parent.absolute()), "--policy", policy]
     for _ in range(STARTS - 1):
         start_daemon(path, cache, LEAVE_AFTER_SECONDS, options, cpus=cpus)
         with suppress(DaemonGoneError):

@@ -13,8 +13,11 @@ from typing import Any
 import vllm.plugins
 from vllm.logger import init_logger
 
+from ..cache import policy_class
 from ..config import ADDITIONAL_CONFIG_KEY, PLUGIN_NAME, OffloadConfig, resolve, settings_from_additional_config
 from ..errors import OffloadError
+from ..extensions import is_reference
+from ..predict.registry import predictor_class
 from . import seams
 from .support import refuse_unsupported
 
@@ -67,6 +70,17 @@ def _with_request(additional_config: Any) -> Any:
     return {ADDITIONAL_CONFIG_KEY: True} | (additional_config or {})
 
 
+def _refuse_missing_classes(config: OffloadConfig) -> None:
+    """Look for classes from outside while no worker has loaded anything yet.
+
+    Raises:
+        ConfigError: one cannot be imported, or is of another kind.
+    """
+    for name, find in ((config.policy, policy_class), (config.predictor, predictor_class)):
+        if is_reference(name):
+            find(name)
+
+
 def _resolve_first(create: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         with exit_on_error() if hasattr(self, FROM_COMMAND_LINE) else nullcontext():
@@ -84,6 +98,7 @@ def _resolve_first(create: Callable[..., Any]) -> Callable[..., Any]:
             # A model that looks dense may still turn out to have MoE layers: then loading refuses.
             if asked or vllm_config.model_config.is_moe:
                 refuse_unsupported(vllm_config)
+                _refuse_missing_classes(config)
             return vllm_config
 
     return create_engine_config

@@ -53,6 +53,11 @@ def attach_to_daemon(
     client = join_daemon(config.daemon, request, store, config.policy, daemon_bytes, io_cpus, ledger, _say)
     if client is not None:
         logger.info("moe-offload: experts are kept by the daemon (pid %d) at %s", client.daemon_pid, client.path)
+        if "policy" in config.model_fields_set and config.daemon != "start":
+            logger.info(
+                "moe-offload: policy = %r is used while there is no daemon; the daemon evicts by its own --policy",
+                config.policy,
+            )
     return client
 
 

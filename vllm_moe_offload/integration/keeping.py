@@ -12,7 +12,6 @@ from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
 from ..chronicle.keeper import HistoryKeeper, Keeper
-from ..chronicle.predictors import MAX_CANDIDATES
 from ..chronicle.trace_recording import TraceRecording
 from ..config import OffloadConfig
 from ..daemon.protocol import OpenHistory
@@ -20,6 +19,7 @@ from ..daemon.remote_history import RemoteKeeper
 from ..errors import ConfigError
 from ..history.archive import HistoryArchive
 from ..predict.base import ModelShape
+from ..predict.registry import MAX_CANDIDATES
 from ..store.reader import Store
 from ..store.root import default_root
 from .meaning import Meaning, UserEmbedding

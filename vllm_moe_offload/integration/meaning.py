@@ -4,7 +4,6 @@ Whatever the function does, it must never fail a request or a step that serves i
 """
 
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from vllm.logger import init_logger
 
 from ..config import MODEL_EMBEDDING
 from ..errors import ConfigError
+from ..extensions import load_object
 from ..history.embedding import TokenRows, mean_embedding
 
 logger = init_logger("vllm.moe_offload")
@@ -44,14 +44,7 @@ class UserEmbedding:
             ConfigError: naming the setting and what is wrong.
         """
         self.setting = setting
-        module, _, name = setting.partition(":")
-        try:
-            self._function: Any = functools.reduce(getattr, name.split("."), importlib.import_module(module))
-        except Exception as error:
-            raise ConfigError(
-                f"embedding = {setting!r} cannot be imported ({type(error).__name__}: {error}); it must be on the "
-                "PYTHONPATH of the server"
-            ) from error
+        self._function = load_object("embedding", setting)
         if not callable(self._function):
             raise ConfigError(f"embedding = {setting!r} is a {type(self._function).__name__}, not a function")
         try:

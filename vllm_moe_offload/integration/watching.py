@@ -13,7 +13,6 @@ from vllm.logger import init_logger
 
 from ..chronicle.background import Background
 from ..chronicle.learning import Learning
-from ..chronicle.predictors import create_predictor
 from ..chronicle.witness import Witness
 from ..config import OffloadConfig
 from ..errors import OffloadError, UnsupportedError
@@ -23,6 +22,7 @@ from ..predict.base import ModelShape, Predictor
 from ..predict.context import RequestState
 from ..predict.gate import GatePredictor
 from ..predict.history import HistoryPredictor
+from ..predict.registry import predictor_for_engine
 from ..predict.token_vectors import ModelVectors
 from ..prefetch.anticipation import Anticipation
 from ..prefetch.estimates import Estimates
@@ -74,7 +74,7 @@ class Watch:
         self._trace = trace_recording(vllm_config, config, shape, fingerprint)
         self._keeper = history_keeper(vllm_config, config, shape, fingerprint, runtime.store, daemon)
         self._vectors = ModelVectors(*self._embeddings) if self._embeddings else None
-        self._predictor = gate or self._create_predictor(config, shape)
+        self._predictor = gate or self._predictor_for_engine(config, shape)
         self._learning = self._start_learning(cpus)
         anticipation = self._look_ahead(layers, runtime)
         recorder = Recorder(shape, MOST_TOKENS if self._trace is None else None)
@@ -92,10 +92,10 @@ class Watch:
             method.witness, method.number = self.witness, number
         model.register_forward_pre_hook(lambda module, arguments: self.witness.begin_pass())
 
-    def _create_predictor(self, config: OffloadConfig, shape: ModelShape) -> Predictor | None:
+    def _predictor_for_engine(self, config: OffloadConfig, shape: ModelShape) -> Predictor | None:
         if self._keeper is None:
             return None
-        return create_predictor(config.predictor, shape, self._keeper.history, self._vectors)
+        return predictor_for_engine(config.predictor, shape, self._keeper.history, self._vectors)
 
     def _start_learning(self, cpus: set[int]) -> Learning | None:
         if self._keeper is None or not isinstance(self._predictor, HistoryPredictor):
@@ -168,7 +168,7 @@ class Watch:
             self._prediction.guard(self._learn)(self._predictor, trace, state)
 
     def _learn(self, predictor: Predictor, trace: Trace, state: RequestState | None) -> None:
-        predictor.close(state or predictor.open(), trace)
+        predictor.end_request(state or predictor.start_request(), trace)
         if not isinstance(predictor, HistoryPredictor):
             assert self._keeper is not None
             self._keeper.history.add(trace)

@@ -48,7 +48,12 @@ class Step(ABC):
 
 
 class Predictor(ABC):
-    """Turns what has been seen into probabilities for the layers ahead."""
+    """Turns what has been seen into probabilities for the layers ahead.
+
+    One that is to be found by its name (``registry``), or from outside by ``package.module:Class``, is made as
+    ``Class(shape)`` and then fitted to what earlier requests were routed to. Of its methods only ``start_request``,
+    ``fit`` and ``end_request`` may take milliseconds. One that raises is switched off for good; the engine serves on.
+    """
 
     learns_from_each_token = False
     """Whether ``learn`` changes what is predicted for the same request's next tokens."""
@@ -57,7 +62,10 @@ class Predictor(ABC):
         self.shape = shape
         self.memory = TokenMemory()
 
-    def open(self, embedding: NDArray[np.floating] | None = None) -> RequestState:
+    def fit(self, trace: Trace) -> None:  # noqa: B027 - some predictors learn nothing from the past
+        """Learn from the requests of ``trace``, oldest first, before the first step. May be called several times."""
+
+    def start_request(self, embedding: NDArray[np.floating] | None = None) -> RequestState:
         """A request arrives. ``embedding``: unit vector of its meaning ``[D]``, if known.
 
         May take milliseconds; never call it between the layers of a step.
@@ -71,7 +79,7 @@ class Predictor(ABC):
     def learn(self, state: RequestState, token: int, token_map: TokenMap) -> None:  # noqa: B027 - most learn elsewhere
         """A ``token`` of a request has run through all layers, and ``state`` has advanced past it."""
 
-    def close(self, state: RequestState, trace: Trace) -> None:  # noqa: B027 - most predictors learn elsewhere
+    def end_request(self, state: RequestState, trace: Trace) -> None:  # noqa: B027 - most predictors learn elsewhere
         """A request ended; ``trace`` holds its tokens' maps. Predictors with a store of their own remember it here."""
 
 

@@ -32,7 +32,7 @@ class CoactivationPredictor(Predictor):
             for layer in range(self.shape.layers - ahead):
                 self._together[ahead - 1, layer] += used[:, layer].T @ used[:, layer + ahead]
 
-    def close(self, state: RequestState, trace: Trace) -> None:
+    def end_request(self, state: RequestState, trace: Trace) -> None:
         self.fit(trace)
 
     def begin(self, rows: Sequence[TokenContext]) -> Step:

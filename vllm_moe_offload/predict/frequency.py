@@ -33,7 +33,7 @@ class FrequencyPredictor(Predictor):
         earned = frequency.sum(axis=2, keepdims=True) / self.shape.top_k
         return _FrequencyStep(np.minimum(frequency + (1 - earned) * self.popularity, 1))
 
-    def close(self, state: RequestState, trace: Trace) -> None:
+    def end_request(self, state: RequestState, trace: Trace) -> None:
         self.fit(trace)
 
 

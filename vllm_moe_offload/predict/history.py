@@ -97,8 +97,8 @@ class HistoryPredictor(Predictor):
         if trainer.finished:
             self._take_over(trainer)
 
-    def open(self, embedding: NDArray[np.floating] | None = None) -> RequestState:
-        state = super().open(embedding)
+    def start_request(self, embedding: NDArray[np.floating] | None = None) -> RequestState:
+        state = super().start_request(embedding)
         if self.learns_from_each_token:
             self._neighbours.find_candidates(state)
         return state
@@ -115,7 +115,7 @@ class HistoryPredictor(Predictor):
         if self.learns_from_each_token:
             self._neighbours.learn(state, token, token_map)
 
-    def close(self, state: RequestState, trace: Trace) -> None:
+    def end_request(self, state: RequestState, trace: Trace) -> None:
         with self._lock:
             self.history.add(trace)
         if self._learn_at_once and self.training_due:

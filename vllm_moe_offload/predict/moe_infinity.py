@@ -39,7 +39,7 @@ class MoEInfinityPredictor(Predictor):
             for tokens in _phases(request):
                 self._insert(tokens)
 
-    def close(self, state: RequestState, trace: Trace) -> None:
+    def end_request(self, state: RequestState, trace: Trace) -> None:
         self.fit(trace)
 
     def begin(self, rows: Sequence[TokenContext]) -> Step:

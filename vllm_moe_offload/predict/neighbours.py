@@ -138,8 +138,8 @@ class NeighboursPredictor(Predictor):
         )
         self._steps = 0
 
-    def open(self, embedding: NDArray[np.floating] | None = None) -> RequestState:
-        state = super().open(embedding)
+    def start_request(self, embedding: NDArray[np.floating] | None = None) -> RequestState:
+        state = super().start_request(embedding)
         self.find_candidates(state)
         return state
 
@@ -161,7 +161,7 @@ class NeighboursPredictor(Predictor):
         assert isinstance(state.notes, Candidates)
         state.notes.add(token, token_map)
 
-    def close(self, state: RequestState, trace: Trace) -> None:
+    def end_request(self, state: RequestState, trace: Trace) -> None:
         self._history.add(trace)
 
 

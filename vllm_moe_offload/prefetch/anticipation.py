@@ -95,7 +95,7 @@ class Anticipation:
         self._phase = Phase.PREFILL if any(part.is_prefill for part in rows) else Phase.DECODE
         for part in rows:
             if part.request not in self._states:
-                self._states[part.request] = self.predictor.open(embeddings.get(part.request))
+                self._states[part.request] = self.predictor.start_request(embeddings.get(part.request))
         self._num_rows = sum(len(part.tokens) for part in rows)
         self.planner.begin_step(self._phase)
         predicts = self._is_small and self._trials.begin_step(kind_of(self._phase, self._num_rows))

@@ -55,7 +55,7 @@ def forecast(
 def _chunks(predictor: Predictor, request: Trace) -> Iterator[tuple[slice, list[TokenContext]]]:
     """Rows to forecast together, with their contexts; the predictor is told what became of them afterwards."""
     embedding = None if request.embeddings is None else request.embeddings[0].astype(np.float32)
-    state = predictor.open(embedding)
+    state = predictor.start_request(embedding)
     tokens = np.full(request.num_tokens, UNKNOWN_TOKEN) if request.tokens is None else request.tokens
     maps = [TokenMap(request.experts[row], request.weights[row]) for row in range(request.num_tokens)]
     for rows in _row_ranges(request, 1 if predictor.learns_from_each_token else _ROWS):
@@ -71,7 +71,7 @@ def _chunks(predictor: Predictor, request: Trace) -> Iterator[tuple[slice, list[
         yield rows, contexts
         for row in range(rows.start, rows.stop):
             predictor.learn(state, int(tokens[row]), maps[row])
-    predictor.close(state, request)
+    predictor.end_request(state, request)
 
 
 def _row_ranges(request: Trace, most: int) -> Iterator[slice]:

@@ -13,6 +13,7 @@ from ..errors import ConfigError, TraceError
 from ..history.store import HistoryStore
 from ..history.trace import Trace
 from ..predict.base import ModelShape, Predictor
+from ..predict.registry import predictor_for_replay
 from .accuracy import Accuracy
 from .bounds import access_sequence, belady_miss_rate, lru_per_layer_miss_rate, perfect_forecast
 from .forecast import Forecast, forecast
@@ -77,9 +78,7 @@ def prepare_predictor(name: str, trace: Trace, history: Trace | None) -> Predict
                 "must have made both"
             )
         store.extend(history.requests())
-    from ..predict.fitting import fit_predictor  # brings a compiler along, which takes a second
-
-    return fit_predictor(name, shape, store)
+    return predictor_for_replay(name, shape, store)
 
 
 def forecast_trace(predictor: Predictor, trace: Trace) -> tuple[Forecast, Accuracy]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ..cache import POLICY_NAMES
 from ..errors import ConfigError
 from ..history.trace import Trace
-from ..predict.names import REPLAY_PREDICTORS
+from ..predict.registry import REPLAY_PREDICTORS
 from .bounds import belady_miss_rate, lru_per_layer_miss_rate, perfect_forecast
 from .forecast import Forecast
 from .parallel import run_all
@@ -27,9 +27,9 @@ class Point(NamedTuple):
 
     slots: int
     policy: str
-    """One of POLICY_NAMES; BELADY and LRU_PER_LAYER where nothing is prefetched and no policy is asked."""
+    """One of POLICY_NAMES or a class's; BELADY and LRU_PER_LAYER where nothing is prefetched and no policy is asked."""
     predictor: str
-    """One of REPLAY_PREDICTORS, or PERFECT."""
+    """One of REPLAY_PREDICTORS or a class's, or PERFECT."""
     threshold: float
     demand_miss_rate: float
     loads_per_use: float
