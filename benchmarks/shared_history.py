@@ -19,9 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_moe_offload.cache import create_policy
-from vllm_moe_offload.history.joining import join
 from vllm_moe_offload.history.store import HistoryStore
-from vllm_moe_offload.history.trace import Trace
+from vllm_moe_offload.history.trace import Trace, concat
 from vllm_moe_offload.history.trace_file import read_trace
 from vllm_moe_offload.predict.base import ModelShape, Predictor
 from vllm_moe_offload.predict.history import HistoryPredictor
@@ -135,7 +134,7 @@ def judge(engine: Engine, predictor: str, kind: str, history: Trace, setup: Setu
 
 def outcomes_of(engines: list[Engine], setup: Setup) -> Iterator[Outcome]:
     """Every engine with either history and either predictor."""
-    shared = join([engine.past for engine in engines], engines[0].past.shape)
+    shared = concat([engine.past for engine in engines], engines[0].past.shape)
     jobs = [
         partial(judge, engine, predictor, kind, engine.past if kind == "own" else shared, setup)
         for engine in engines

@@ -11,8 +11,7 @@ from past import SHAPE, past_request, same
 
 from vllm_moe_offload.daemon.packed_trace import pack_embedding, pack_trace, unpack_embedding, unpack_trace
 from vllm_moe_offload.daemon.protocol import PackedTrace
-from vllm_moe_offload.history.joining import join
-from vllm_moe_offload.history.trace import Trace
+from vllm_moe_offload.history.trace import Trace, concat
 
 GOOD = pack_trace(past_request(1))
 
@@ -20,7 +19,7 @@ GOOD = pack_trace(past_request(1))
 @given(st.lists(st.tuples(st.integers(0, 2**32), st.integers(0, 6)), max_size=5), st.sampled_from([8, 256, 257, 1000]))
 def test_traces_arrive_as_they_were(requests: list[tuple[int, int]], experts: int) -> None:
     shape = (SHAPE[0], experts, SHAPE[2])
-    trace = join([past_request(seed, tokens, experts=experts) for seed, tokens in requests], shape)
+    trace = concat([past_request(seed, tokens, experts=experts) for seed, tokens in requests], shape)
     arrived = unpack_trace(msgspec.msgpack.decode(msgspec.msgpack.encode(pack_trace(trace)), type=PackedTrace), shape)
     if not requests:
         trace = replace(trace, embeddings=None)

@@ -4,8 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import TraceError
-from ..history.joining import join
-from ..history.trace import Trace
+from ..history.trace import Trace, concat
 from ..history.trace_file import LogHeader, decode_log_header, encode_log_header, encode_trace
 from ..history.trace_log import LogWriter
 
@@ -82,7 +81,7 @@ class TraceRecording:
         if not requests:
             return
         try:
-            self._log.append(encode_trace(join(requests, self._shape)))
+            self._log.append(encode_trace(concat(requests, self._shape)))
         except OSError as error:
             if error.strerror == self._failing:
                 return

@@ -16,10 +16,8 @@ from numpy.typing import NDArray
 from ..chronicle.keeper import HistoryKeeper
 from ..errors import TraceError
 from ..history.archive import HistoryArchive
-from ..history.joining import join
 from ..history.store import PastRequest
-from ..history.trace import DECODE, Trace
-from ..predict.context import UNKNOWN_TOKEN
+from ..history.trace import UNKNOWN_TOKEN, Trace, concat
 from .packed_trace import Shape
 from .protocol import LARGE_FRAME_BYTES, HistorySize
 
@@ -114,9 +112,7 @@ class HostedHistory:
         chosen = _whole(near, int((1 - LATEST_SHARE) * most))
         numbers = {past.number for past in chosen}
         chosen += [past for past in latest if past.number not in numbers]
-        return join(
-            [_first_tokens(self._shown_to(user, past), count) for past, count in _cut(chosen, most)], self.shape
-        )
+        return concat([self._shown_to(user, past).rows(slice(count)) for past, count in _cut(chosen, most)], self.shape)
 
     def save(self, at_once: bool = False) -> None:
         """Write it if it has grown and the last time is long enough ago, or ``at_once``."""
@@ -130,16 +126,10 @@ class HostedHistory:
         """
         if not self._history.requests:
             return trace
-        last, width, tokens = self._history.requests[-1].trace, self._width(), trace.num_tokens
+        last, width = self._history.requests[-1].trace, self._width()
         if width is not None and trace.embeddings is not None and trace.embeddings.shape[1] != width:
             raise ValueError(f"an embedding of {trace.embeddings.shape[1]} numbers among such of {width}")
-        if trace.embeddings is None and width is not None:
-            trace = replace(trace, embeddings=np.zeros((1, width), np.float16))
-        if trace.tokens is None and last.tokens is not None:
-            trace = replace(trace, tokens=np.full(tokens, UNKNOWN_TOKEN, np.int32))
-        if trace.phase is None and last.phase is not None:
-            trace = replace(trace, phase=np.full(tokens, DECODE, np.uint8))
-        return trace
+        return trace.filled(last)
 
     def _note_user(self, user: int | None) -> None:
         """Whose the request is that was added last. Under the lock."""
@@ -171,7 +161,7 @@ class HostedHistory:
 
 def _bytes_per_token(requests: list[PastRequest]) -> int:
     """The most that a token takes, and its request with it."""
-    return max((past.nbytes // past.trace.num_tokens + 1 for past in requests), default=1)
+    return max((past.trace.nbytes // past.trace.num_tokens + 1 for past in requests), default=1)
 
 
 def _whole(requests: list[PastRequest], most: int) -> list[PastRequest]:
@@ -198,16 +188,4 @@ def _without_content(trace: Trace) -> Trace:
         trace,
         tokens=None if trace.tokens is None else np.full_like(trace.tokens, UNKNOWN_TOKEN),
         embeddings=None if trace.embeddings is None else np.zeros_like(trace.embeddings),
-    )
-
-
-def _first_tokens(trace: Trace, count: int) -> Trace:
-    return Trace(
-        experts=trace.experts[:count],
-        weights=trace.weights[:count],
-        offsets=np.array([0, count], np.int64),
-        num_experts=trace.num_experts,
-        tokens=None if trace.tokens is None else trace.tokens[:count],
-        phase=None if trace.phase is None else trace.phase[:count],
-        embeddings=trace.embeddings,
     )

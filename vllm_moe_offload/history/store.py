@@ -4,20 +4,20 @@ It forgets the request that is most like a newer one, or oldest, so that one cha
 not forgotten. It knows nothing of files (``archive``) and of how maps are matched (``predict``).
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .trace import DECODE, Trace, sound_tokens
+from .trace import Trace, concat, sound_tokens
 
 DEFAULT_BUDGET_BYTES = 256 << 20
 _AGE_WEIGHT = 0.25
 """How much similarity to a newer request the oldest request's age is worth."""
 _MAX_SHARE = 1 / 16
 """No single request may hold more of the budget."""
-_UNKNOWN_TOKEN = -1
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,6 @@ class PastRequest:
         if self.trace.embeddings is None:
             return None
         return self.trace.embeddings[0].astype(np.float32)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes its arrays take."""
-        trace = self.trace
-        arrays = (trace.experts, trace.weights, trace.tokens, trace.phase, trace.embeddings)
-        return sum(array.nbytes for array in arrays if array is not None)
 
 
 class HistoryStore:
@@ -108,7 +101,7 @@ class HistoryStore:
         self._note_likeness_to(past)
         self.requests.append(past)
         self._redundancy.append(0.0)
-        self._nbytes += past.nbytes
+        self._nbytes += past.trace.nbytes
         self.tokens_added += past.trace.num_tokens
         while self._nbytes > self.budget_bytes:
             self._forget(self._least_valuable())
@@ -141,26 +134,11 @@ class HistoryStore:
         What only some requests have is kept, and filled up for the others: unknown tokens are -1, an unknown phase is
         DECODE, an unknown meaning the zero vector, which is near to nothing.
         """
-        layers, experts, top_k = self.shape
-        requests = [past for past in list(self.requests) if newest is None or past.number <= newest]
-        if not requests:
-            return Trace(
-                np.empty((0, layers, top_k), np.uint16),
-                np.empty((0, layers, top_k), np.float16),
-                np.zeros(1, np.int64),
-                experts,
-            )
-        traces = [past.trace for past in requests]
-        return Trace(
-            experts=np.concatenate([trace.experts for trace in traces]),
-            weights=np.concatenate([trace.weights for trace in traces]),
-            offsets=np.concatenate([[0], np.cumsum([trace.num_tokens for trace in traces])]).astype(np.int64),
-            num_experts=experts,
-            model=traces[-1].model,
-            tokens=_joined([(trace.tokens, (trace.num_tokens,)) for trace in traces], _UNKNOWN_TOKEN),
-            phase=_joined([(trace.phase, (trace.num_tokens,)) for trace in traces], DECODE),
-            embeddings=_joined([(trace.embeddings, (1, self.width or 0)) for trace in traces], 0),
-        )
+        traces = [past.trace for past in list(self.requests) if newest is None or past.number <= newest]
+        if not traces:
+            return concat([], self.shape)
+        complete = functools.reduce(Trace.filled, traces, traces[-1])
+        return concat([trace.filled(complete) for trace in traces], self.shape)
 
     def prune(self, budget_bytes: int) -> None:
         """Forget requests until no more than ``budget_bytes`` are held, and keep to that from now on."""
@@ -172,7 +150,7 @@ class HistoryStore:
         """Assert the invariants."""
         numbers = [past.number for past in self.requests]
         assert numbers == sorted(set(numbers)) and len(numbers) == len(self._redundancy)
-        assert self._nbytes == sum(past.nbytes for past in self.requests) <= self.budget_bytes
+        assert self._nbytes == sum(past.trace.nbytes for past in self.requests) <= self.budget_bytes
         assert all(past.trace.shape == self.shape for past in self.requests)
         widths = {past.trace.embeddings.shape[1] for past in self.requests if past.trace.embeddings is not None}
         assert len(widths) <= 1
@@ -187,7 +165,7 @@ class HistoryStore:
             self._redundancy = np.maximum(self._redundancy, _similarity(self.requests, newer.embedding)).tolist()
 
     def _forget(self, index: int) -> None:
-        self._nbytes -= self.requests.pop(index).nbytes
+        self._nbytes -= self.requests.pop(index).trace.nbytes
         self._redundancy.pop(index)
 
     def _tokens_per_request(self, trace: Trace) -> int:
@@ -206,31 +184,9 @@ def _similarity(requests: Sequence[PastRequest], embedding: NDArray[np.float32])
 
 
 def _last_tokens(trace: Trace, count: int) -> Trace:
-    if trace.num_tokens <= count:
-        return trace
-    tail = Trace.request(trace, 0)
-    start = trace.num_tokens - count
-    return Trace(
-        experts=tail.experts[start:],
-        weights=tail.weights[start:],
-        offsets=np.array([0, count], np.int64),
-        num_experts=tail.num_experts,
-        model=tail.model,
-        tokens=None if tail.tokens is None else tail.tokens[start:],
-        phase=None if tail.phase is None else tail.phase[start:],
-        embeddings=tail.embeddings,
-    )
+    return trace.rows(slice(max(0, trace.num_tokens - count), None))
 
 
 def _own(trace: Trace) -> Trace:
     """A copy that keeps no larger array alive."""
     return trace.select([0])
-
-
-def _joined(columns: list[tuple[NDArray | None, tuple[int, ...]]], filling: int) -> NDArray | None:
-    """The arrays one after the other, those that are None as ``filling`` in their shape; None if all are."""
-    known = [array for array, _ in columns if array is not None]
-    if not known:
-        return None
-    dtype = known[-1].dtype
-    return np.concatenate([np.full(shape, filling, dtype) if array is None else array for array, shape in columns])

@@ -17,14 +17,13 @@ from numpy.typing import NDArray
 
 from ..errors import TraceError, TraceReadError
 from .files import write_atomically
-from .joining import join
 from .npz import NpzReader
-from .trace import MOST_EXPERTS, PREFILL, Trace, names_each_once, sums_to_one
+from .trace import COLUMNS, MOST_EXPERTS, PREFILL, Trace, concat, names_each_once, sums_to_one
 from .trace_log import is_log, read_frames
 
 VERSION = 1
 _REQUIRED = ("experts", "weights", "offsets", "num_experts")
-_OPTIONAL = ("version", "model", "fingerprint", "tokens", "phase", "embeddings", "group", "repetitive")
+_OPTIONAL = ("version", "model", "fingerprint", *(column.name for column in COLUMNS))
 
 
 def read_trace(path: str | Path) -> Trace:
@@ -90,7 +89,7 @@ def _read_log(path: Path, file: IO[bytes]) -> Trace:
         raise TraceError(f"{path}: not a readable trace file (cut short)")
     if any(trace.shape != header.shape for trace in traces):
         raise TraceError(f"{path}: not a readable trace file (requests of different shapes)")
-    return replace(join(traces, header.shape), model=header.model, fingerprint=header.fingerprint)
+    return replace(concat(traces, header.shape), model=header.model, fingerprint=header.fingerprint)
 
 
 def _read_fields(path: Path, file: IO[bytes]) -> dict[str, NDArray]:
@@ -121,7 +120,7 @@ def write_trace(path: str | Path, trace: Trace, compress: bool = True) -> None:
 
 
 def _fields_of(trace: Trace) -> dict[str, NDArray]:
-    fields: dict[str, NDArray] = {
+    return {
         "version": np.array(VERSION),
         "experts": trace.experts,
         "weights": trace.weights,
@@ -129,12 +128,8 @@ def _fields_of(trace: Trace) -> dict[str, NDArray]:
         "num_experts": np.array(trace.num_experts),
         "model": np.array(trace.model),
         "fingerprint": np.array(trace.fingerprint),
+        **trace.columns(),
     }
-    for name in ("tokens", "phase", "embeddings", "group", "repetitive"):
-        value = getattr(trace, name)
-        if value is not None:
-            fields[name] = value
-    return fields
 
 
 def checked_trace(path: Path | str, fields: dict[str, NDArray]) -> Trace:

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-UNKNOWN_TOKEN = -1
+from ..history.trace import UNKNOWN_TOKEN
+
 FREQUENCY_HALF_LIFE = 16.0
 """Tokens after which a use counts half in ``RequestState.frequency``."""
 _DECAY = np.float32(0.5 ** (1 / FREQUENCY_HALF_LIFE))
