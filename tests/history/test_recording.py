@@ -107,14 +107,3 @@ def test_a_long_request_keeps_its_last_tokens(lengths: list[int]) -> None:
     assert trace.tokens.tolist() == [token(0, i) for i in range(position - 4, position)]
     expected = [routing(0, i)[0].tolist() for i in range(position - 4, position)]
     assert trace.experts.tolist() == expected
-
-
-def test_a_trace_taken_while_the_request_runs_stays_as_it_was() -> None:
-    recorder = Recorder(SHAPE)
-    for position in range(100):
-        run(recorder, [(0, position, 1, 2, 0)])
-        if position == 50:
-            early = recorder.trace("0")
-            assert early is not None
-            copy = early.experts.copy()
-    assert early.num_tokens == 51 and (early.experts == copy).all()

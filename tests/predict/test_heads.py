@@ -113,13 +113,12 @@ def test_prefill_rows_do_not_know_the_map_before_them(past):
     assert PREFILL == 1
 
 
-def test_a_budget_of_time_stops_training_where_it_is(past):
-    now = iter(range(1000))
+def test_training_takes_the_steps_it_was_given_one_at_a_time(past):
     parameters = Parameters.random(NetworkSize(24, 32, 16, 8, 8), np.random.default_rng(0))
     trainer = HeadsTrainer(parameters, LearnedVectors(16), past, 9)
-    trainer.train(5, lambda: next(now))
-    assert not trainer.finished
-    trainer.train(900, lambda: next(now))
+    for _ in range(9):
+        assert not trainer.finished
+        trainer.step()
     assert trainer.finished
 
 

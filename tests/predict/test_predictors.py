@@ -105,18 +105,16 @@ def test_history_predicts_from_neighbours_until_the_heads_are_trained(past, unse
     assert np.allclose(young, forecast(neighbours, unseen, (2,)).probabilities, atol=1e-3)
 
 
-def test_history_trains_in_small_pieces_and_then_takes_over(past, monkeypatch):
+def test_history_trains_on_all_it_holds_and_then_predicts_by_heads(past, monkeypatch):
     from vllm_moe_offload.predict import heads_training
 
     monkeypatch.setattr(heads_training, "_MIN_STEPS", 6)
     monkeypatch.setattr(heads_training, "_EPOCHS", 0.1)
     predictor = HistoryPredictor(SHAPE, store_of(past))
-    ticks = iter(range(100))
-    pieces = 0
-    while predictor.heads is None:
-        predictor.train(2, lambda: next(ticks))
-        pieces += 1
-    assert pieces > 1 and predictor.trained_tokens == past.num_tokens and not predictor.training_due
+    assert predictor.training_due and predictor.heads is None
+    predictor.learn_all()
+    assert predictor.heads is not None
+    assert predictor.trained_tokens == past.num_tokens and not predictor.training_due
 
 
 def test_unknown_names_are_refused_with_the_choices(past):

@@ -124,11 +124,6 @@ class Recorder:
         self._rows = []
         return maps
 
-    def trace(self, request: str) -> Trace | None:
-        """A running request's trace so far, or None where nothing is known of it."""
-        running = self._requests.get(request)
-        return None if running is None else running.trace(self.shape[1])
-
     def finish(self, request: str) -> Trace | None:
         """The trace of a request that has ended, which is then forgotten; None where nothing is known of it."""
         running = self._requests.pop(request, None)

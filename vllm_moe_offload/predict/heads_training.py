@@ -1,6 +1,4 @@
-"""Training the heads in small steps, so that it can run in the background and stop at any moment."""
-
-from collections.abc import Callable
+"""Training the heads in small steps, so that whoever trains can pause between them and stop at any moment."""
 
 import numpy as np
 
@@ -31,8 +29,6 @@ class HeadsTrainer:
     ):
         self.parameters = parameters
         self.vectors = vectors
-        self.loss = float("nan")
-        """Mean cross-entropy per output of the last batch."""
         self._samples = Samples(trace)
         if isinstance(vectors, LearnedVectors):
             vectors.grow(self._samples.tokens)
@@ -46,12 +42,6 @@ class HeadsTrainer:
     @property
     def finished(self) -> bool:
         return self._step >= self.num_steps
-
-    def train(self, budget_seconds: float, clock: Callable[[], float]) -> None:
-        """Take steps until finished or until ``clock`` (seconds) has moved by the budget."""
-        deadline = clock() + budget_seconds
-        while not self.finished and clock() < deadline:
-            self.step()
 
     def step(self) -> None:
         """Learn from one batch."""
@@ -67,7 +57,7 @@ class HeadsTrainer:
         )
         inputs = NetworkInput(vectors, samples.context(rows, hidden[2]), samples.maps(rows))
         distance = _DISTANCES[self._step % len(_DISTANCES)]
-        self.loss, slope = forward_backward(self.parameters, inputs, distance, self._gradient)
+        _, slope = forward_backward(self.parameters, inputs, distance, self._gradient)
         rate = self._rate()
         self._adam.update(self.parameters.flat, self._gradient.flat, rate)
         self.vectors.learn(both, slope.reshape(len(rows), 2, width).transpose(1, 0, 2).reshape(-1, width), rate)

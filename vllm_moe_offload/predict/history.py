@@ -1,7 +1,7 @@
 """The predictor of this project: learned heads, and neighbours in their place while the history is young.
 
-It owns the history. Every request that closes is remembered; ``HeadsTrainer`` learns from the whole history when it has
-grown enough, at once (replay) or a little at a time in the background (engine). Heads predict from the start of a step
+It owns the history. Every request that ends is remembered; ``HeadsTrainer`` learns from the whole history when it has
+grown enough, at once (replay) or in another process (engine). Heads predict from the start of a step
 as soon as there are any; what layers have shown is better understood by neighbours until heads have learned from much.
 """
 
@@ -37,7 +37,8 @@ class HistoryPredictor(Predictor):
     Args:
         vectors: makes the vectors of tokens, called at each training; learned ones when not given. A model's own
             embeddings never change, so the same object may be returned every time.
-        learn_at_once: train within ``close`` when training is due. Otherwise someone must call ``train``.
+        learn_at_once: train within ``end_request`` when training is due. Otherwise someone else must train heads and
+            call ``use_heads``.
         max_candidates: of the neighbours.
     """
 
@@ -63,16 +64,14 @@ class HistoryPredictor(Predictor):
         self._learn_at_once = learn_at_once
         self._lock = threading.Lock()
         """Requests may be closed in another thread than they are opened in."""
-        self._trainer: HeadsTrainer | None = None
-        self._trainer_tokens = self._trainer_seen = 0
         self._remember_tokens(history.to_trace())
 
     @property
     def training_due(self) -> bool:
-        """Whether a training is under way, or too much of the history is new to the heads."""
+        """Whether too much of the history is new to the heads."""
         tokens = self.history.num_tokens
         unseen = max(self.history.tokens_added - self._seen_tokens, tokens - self.trained_tokens)
-        return self._trainer is not None or (tokens >= _FIRST_TRAINING_TOKENS and unseen >= _UNSEEN_SHARE * tokens)
+        return tokens >= _FIRST_TRAINING_TOKENS and unseen >= _UNSEEN_SHARE * tokens
 
     def use_heads(self, heads: HeadsPredictor, trained_tokens: int, unseen_tokens: int = 0) -> None:
         """Predict with these heads from the next step on, as after loading them from a file.
@@ -85,18 +84,6 @@ class HistoryPredictor(Predictor):
         self._seen_tokens = self.history.tokens_added - unseen_tokens
         self.learns_from_each_token &= trained_tokens < _HEADS_ALONE_TOKENS
 
-    def train(self, budget_seconds: float, clock: Callable[[], float]) -> None:
-        """Go on with the training that is due, for about ``budget_seconds`` by ``clock``.
-
-        May run in another thread than the steps: they keep using the old heads until the new ones are finished.
-        """
-        if not self.training_due:
-            return
-        trainer = self._trainer or self._start_training()
-        trainer.train(budget_seconds, clock)
-        if trainer.finished:
-            self._take_over(trainer)
-
     def start_request(self, embedding: NDArray[np.floating] | None = None) -> RequestState:
         state = super().start_request(embedding)
         if self.learns_from_each_token:
@@ -108,7 +95,7 @@ class HistoryPredictor(Predictor):
             return self._neighbours.begin(rows)
         at_start = self.heads.begin(rows)
         if self.learns_from_each_token and len(rows) <= _MOST_ROWS_OF_NEIGHBOURS:
-            return _YoungStep(at_start, self._neighbours.begin(rows))
+            return _ColdStartStep(at_start, self._neighbours.begin(rows))
         return at_start
 
     def learn(self, state: RequestState, token: int, token_map: TokenMap) -> None:
@@ -122,26 +109,13 @@ class HistoryPredictor(Predictor):
             self.learn_all()
 
     def learn_all(self) -> None:
-        """Train on the history as it stands, from start to end."""
-        trainer = self._start_training()
+        """Train heads on the history as it stands, from start to end, and predict with them."""
+        trace, vectors = self.history.to_trace(), self._vectors()
+        size = NetworkSize(self.shape.layers, self.shape.experts, vectors.width)
+        trainer = HeadsTrainer(Parameters.random(size, np.random.default_rng(0)), vectors, trace)
         while not trainer.finished:
             trainer.step()
-        self._take_over(trainer)
-
-    def _start_training(self) -> HeadsTrainer:
-        self._trainer_seen = self.history.tokens_added
-        trace = self.history.to_trace()
-        vectors = self._vectors()
-        size = NetworkSize(self.shape.layers, self.shape.experts, vectors.width)
-        parameters = Parameters.random(size, np.random.default_rng(0))
-        self._trainer = HeadsTrainer(parameters, vectors, trace)
-        self._trainer_tokens = trace.num_tokens
-        return self._trainer
-
-    def _take_over(self, trainer: HeadsTrainer) -> None:
-        heads = HeadsPredictor(self.shape, trainer.parameters, trainer.vectors)
-        self.use_heads(heads, self._trainer_tokens, self.history.tokens_added - self._trainer_seen)
-        self._trainer = None
+        self.use_heads(HeadsPredictor(self.shape, trainer.parameters, trainer.vectors), trace.num_tokens)
 
     def _remember_tokens(self, trace: Trace) -> None:
         if trace.tokens is None:
@@ -153,7 +127,7 @@ class HistoryPredictor(Predictor):
             self.memory.remember(int(tokens[place]), TokenMap(trace.experts[row].copy(), trace.weights[row].copy()))
 
 
-class _YoungStep(Step):
+class _ColdStartStep(Step):
     """Heads before the first layer, neighbours from then on."""
 
     def __init__(self, at_start: Step, afterwards: Step):
