@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_moe_offload.chronicle.witness import Witness
-from vllm_moe_offload.history.recording import Recorder, RequestRows
+from vllm_moe_offload.history.recording import Recorder, ScheduledTokens
 from vllm_moe_offload.history.store import HistoryStore
 from vllm_moe_offload.history.trace import Trace
 from vllm_moe_offload.predict.base import ModelShape, Predictor
@@ -71,9 +71,9 @@ class Slots:
 class Batch(NamedTuple):
     """What the engine would say of one step: a token of each request."""
 
-    requests: list[RequestRows]
+    requests: list[ScheduledTokens]
 
-    def rows(self) -> Sequence[RequestRows]:
+    def rows(self) -> Sequence[ScheduledTokens]:
         return self.requests
 
     def prompt(self, request: str) -> NDArray[np.int32]:
@@ -163,7 +163,7 @@ class Bench:
     def _step(self, batch: int, step: int) -> tuple[bool, dict[str, float]]:
         self.slots.next_step(step)
         tokens = self._tokens[(step * batch) % 2048 :][:batch]
-        rows = [RequestRows(str(r), PROMPT + step, tokens[r : r + 1], PROMPT) for r in range(batch)]
+        rows = [ScheduledTokens(str(r), PROMPT + step, tokens[r : r + 1], PROMPT) for r in range(batch)]
         self.witness.begin_step(Batch(rows))
         begin = _seconds(self.witness.begin_pass)
         predicted = self.anticipation is not None and self.anticipation.looks_ahead

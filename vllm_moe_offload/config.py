@@ -181,7 +181,7 @@ class OffloadConfig(BaseModel):
         return value
 
     @property
-    def insists_on_prediction(self) -> bool:
+    def predictor_is_explicit(self) -> bool:
         """Whether somebody asked for this predictor: then it is refused where it cannot work, instead of left out."""
         return "predictor" in self.model_fields_set
 

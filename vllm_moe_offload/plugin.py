@@ -3,6 +3,6 @@
 
 def register() -> None:
     """Put our wrappers around vLLM's seams. They do nothing until offloading is asked for. Idempotent."""
-    from .integration.install import install
+    from .integration.hooks import install
 
     install()

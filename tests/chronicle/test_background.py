@@ -6,7 +6,7 @@ import numpy as np
 
 from vllm_moe_offload.chronicle.background import Background
 from vllm_moe_offload.chronicle.witness import Witness
-from vllm_moe_offload.history.recording import Recorder, RequestRows
+from vllm_moe_offload.history.recording import Recorder, ScheduledTokens
 
 SHAPE = (2, 4, 2)
 
@@ -50,8 +50,8 @@ def test_the_job_comes_again_and_again_also_after_it_failed() -> None:
 
 
 class Source:
-    def rows(self) -> list[RequestRows]:
-        return [RequestRows("a", 0, np.array([7], np.int32), 1)]
+    def rows(self) -> list[ScheduledTokens]:
+        return [ScheduledTokens("a", 0, np.array([7], np.int32), 1)]
 
     def prompt(self, request: str) -> np.ndarray:
         return np.array([7], np.int32)

@@ -234,4 +234,4 @@ def test_whether_somebody_asked_for_a_predictor_survives_the_way_to_the_workers(
     config, _ = resolve({"moe_offload": {"cache": "25%"} | chosen}, {})
     assert config is not None
     settings = config.model_dump(mode="json", exclude_unset=True, exclude_none=True)
-    assert OffloadConfig.from_mapping(settings, "here").insists_on_prediction == bool(chosen)
+    assert OffloadConfig.from_mapping(settings, "here").predictor_is_explicit == bool(chosen)

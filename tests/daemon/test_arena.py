@@ -134,7 +134,7 @@ def test_memory_for_other_records_is_refused() -> None:
 
 def test_kernels_tensors_lie_in_shared_memory() -> None:
     torch = pytest.importorskip("torch")
-    from vllm_moe_offload.integration.records import place_in_pool, record_layout
+    from vllm_moe_offload.integration.tensors import place_in_pool, record_layout
 
     layer = torch.nn.Module()
     layer.register_parameter("w13", torch.nn.Parameter(torch.zeros(4, 8, 16, dtype=torch.bfloat16), False))

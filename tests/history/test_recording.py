@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_moe_offload.history.recording import Recorder, RequestRows
+from vllm_moe_offload.history.recording import Recorder, ScheduledTokens
 from vllm_moe_offload.history.trace import PREFILL
 
 SHAPE = (3, 300, 2)
@@ -27,7 +27,7 @@ def run(recorder: Recorder, parts: list[tuple[int, int, int, int, int]], padding
     rows = []
     for request, position, count, prompt, drafts in parts:
         tokens = np.array([token(request, position + i) for i in range(count)], np.int32)
-        rows.append(RequestRows(str(request), position, tokens, prompt, drafts))
+        rows.append(ScheduledTokens(str(request), position, tokens, prompt, drafts))
     recorder.begin_step(rows)
     maps = [routing(request, position + i) for request, position, count, *_ in parts for i in range(count)]
     for layer in range(SHAPE[0]):
@@ -91,7 +91,7 @@ def test_drafts_are_not_recorded_until_they_are_read_again() -> None:
 
 def test_a_step_that_was_cut_short_is_dropped() -> None:
     recorder = Recorder(SHAPE)
-    recorder.begin_step([RequestRows("0", 0, np.array([1], np.int32), 1)])
+    recorder.begin_step([ScheduledTokens("0", 0, np.array([1], np.int32), 1)])
     recorder.note(0, np.array([[1, 2]]), np.array([[0.5, 0.5]], np.float32))
     assert recorder.end_step() == [] and recorder.finish("0") is None
 

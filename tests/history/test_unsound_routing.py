@@ -12,7 +12,7 @@ from test_trace_file import make_trace
 from vllm_moe_offload.chronicle.trace_recording import TraceRecording
 from vllm_moe_offload.history.archive import HistoryArchive
 from vllm_moe_offload.history.embedding import mean_embedding
-from vllm_moe_offload.history.recording import Recorder, RequestRows
+from vllm_moe_offload.history.recording import Recorder, ScheduledTokens
 from vllm_moe_offload.history.store import HistoryStore
 from vllm_moe_offload.history.trace_file import read_trace
 from vllm_moe_offload.predict.base import ModelShape
@@ -25,7 +25,7 @@ NAN, INF = float("nan"), float("inf")
 
 def record(recorder: Recorder, experts: np.ndarray, weights: np.ndarray, request: str = "r") -> None:
     """One step of a request over tokens 0, 1, … that were routed so: ``[T, L, K]``."""
-    recorder.begin_step([RequestRows(request, 0, np.arange(len(experts), dtype=np.int32), len(experts))])
+    recorder.begin_step([ScheduledTokens(request, 0, np.arange(len(experts), dtype=np.int32), len(experts))])
     for layer in range(SHAPE[0]):
         recorder.note(layer, experts[:, layer], weights[:, layer])
     recorder.end_step()
@@ -105,7 +105,7 @@ def test_a_request_goes_on_after_a_token_that_was_left_out() -> None:
     experts, weights = sound()
     weights[-1] = NAN
     record(recorder, experts, weights)
-    recorder.begin_step([RequestRows("r", TOKENS - 1, np.array([3, 4], np.int32), TOKENS)])
+    recorder.begin_step([ScheduledTokens("r", TOKENS - 1, np.array([3, 4], np.int32), TOKENS)])
     for layer in range(SHAPE[0]):
         recorder.note(layer, experts[:2, layer], np.full((2, 2), 0.5, np.float32))
     (maps,) = recorder.end_step()

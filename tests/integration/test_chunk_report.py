@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from vllm_moe_offload.integration import chunk_report
-from vllm_moe_offload.integration.chunk_report import ChunkReport
+from vllm_moe_offload.integration import report
+from vllm_moe_offload.integration.report import ChunkReport
 from vllm_moe_offload.observe import Counters
 
 MOST = 512
@@ -20,7 +20,7 @@ class Steps:
         self.lines: list[str] = []
         self.report = ChunkReport(self.counters, MOST)
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
-        monkeypatch.setattr(chunk_report.logger, "info", lambda text, *values: self.lines.append(text % values))
+        monkeypatch.setattr(report.logger, "info", lambda text, *values: self.lines.append(text % values))
 
     def step(self, tokens: int, computing: float, stalled: float) -> None:
         self.report.begin_step(tokens)

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from tests.runtime.record_stores import ODD, build_store
-from vllm_moe_offload.integration.chunk_report import ChunkReport
 from vllm_moe_offload.integration.failure_board import FailureBoard, board_bytes
 from vllm_moe_offload.integration.failures import StepFailures
-from vllm_moe_offload.integration.report import StatsReport
+from vllm_moe_offload.integration.report import ChunkReport, StatsReport
 from vllm_moe_offload.integration.serving import ServedModel
 from vllm_moe_offload.integration.step import _attach_failures, _run_step
 from vllm_moe_offload.integration.worker import WorkerOffload

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from vllm_moe_offload.integration.chunk_report import ChunkReport
 from vllm_moe_offload.integration.failure_board import FailureBoard, board_bytes
 from vllm_moe_offload.integration.failures import StepFailures
+from vllm_moe_offload.integration.report import ChunkReport
 from vllm_moe_offload.integration.serving import ServedModel, _Step
 from vllm_moe_offload.observe import Counters
 

@@ -34,7 +34,7 @@ CANNOT = [
 def test_what_was_asked_for_is_refused(
     vllm_config: Any, moe_layers: Any, reason: str, settings: dict[str, str]
 ) -> None:
-    from vllm_moe_offload.integration.watching import watch_if_possible
+    from vllm_moe_offload.integration.prediction import watch_if_possible
 
     config = OffloadConfig.from_mapping(settings, "here")
     with pytest.raises(UnsupportedError, match=reason):
@@ -45,7 +45,7 @@ def test_what_was_asked_for_is_refused(
 def test_what_is_merely_the_default_is_left_out_and_the_log_says_why(
     vllm_config: Any, moe_layers: Any, reason: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_moe_offload.integration.watching import watch_if_possible
+    from vllm_moe_offload.integration.prediction import watch_if_possible
 
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     config = OffloadConfig.from_mapping({"cache": "25%"}, "here")

@@ -9,8 +9,8 @@ from vllm.engine.arg_utils import EngineArgs
 
 from vllm_moe_offload.config import OffloadConfig
 from vllm_moe_offload.devices.memory import equal_share
-from vllm_moe_offload.integration.budget import auto_budget, worker_budget
 from vllm_moe_offload.integration.engine_config import offload_config
+from vllm_moe_offload.integration.placement import auto_budget, worker_budget
 from vllm_moe_offload.integration.serving import mark_graph
 
 GIB = 2**30
@@ -37,10 +37,10 @@ def _ask(rank: int, folder: Path, answers: Any) -> None:
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import init_distributed_environment
 
-    from vllm_moe_offload.integration import budget
+    from vllm_moe_offload.integration import placement
 
     limits = {"a machine": (100 - rank) * GIB}
-    budget.memory_limits = lambda: limits  # what a worker sees that looks later
+    placement.memory_limits = lambda: limits  # what a worker sees that looks later
     vllm_config = VllmConfig()
     vllm_config.cache_config.kv_cache_memory_bytes = None
     with set_current_vllm_config(vllm_config):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from vllm_moe_offload.history.recording import Recorder, RequestRows
+from vllm_moe_offload.history.recording import Recorder, ScheduledTokens
 from vllm_moe_offload.predict.base import ModelShape, Predictor, Probabilities, Step
 from vllm_moe_offload.predict.context import TokenContext
 from vllm_moe_offload.prefetch.anticipation import MOST_ROWS, Anticipation
@@ -78,11 +78,11 @@ def estimates() -> Estimates:
     return Estimates(load_seconds=0.002, layer_seconds=0.003, chunk_seconds=0.002, busy=0.5)
 
 
-def decode_row(request: str = "a", token: int = 5, position: int = 10) -> RequestRows:
-    return RequestRows(request, position, np.array([token], np.int32), prompt=3)
+def decode_row(request: str = "a", token: int = 5, position: int = 10) -> ScheduledTokens:
+    return ScheduledTokens(request, position, np.array([token], np.int32), prompt=3)
 
 
-def run_step(anticipation: Anticipation, recorder: Recorder, rows: list[RequestRows], clock: list[float]) -> None:
+def run_step(anticipation: Anticipation, recorder: Recorder, rows: list[ScheduledTokens], clock: list[float]) -> None:
     anticipation.begin_step(rows, {})
     recorder.begin_step(rows)
     count = sum(len(part.tokens) for part in rows)
@@ -144,7 +144,7 @@ def test_a_step_of_many_rows_is_not_predicted_but_remembered() -> None:
     slots = Slots(clock)
     anticipation = ready(oracle, slots, clock)
     tokens = np.arange(MOST_ROWS + 1, dtype=np.int32)
-    run_step(anticipation, recorder, [RequestRows("a", 0, tokens, prompt=len(tokens))], clock)
+    run_step(anticipation, recorder, [ScheduledTokens("a", 0, tokens, prompt=len(tokens))], clock)
     assert not oracle.seen and not slots.started
     run_step(anticipation, recorder, [decode_row(token=0, position=len(tokens))], clock)
     assert oracle.seen[0][0].previous_token == MOST_ROWS and oracle.seen[0][0].same is not None

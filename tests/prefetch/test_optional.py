@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tests.prefetch.test_anticipation import SHAPE, Oracle, OracleStep, Slots, decode_row, estimates
 from vllm_moe_offload.chronicle.witness import Witness
-from vllm_moe_offload.history.recording import Recorder, RequestRows
+from vllm_moe_offload.history.recording import Recorder, ScheduledTokens
 from vllm_moe_offload.history.trace import Trace
 from vllm_moe_offload.predict.base import Probabilities, Step
 from vllm_moe_offload.predict.context import RequestState, TokenContext
@@ -72,7 +72,7 @@ class Source:
     def __init__(self, enter: Failing, position: int):
         self.enter, self.position = enter, position
 
-    def rows(self) -> Sequence[RequestRows]:
+    def rows(self) -> Sequence[ScheduledTokens]:
         self.enter("source.rows")
         return [decode_row(position=self.position)]
 

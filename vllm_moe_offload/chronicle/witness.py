@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..history.embedding import unit
-from ..history.recording import Recorder, RequestRows, routing_shares
+from ..history.recording import Recorder, ScheduledTokens, routing_shares
 from ..history.trace import Trace
 from ..predict.context import RequestState
 from ..prefetch.anticipation import Anticipation
@@ -29,7 +29,7 @@ def _at_once(job: Callable[[], None]) -> None:
 class StepSource(Protocol):
     """What the engine says of the running step, once it has put its batch together."""
 
-    def rows(self) -> Sequence[RequestRows]:
+    def rows(self) -> Sequence[ScheduledTokens]:
         """The rows of the step, request by request, in the order of the batch."""
 
     def prompt(self, request: str) -> NDArray[np.int32]:

@@ -25,7 +25,7 @@ def routing_shares(weights: NDArray[np.float32]) -> NDArray[np.float32]:
     return shares
 
 
-class RequestRows(NamedTuple):
+class ScheduledTokens(NamedTuple):
     """The rows of one request in a step: consecutive tokens, in the order in which the forward pass reads them."""
 
     request: str
@@ -48,7 +48,7 @@ class RequestMaps(NamedTuple):
     Only tokens that had not been seen before: a request that was preempted runs again over what it has been through.
     """
 
-    rows: RequestRows
+    rows: ScheduledTokens
     tokens: NDArray[np.int32]
     experts: NDArray[np.unsignedinteger]
     weights: NDArray[np.float16]
@@ -68,7 +68,7 @@ class Recorder:
     def __init__(self, shape: tuple[int, int, int], most_tokens: int | None = None):
         self.shape = shape
         self._most_tokens = most_tokens
-        self._rows: list[RequestRows] = []
+        self._rows: list[ScheduledTokens] = []
         self._requests: dict[str, _Running] = {}
         self._num_rows = 0
         self._noted = 0
@@ -81,7 +81,7 @@ class Recorder:
         """Requests that have begun and not ended."""
         return list(self._requests)
 
-    def begin_step(self, rows: Sequence[RequestRows]) -> None:
+    def begin_step(self, rows: Sequence[ScheduledTokens]) -> None:
         """A forward pass over these rows starts; whatever the last one left unfinished is dropped."""
         self._rows = list(rows)
         self._num_rows = sum(len(part.tokens) for part in rows)

@@ -66,7 +66,7 @@ def daemon_socket(config: OffloadConfig) -> Path:
     return socket_of(config.daemon)
 
 
-def another_rank_foretells(vllm_config: Any) -> bool:
+def predicts_on_other_rank(vllm_config: Any) -> bool:
     """Whether what this worker will need is foretold by a rank that splits the same experts with it.
 
     What that rank asks the daemon to prefetch, the daemon prefetches for all of its group.

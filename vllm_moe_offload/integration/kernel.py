@@ -7,7 +7,7 @@ import torch
 from ..errors import StoreError, UnsupportedError
 from ..slots.base import SlotMemory
 from .method import OffloadedMoEMethod
-from .records import expert_tensors, place_in_pool, record_layout, remove
+from .tensors import expert_tensors, place_in_pool, record_layout, remove
 
 
 def attach_slots(

@@ -22,13 +22,13 @@ from ..store.reader import Store
 from ..store.root import StoreRoot
 from ..store.writer import StoreWriter
 from . import seams
-from .budget import LoadedModel
 from .engine_config import offload_config, only_environment_asks
 from .identity import checkpoint_read, store_identity
-from .method import OffloadedMoEMethod
-from .records import NOT_EXPERT_WEIGHTS, as_bytes, expert_tensors, record_layout
+from .method import OffloadedMoEMethod, register_op
+from .placement import LoadedModel
 from .streaming import DIRECT_WRITERS, DirectlyWrittenLayers, StreamedLayer, refuse_late_loads
-from .support import refuse_loading, refuse_unsupported
+from .support import refuse_loading, refuse_method, refuse_unsupported
+from .tensors import NOT_EXPERT_WEIGHTS, as_bytes, expert_tensors, record_layout
 
 logger = init_logger("vllm.moe_offload")
 
@@ -37,8 +37,21 @@ _loading: ContextVar["ModelOffload | None"] = ContextVar("moe_offload_loading", 
 
 
 def install() -> None:
+    seams.QUANT_METHOD.wrap(_take_over)
     seams.LOAD_MODEL.wrap(_load_with_store)
     seams.LOAD_WEIGHTS.wrap(_load_into_store)
+
+
+def _take_over(get_quant_method: Callable[..., Any]) -> Callable[..., Any]:
+    def _get_quant_method(self: Any, prefix: str, quant_config: Any, moe_config: Any) -> Any:
+        method = get_quant_method(self, prefix, quant_config, moe_config)
+        offload = loading_offload()
+        if offload is None:
+            return method
+        refuse_method(prefix, method)
+        return OffloadedMoEMethod(method, offload.take_layer, offload.record)
+
+    return _get_quant_method
 
 
 def loading_offload() -> "ModelOffload | None":
@@ -72,8 +85,6 @@ def _load_with_store(load_model: Callable[..., Any]) -> Callable[..., Any]:
         worker = _worker.get()
         if model_config.is_moe or not only_environment_asks(vllm_config):
             refuse_loading(model_config.model, self.load_config.load_format, worker is not None)
-        from .forward import register_op
-
         register_op()
         offload = ModelOffload(vllm_config, model_config, self.load_config.load_format, prefix, config)
         token = _loading.set(offload)

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
-from vllm.utils.torch_utils import LayerName
+from vllm.utils.torch_utils import LayerName, direct_register_custom_op
 
 from ..chronicle.witness import Witness
 from ..runtime import OffloadRuntime, PooledLayer
-from .records import remove
+from .tensors import remove
 
 LayerConsumer = Callable[[torch.nn.Module, "OffloadedMoEMethod"], None]
 
@@ -179,3 +180,22 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
 
 OffloadedLayers = Mapping[str, tuple[torch.nn.Module, OffloadedMoEMethod]]
 """The MoE layers of a model by their names in its store."""
+
+
+def _experts(
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: LayerName
+) -> torch.Tensor:
+    layer = get_forward_context().no_compile_layers[layer_name.value].routed_experts
+    return layer.quant_method.compute(layer, x, topk_weights, topk_ids)
+
+
+def _experts_fake(
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: LayerName
+) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def register_op() -> None:
+    """Make ``torch.ops.vllm.moe_offload_experts`` exist, which keeps torch.compile out of our Python. Idempotent."""
+    if not hasattr(torch.ops.vllm, "moe_offload_experts"):
+        direct_register_custom_op("moe_offload_experts", _experts, fake_impl=_experts_fake)

@@ -14,16 +14,15 @@ from ..prefetch.loader import DamagedRecordError
 from ..runtime import OffloadRuntime
 from ..store.root import StoreRoot
 from ..threads import failed_threads
-from .budget import LoadedModel, ModelSlots
-from .chunk_report import ChunkReport
 from .failures import StepFailures
-from .hosting import another_rank_foretells, daemon_socket
+from .hosting import daemon_socket, predicts_on_other_rank
 from .kernel import attach_slots
 from .method import OffloadedMoEMethod
-from .report import StatsReport
+from .placement import LoadedModel, ModelSlots
+from .report import ChunkReport, StatsReport
 
 if TYPE_CHECKING:
-    from .watching import Watch
+    from .prediction import Watch
 
 logger = init_logger("vllm.moe_offload")
 
@@ -168,11 +167,11 @@ class ServedModel:
         if self._resident and config.predictor != "none":
             logger.info("moe-offload: every expert is resident: nothing to predict, and nothing is remembered")
             config = config.model_copy(update={"predictor": "none"})
-        if self._daemon is not None and another_rank_foretells(model.vllm_config):
+        if self._daemon is not None and predicts_on_other_rank(model.vllm_config):
             config = config.model_copy(update={"predictor": "none"})
         if config.trace is None and config.predictor == "none":
             return None
-        from .watching import watch_if_possible  # brings a compiler along, which nobody else needs
+        from .prediction import watch_if_possible  # brings a compiler along, which nobody else needs
 
         socket = None if self._daemon is None else daemon_socket(config)
         return watch_if_possible(model.vllm_config, config, model.module, model.layers, self.runtime, io_cpus, socket)

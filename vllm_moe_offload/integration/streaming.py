@@ -13,7 +13,7 @@ import torch
 
 from ..errors import StoreError, UnsupportedError
 from .coverage import Coverage, WrittenParts
-from .records import NOT_EXPERT_WEIGHTS, expert_tensors
+from .tensors import NOT_EXPERT_WEIGHTS, expert_tensors
 
 DIRECT_WRITERS = frozenset({"GptOssRoutedExperts"})
 """Layers whose model copies unquantized expert tensors into parameters without asking their loaders."""

@@ -10,10 +10,10 @@ from ..config import ENVIRONMENT_VARIABLE, OffloadConfig
 from ..errors import UnsupportedError
 from ..threads import processors_for_reading
 from . import seams
-from .budget import LoadedModel, slots_of_models, worker_budget
 from .engine_config import offload_config, only_environment_asks, switch_off
 from .failures import StepFailures, connect_ranks
 from .loading import WorkerLoading
+from .placement import LoadedModel, slots_of_models, worker_budget
 from .serving import ServedModel
 from .weights import protect_weights
 
@@ -184,7 +184,7 @@ class WorkerOffload:
 
 def refuse_to_predict(config: OffloadConfig) -> None:
     """Raises ``UnsupportedError`` where a trace or prediction was asked for and the served model has no MoE layers."""
-    if config.trace is not None or (config.insists_on_prediction and config.predictor != "none"):
+    if config.trace is not None or (config.predictor_is_explicit and config.predictor != "none"):
         raise UnsupportedError(
             "only the drafter has MoE layers here, and traces and prediction are of the served model alone; "
             "leave out trace and predictor"

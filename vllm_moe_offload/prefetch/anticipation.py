@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..history.recording import RequestMaps, RequestRows
+from ..history.recording import RequestMaps, ScheduledTokens
 from ..predict.base import Predictor, Step, union_probability
 from ..predict.context import RequestState, TokenContext, TokenMap
 from .estimates import Estimates
@@ -87,7 +87,7 @@ class Anticipation:
         return self._step is not None and not self.switch.off
 
     @optional
-    def begin_step(self, rows: Sequence[RequestRows], embeddings: Mapping[str, NDArray[np.float32]]) -> None:
+    def begin_step(self, rows: Sequence[ScheduledTokens], embeddings: Mapping[str, NDArray[np.float32]]) -> None:
         """The forward pass over ``rows`` starts. ``embeddings``: of requests, where known."""
         self._step_began = began = self._clock()
         self._step, self._layer = None, -1
@@ -210,7 +210,7 @@ class Anticipation:
             self._ask_seconds += 0.05 * (now - began - self._ask_seconds)
             began = now
 
-    def _contexts(self, part: RequestRows) -> Sequence[TokenContext]:
+    def _contexts(self, part: ScheduledTokens) -> Sequence[TokenContext]:
         state = self._states[part.request]
         if len(part.tokens) == 1:
             return [state.context(int(part.tokens[0]))]

@@ -54,26 +54,26 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_the_function_is_asked_for_a_prompt(module: str) -> None:
-    from vllm_moe_offload.integration.meaning import UserEmbedding
+    from vllm_moe_offload.integration.embedding import UserEmbedder
 
-    assert UserEmbedding(f"{module}:lengths")(np.array([5, 6, 7], np.int32)).tolist() == [3, 0, 0]
-    assert UserEmbedding(f"{module}:Nested.half")(np.array([5], np.int32)).tolist() == [0.5]
+    assert UserEmbedder(f"{module}:lengths")(np.array([5, 6, 7], np.int32)).tolist() == [3, 0, 0]
+    assert UserEmbedder(f"{module}:Nested.half")(np.array([5], np.int32)).tolist() == [0.5]
 
 
 def test_vectors_that_cannot_be_compared_are_in_different_histories(
     module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_moe_offload.integration import keeping
-    from vllm_moe_offload.integration.meaning import UserEmbedding
+    from vllm_moe_offload.integration import history
+    from vllm_moe_offload.integration.embedding import UserEmbedder
 
-    monkeypatch.setattr(keeping, "get_pp_group", lambda: SimpleNamespace(world_size=1))
+    monkeypatch.setattr(history, "get_pp_group", lambda: SimpleNamespace(world_size=1))
     store = SimpleNamespace(identity=SimpleNamespace(facts={"checkpoint": "c", "model": "m"}))
-    functions = [None, *(UserEmbedding(f"{module}:{name}") for name in ("lengths", "Nested.half", "ones"))]
+    functions = [None, *(UserEmbedder(f"{module}:{name}") for name in ("lengths", "Nested.half", "ones"))]
     monkeypatch.setattr(import_module(module), "width", 5)
-    functions.append(UserEmbedding(f"{module}:ones"))
-    histories = [keeping.history_fingerprint(store, function) for function in functions]
+    functions.append(UserEmbedder(f"{module}:ones"))
+    histories = [history.history_fingerprint(store, function) for function in functions]
     assert len(set(histories)) == 5
-    assert histories == [keeping.history_fingerprint(store, function) for function in functions]
+    assert histories == [history.history_fingerprint(store, function) for function in functions]
 
 
 @pytest.mark.parametrize(
@@ -89,28 +89,28 @@ def test_vectors_that_cannot_be_compared_are_in_different_histories(
     ],
 )
 def test_what_cannot_be_used_is_refused_at_the_start(module: str, function: str, reason: str) -> None:
-    from vllm_moe_offload.integration.meaning import UserEmbedding
+    from vllm_moe_offload.integration.embedding import UserEmbedder
 
     with pytest.raises(ConfigError, match=rf"^embedding = '{module}:{function}' {reason}"):
-        UserEmbedding(f"{module}:{function}")
+        UserEmbedder(f"{module}:{function}")
 
 
 def test_modules_that_are_not_there_or_broken_are_named(module: str) -> None:
-    from vllm_moe_offload.integration.meaning import UserEmbedding
+    from vllm_moe_offload.integration.embedding import UserEmbedder
 
     with pytest.raises(ConfigError, match=r"embedding = 'no\.such:f' cannot be imported \(ModuleNotFoundError"):
-        UserEmbedding("no.such:f")
+        UserEmbedder("no.such:f")
     with pytest.raises(ConfigError, match=r"cannot be imported \(ZeroDivisionError"):
-        UserEmbedding(f"broken_{module}:f")
+        UserEmbedder(f"broken_{module}:f")
 
 
 @pytest.mark.parametrize(("token", "reason"), [(13, "unlucky"), (14, "2 numbers after 3 before")])
 def test_a_prompt_it_fails_on_means_nothing_and_the_log_says_why(
     module: str, token: int, reason: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_moe_offload.integration.meaning import UserEmbedding
+    from vllm_moe_offload.integration.embedding import UserEmbedder
 
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    embed = UserEmbedding(f"{module}:lengths")
+    embed = UserEmbedder(f"{module}:lengths")
     assert embed(np.array([token], np.int32)).tolist() == [0, 0, 0]
     assert reason in caplog.text and f"{module}:lengths" in caplog.text

@@ -31,10 +31,10 @@ from ..prefetch.optional import Switch
 from ..runtime import OffloadRuntime
 from ..slots.looking_ahead import SlotsAhead
 from . import seams
-from .keeping import history_fingerprint, history_keeper, trace_recording
-from .meaning import meaning_of
+from .batch import StepBatch, token_rows
+from .embedding import prompt_embedder
+from .history import history_fingerprint, history_keeper, trace_recording
 from .method import OffloadedLayers
-from .rows import RunnerStep, token_rows
 
 logger = init_logger("vllm.moe_offload")
 
@@ -69,7 +69,7 @@ class Watch:
         self._prediction = Switch(self._stop_predicting)
         gate = _gate_predictor(model, layers, shape, self._prediction) if config.predictor == "gate" else None
         self._embeddings = token_rows(model)
-        embed = meaning_of(config.embedding, self._embeddings and self._embeddings[0])
+        embed = prompt_embedder(config.embedding, self._embeddings and self._embeddings[0])
         fingerprint = history_fingerprint(runtime.store, embed)
         self._trace = trace_recording(vllm_config, config, shape, fingerprint)
         self._keeper = history_keeper(vllm_config, config, shape, fingerprint, runtime.store, daemon)
@@ -132,7 +132,7 @@ class Watch:
         self.witness.requests_ended(scheduler_output.finished_req_ids)
         if not scheduler_output.total_num_scheduled_tokens:
             return
-        self.witness.begin_step(RunnerStep(model_runner, scheduler_output))
+        self.witness.begin_step(StepBatch(model_runner, scheduler_output))
 
     def stats(self) -> dict[str, int]:
         """What is remembered, and how much of it the predictor has learned from."""
@@ -208,7 +208,7 @@ def watch_if_possible(
     try:
         return Watch(vllm_config, config, model, layers, runtime, cpus, daemon)
     except UnsupportedError as error:
-        if config.insists_on_prediction or config.trace is not None:
+        if config.predictor_is_explicit or config.trace is not None:
             raise
         _warn(f"serving without prediction: {error}")
         return None
@@ -241,7 +241,7 @@ def _gate_predictor(
     model: torch.nn.Module, layers: OffloadedLayers, shape: ModelShape, prediction: Switch
 ) -> GatePredictor:
     seams.refuse_where_moved(seams.GATE_PREDICTOR)
-    from .gates import layer_routers  # leans on what only this predictor needs
+    from .routers import layer_routers  # leans on what only this predictor needs
 
     predictor = GatePredictor(shape, layer_routers(model, [layer for layer, _ in layers.values()]))
     for _, method in layers.values():

@@ -22,12 +22,12 @@ from ..predict.base import ModelShape
 from ..predict.registry import MAX_CANDIDATES
 from ..store.reader import Store
 from ..store.root import default_root
-from .meaning import Meaning, UserEmbedding
+from .embedding import PromptEmbedder, UserEmbedder
 
 logger = init_logger("vllm.moe_offload")
 
 
-def history_fingerprint(store: Store, embed: Meaning | None) -> str:
+def history_fingerprint(store: Store, embed: PromptEmbedder | None) -> str:
     """Of the checkpoint's content and configuration alone (see store/identity.py): histories outlive another vLLM,
     torch or transformers, another kernel, dtype or machine.
 
@@ -35,7 +35,7 @@ def history_fingerprint(store: Store, embed: Meaning | None) -> str:
     """
     facts = {name: store.identity.facts[name] for name in ("checkpoint", "model")}
     facts["pipeline_stage"] = get_pp_group().rank_in_group if get_pp_group().world_size > 1 else 0
-    if isinstance(embed, UserEmbedding):
+    if isinstance(embed, UserEmbedder):
         facts["embedding"] = [embed.setting, embed.width]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -1,4 +1,4 @@
-"""What stands for a request's meaning: the model's own token embeddings, or a function of the user's.
+"""Prompt embedders: the mean of the model's own token embeddings, or a function of the user's.
 
 Whatever the function does, it must never fail a request or a step that serves it.
 """
@@ -18,23 +18,24 @@ from ..history.embedding import TokenRows, mean_embedding
 
 logger = init_logger("vllm.moe_offload")
 
-Vector = NDArray[np.float32]
-Meaning = Callable[[NDArray[np.integer]], Vector]
+PromptEmbedding = NDArray[np.float32]
 """The vector ``[D]`` of a prompt, of any length."""
+PromptEmbedder = Callable[[NDArray[np.integer]], PromptEmbedding]
+"""From a prompt's token ids ``[n]``."""
 
 
-def meaning_of(setting: str, token_rows: TokenRows | None) -> Meaning | None:
-    """What a setting names; None where the model's embeddings cannot be read.
+def prompt_embedder(setting: str, token_rows: TokenRows | None) -> PromptEmbedder | None:
+    """The prompt embedder that a setting names; None where the model's embeddings cannot be read.
 
     Raises:
         ConfigError: the user's function cannot be imported, called, or used.
     """
     if setting != MODEL_EMBEDDING:
-        return UserEmbedding(setting)
+        return UserEmbedder(setting)
     return None if token_rows is None else functools.partial(mean_embedding, rows=token_rows)
 
 
-class UserEmbedding:
+class UserEmbedder:
     """``package.module:function``, called with the list of a prompt's token ids."""
 
     def __init__(self, setting: str):
@@ -55,7 +56,7 @@ class UserEmbedding:
                 "list of token ids and return a 1-D array of numbers"
             ) from error
 
-    def __call__(self, prompt: NDArray[np.integer]) -> Vector:
+    def __call__(self, prompt: NDArray[np.integer]) -> PromptEmbedding:
         """float32 ``[D]``. A prompt that the function fails on gets a zero vector, and a line in the log."""
         try:
             vector = _vector(self._function(prompt.tolist()))
@@ -67,7 +68,7 @@ class UserEmbedding:
         return vector
 
 
-def _vector(answer: Any) -> Vector:
+def _vector(answer: Any) -> PromptEmbedding:
     vector = np.asarray(answer, dtype=np.float32)
     if vector.ndim != 1 or not len(vector) or not np.isfinite(vector).all():
         raise ValueError(f"an array of shape {vector.shape} instead of some finite numbers in a row")

@@ -8,10 +8,10 @@ import torch
 from numpy.typing import NDArray
 
 from ..history.embedding import TokenRows
-from ..history.recording import RequestRows
+from ..history.recording import ScheduledTokens
 
 
-class RunnerStep:
+class StepBatch:
     """One scheduled step, seen through vLLM's V1 model runner. Valid once the runner has put its batch together."""
 
     def __init__(self, model_runner: Any, scheduler_output: Any):
@@ -19,7 +19,7 @@ class RunnerStep:
         self._scheduled: Mapping[str, int] = scheduler_output.num_scheduled_tokens
         self._drafts: Mapping[str, Sequence[int]] = scheduler_output.scheduled_spec_decode_tokens
 
-    def rows(self) -> list[RequestRows]:
+    def rows(self) -> list[ScheduledTokens]:
         batch = self._runner.input_batch
         order: list[str] = batch.req_ids
         counts = [self._scheduled[request] for request in order]
@@ -29,7 +29,7 @@ class RunnerStep:
         rows, start = [], 0
         for request, count, position, prompt in zip(order, counts, positions, prompts, strict=True):
             part, start = tokens[start : start + count], start + count
-            rows.append(RequestRows(request, position, part, prompt, len(self._drafts.get(request, ()))))
+            rows.append(ScheduledTokens(request, position, part, prompt, len(self._drafts.get(request, ()))))
         return rows
 
     def prompt(self, request: str) -> NDArray[np.int32]:
