@@ -38,8 +38,8 @@ class GateScore:
         from vllm_moe_offload.integration.method import OffloadedMoEMethod
 
         model = worker.model_runner.get_model()
-        watch = model.moe_offload._watch
-        self._predictor, self._witness = watch._predictor, watch.witness
+        prediction = model.moe_offload._prediction
+        self._predictor, self._witness = prediction.history.predictor, prediction.witness
         self.shape = self._predictor.shape
         self.counts = False
         self.accuracy = Accuracy(self.shape.layers, self.shape.top_k, DISTANCES)

@@ -22,7 +22,7 @@ def watch_own_routers(worker: Any) -> None:
     from vllm_moe_offload.integration.method import OffloadedMoEMethod
 
     model = worker.model_runner.get_model()
-    predictor, witness = model.moe_offload._watch._predictor, model.moe_offload._watch.witness
+    predictor, witness = model.moe_offload._prediction.history.predictor, model.moe_offload._prediction.witness
     routed = witness.routed
     shown: list[np.ndarray] = []
     worker.foreseen = worker.chosen = 0

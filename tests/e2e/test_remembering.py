@@ -26,7 +26,7 @@ def lengths(prompt: list[int]) -> list[float]:
 
 
 def embeddings(worker: Any) -> list[list[float]]:
-    history = worker.model_runner.get_model().moe_offload._watch._keeper.history
+    history = worker.model_runner.get_model().moe_offload._prediction.history.keeper.history
     return [past.trace.embeddings[0].tolist() for past in history.requests]
 
 
@@ -35,7 +35,7 @@ def learn_faster(worker: Any) -> None:
     from vllm_moe_offload.chronicle import learning
 
     learning.CPU_SHARE = 1.0
-    worker.model_runner.get_model().moe_offload._watch._background._period = 0.2
+    worker.model_runner.get_model().moe_offload._prediction.history._background._period = 0.2
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ class Worker:
         pools = embedded_pools(self.made.store, {ODD: 6}, "lfu", None, ledger)
         served = ServedModel.__new__(ServedModel)
         served.runtime = OffloadRuntime(self.made.store, pools, ledger)
-        served._daemon = served._watch = served._step = None
+        served._daemon = served._prediction = served._step = None
         served.drafts = False
         served._report = StatsReport(served.runtime, "")
         served._chunks = ChunkReport(served.runtime.counters, most_tokens=8)

@@ -22,7 +22,7 @@ def test_a_lease_lost_within_a_step_fails_its_requests(lost: bool) -> None:
     failures.begin_step(scheduled)
     served = ServedModel.__new__(ServedModel)
     served._daemon = SimpleNamespace(lease_lost=lost)  # type: ignore[assignment]
-    served._watch = None
+    served._prediction = None
     served.drafts = False
     served._chunks = ChunkReport(Counters(), most_tokens=8)
     served._step = _Step(SimpleNamespace(), scheduled, failures)

@@ -34,21 +34,21 @@ CANNOT = [
 def test_what_was_asked_for_is_refused(
     vllm_config: Any, moe_layers: Any, reason: str, settings: dict[str, str]
 ) -> None:
-    from vllm_moe_offload.integration.prediction import watch_if_possible
+    from vllm_moe_offload.integration.prediction import build_prediction
 
     config = OffloadConfig.from_mapping(settings, "here")
     with pytest.raises(UnsupportedError, match=reason):
-        watch_if_possible(vllm_config, config, None, moe_layers, None, set(), None)  # type: ignore[arg-type]
+        build_prediction(vllm_config, config, None, moe_layers, None, set(), None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("vllm_config", "moe_layers", "reason"), CANNOT)
 def test_what_is_merely_the_default_is_left_out_and_the_log_says_why(
     vllm_config: Any, moe_layers: Any, reason: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_moe_offload.integration.prediction import watch_if_possible
+    from vllm_moe_offload.integration.prediction import build_prediction
 
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     config = OffloadConfig.from_mapping({"cache": "25%"}, "here")
-    assert watch_if_possible(vllm_config, config, None, moe_layers, None, set(), None) is None  # type: ignore[arg-type]
+    assert build_prediction(vllm_config, config, None, moe_layers, None, set(), None) is None  # type: ignore[arg-type]
     (said,) = {record.getMessage() for record in caplog.records}
     assert re.search(f"serving without prediction: .*{reason}", said)

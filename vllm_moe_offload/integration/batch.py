@@ -1,13 +1,11 @@
-"""Which requests and tokens the rows of the running step belong to, and what the model's tokens mean."""
+"""Which requests and tokens the rows of the running step belong to."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from ..history.embedding import TokenRows
 from ..history.recording import ScheduledTokens
 
 
@@ -36,28 +34,3 @@ class StepBatch:
         batch = self._runner.input_batch
         index = batch.req_id_to_index[request]
         return batch.token_ids_cpu[index, : batch.num_prompt_tokens[index]]
-
-
-def token_rows(model: torch.nn.Module) -> tuple[TokenRows, int] | None:
-    """The model's own token embeddings as a function of token numbers, and their length.
-
-    None where they are not all here as plain numbers: split over ranks, or quantized.
-    """
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-
-    for module in model.modules():
-        if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
-            weight = getattr(module, "weight", None)
-            if module.tp_size > 1 or weight is None or weight.dim() != 2 or not weight.is_floating_point():
-                return None
-            return _rows_of(weight.detach()), weight.shape[1]
-    return None
-
-
-def _rows_of(weight: torch.Tensor) -> TokenRows:
-    """Plain numpy: it is also called from threads that must not use torch's."""
-    if weight.dtype != torch.bfloat16:
-        table = weight.numpy()
-        return lambda tokens: table[tokens].astype(np.float32)
-    halves = weight.view(torch.uint16).numpy()
-    return lambda tokens: (halves[tokens].astype(np.uint32) << 16).view(np.float32)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from vllm.logger import init_logger
 
@@ -73,3 +74,28 @@ def _vector(answer: Any) -> PromptEmbedding:
     if vector.ndim != 1 or not len(vector) or not np.isfinite(vector).all():
         raise ValueError(f"an array of shape {vector.shape} instead of some finite numbers in a row")
     return vector
+
+
+def token_rows(model: torch.nn.Module) -> tuple[TokenRows, int] | None:
+    """The model's own token embeddings as a function of token numbers, and their length.
+
+    None where they are not all here as plain numbers: split over ranks, or quantized.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    for module in model.modules():
+        if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead):
+            weight = getattr(module, "weight", None)
+            if module.tp_size > 1 or weight is None or weight.dim() != 2 or not weight.is_floating_point():
+                return None
+            return _rows_of(weight.detach()), weight.shape[1]
+    return None
+
+
+def _rows_of(weight: torch.Tensor) -> TokenRows:
+    """Plain numpy: it is also called from threads that must not use torch's."""
+    if weight.dtype != torch.bfloat16:
+        table = weight.numpy()
+        return lambda tokens: table[tokens].astype(np.float32)
+    halves = weight.view(torch.uint16).numpy()
+    return lambda tokens: (halves[tokens].astype(np.uint32) << 16).view(np.float32)

@@ -1,30 +1,136 @@
-"""What one worker keeps in files: the history of its model, and the trace it was asked for.
+"""What one worker keeps of its requests: the history of its model, and the trace it was asked for.
 
-Settings and ranks decide here who reads and writes what; the files themselves are the matter of chronicle/.
+Settings and ranks decide here who reads and writes what; the files themselves are the matter of chronicle/. Nothing
+here may end an engine that serves.
 """
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
+from ..chronicle.background import Background
 from ..chronicle.keeper import HistoryKeeper, Keeper
+from ..chronicle.learning import Learning
 from ..chronicle.trace_recording import TraceRecording
 from ..config import OffloadConfig
 from ..daemon.protocol import OpenHistory
 from ..daemon.remote_history import RemoteKeeper
-from ..errors import ConfigError
+from ..errors import ConfigError, OffloadError
 from ..history.archive import HistoryArchive
-from ..predict.base import ModelShape
+from ..history.recording import Recorder
+from ..history.trace import Trace
+from ..predict.base import ModelShape, Predictor
+from ..predict.context import RequestState
+from ..predict.history import HistoryPredictor
 from ..predict.registry import MAX_CANDIDATES
+from ..prefetch.optional import Switch
 from ..store.reader import Store
 from ..store.root import default_root
 from .embedding import PromptEmbedder, UserEmbedder
 
 logger = init_logger("vllm.moe_offload")
+
+SECONDS_BETWEEN_ROUNDS = 5.0
+
+
+class RoutingHistory:
+    """What becomes of what the requests of one worker were routed to: traced, remembered, learned from.
+
+    All of it happens on a thread of its own, between and after the steps.
+
+    Args:
+        recorder: makes traces of running requests.
+        trace: the file that every request goes to.
+        keeper: of the history; None where nothing is predicted.
+        predictor: fed with every request.
+        learning: of ``predictor``, where it learns.
+        prediction: turned off by what the predictor raises.
+        cpus: where the thread may run.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        trace: TraceRecording | None,
+        keeper: Keeper | None,
+        predictor: Predictor | None,
+        learning: Learning | None,
+        prediction: Switch,
+        cpus: set[int],
+    ):
+        self.keeper = keeper
+        self.predictor = predictor
+        self._recorder, self._warned_of_unsound_tokens = recorder, False
+        self._trace = trace
+        self._learning = learning
+        self._prediction = prediction
+        self._background = Background(self._round, SECONDS_BETWEEN_ROUNDS, _complain, cpus)
+
+    def later(self, job: Callable[[], None]) -> None:
+        """Run ``job`` on the thread, after those given before."""
+        self._background.soon(job)
+
+    def request_ended(self, trace: Trace, state: RequestState | None) -> None:
+        """A request is over. Called on the thread.
+
+        Args:
+            state: what prediction kept of it.
+        """
+        if self._trace is not None:
+            self._trace.add(trace)
+        if self.predictor is not None:
+            self._prediction.guard(self._learn)(self.predictor, trace, state)
+
+    def _learn(self, predictor: Predictor, trace: Trace, state: RequestState | None) -> None:
+        predictor.end_request(state or predictor.start_request(), trace)
+        if not isinstance(predictor, HistoryPredictor):
+            assert self.keeper is not None
+            self.keeper.history.add(trace)
+
+    def _round(self) -> None:
+        if self._recorder.unsound_tokens and not self._warned_of_unsound_tokens:
+            self._warned_of_unsound_tokens = True
+            _warn(
+                "tokens are left out of history and trace, because a router gave weights that are not finite, negative "
+                "or all zero, or an expert that is none (counted as unsound_tokens)"
+            )
+        if self.keeper is not None:
+            self.keeper.save()
+        if self._learning is not None:
+            self._learning.attend()
+        if self._trace is not None:
+            self._trace.write()
+
+    def stats(self) -> dict[str, int]:
+        """What is remembered, and how much of it the predictor has learned from."""
+        if self.keeper is None:
+            return {}
+        learned = self.predictor.trained_tokens if isinstance(self.predictor, HistoryPredictor) else 0
+        history = self.keeper.history
+        return {
+            "history_requests": history.num_requests,
+            "history_tokens": history.num_tokens,
+            "learned_tokens": learned,
+            "unsound_tokens": self._recorder.unsound_tokens,
+        }
+
+    def close(self) -> None:
+        """Write what is to be kept, and end the thread. What cannot be written keeps no engine from ending."""
+        self._background.close()
+        if self._learning is not None:
+            self._learning.close()
+        if self.keeper is not None:
+            with _complaining():
+                self.keeper.close()
+        if self._trace is not None:
+            with _complaining():
+                self._trace.close()
 
 
 def history_fingerprint(store: Store, embed: PromptEmbedder | None) -> str:
@@ -114,3 +220,15 @@ def _archive(config: OffloadConfig) -> HistoryArchive | None:
 
 def _warn(sentence: str) -> None:
     logger.warning("moe-offload: %s", sentence)
+
+
+def _complain(error: Exception) -> None:
+    logger.error("moe-offload: %s: %s", type(error).__name__, error)
+
+
+@contextmanager
+def _complaining() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, OffloadError) as error:
+        _complain(error)

@@ -14,6 +14,7 @@ from ..prefetch.loader import DamagedRecordError
 from ..runtime import OffloadRuntime
 from ..store.root import StoreRoot
 from ..threads import failed_threads
+from .batch import StepBatch
 from .failures import StepFailures
 from .hosting import daemon_socket, predicts_on_other_rank
 from .kernel import attach_slots
@@ -22,7 +23,7 @@ from .placement import LoadedModel, ModelSlots
 from .report import ChunkReport, StatsReport
 
 if TYPE_CHECKING:
-    from .prediction import Watch
+    from .prediction import Prediction
 
 logger = init_logger("vllm.moe_offload")
 
@@ -52,7 +53,7 @@ class ServedModel:
         mark_graph(self._vllm_config, self._resident, [pool.memory.slots for pool in self.runtime.pools])
         self._step: _Step | None = None
         self._closed = False
-        self._watch = self._start_watch(model, config, io_cpus)
+        self._prediction = self._build_prediction(model, config, io_cpus)
         self._report = StatsReport(self.runtime, "the drafter's " if drafts else "")
         self._chunks = ChunkReport(self.runtime.counters, self._vllm_config.scheduler_config.max_num_batched_tokens)
         if not model.store.direct:
@@ -77,9 +78,12 @@ class ServedModel:
 
     def begin_step(self, model_runner: Any, scheduler_output: Any, failures: StepFailures) -> None:
         """A step has been scheduled. Where it schedules no tokens, it only says which requests have ended."""
-        if self._watch is not None:
-            self._watch.begin_step(model_runner, scheduler_output)
+        if self._prediction is not None:
+            self._prediction.witness.end_step()
+            self._prediction.witness.requests_ended(scheduler_output.finished_req_ids)
         if scheduler_output.total_num_scheduled_tokens:
+            if self._prediction is not None:
+                self._prediction.witness.begin_step(StepBatch(model_runner, scheduler_output))
             self._step = _Step(model_runner, scheduler_output.num_scheduled_tokens, failures)
             if self._daemon is not None:
                 self._daemon.begin_step()
@@ -95,17 +99,19 @@ class ServedModel:
         step, self._step = self._step, None
         if step is not None and self._daemon is not None and self._daemon.lease_lost:
             step.failures.add(step.scheduled, str(slots_taken_back()))
-        if self._watch is not None:
-            self._watch.witness.end_step()
+        if self._prediction is not None:
+            self._prediction.witness.end_step()
 
     def close(self) -> None:
         """The worker ends: write what is to be kept, end the threads, let go of the store. Idempotent."""
         if self._closed:
             return
         self._closed = True
-        if self._watch is not None:
-            self._watch.close()
-            self._watch = None
+        if self._prediction is not None:
+            self._prediction.witness.end_step()
+            self._prediction.witness.requests_ended(self._prediction.witness.recorder.running)
+            self._prediction.history.close()
+            self._prediction = None
         if self._daemon is not None:
             self._daemon.close()
         self.runtime.close()
@@ -143,7 +149,7 @@ class ServedModel:
             "expert_bytes": self._expert_bytes,
             "daemon_pid": 0 if self._daemon is None else self._daemon.daemon_pid,
             "failed_threads": len(failed_threads()),
-            **({} if self._watch is None else self._watch.stats()),
+            **({} if self._prediction is None else self._prediction.history.stats()),
         }
 
     def _load_everything(self) -> None:
@@ -163,7 +169,7 @@ class ServedModel:
         else:
             logger.error("moe-offload: store %s is damaged; the next start builds it again", store.path)
 
-    def _start_watch(self, model: LoadedModel, config: OffloadConfig, io_cpus: set[int]) -> "Watch | None":
+    def _build_prediction(self, model: LoadedModel, config: OffloadConfig, io_cpus: set[int]) -> "Prediction | None":
         if self._resident and config.predictor != "none":
             logger.info("moe-offload: every expert is resident: nothing to predict, and nothing is remembered")
             config = config.model_copy(update={"predictor": "none"})
@@ -171,10 +177,10 @@ class ServedModel:
             config = config.model_copy(update={"predictor": "none"})
         if config.trace is None and config.predictor == "none":
             return None
-        from .prediction import watch_if_possible  # brings a compiler along, which nobody else needs
+        from .prediction import build_prediction  # brings a compiler along, which nobody else needs
 
         socket = None if self._daemon is None else daemon_socket(config)
-        return watch_if_possible(model.vllm_config, config, model.module, model.layers, self.runtime, io_cpus, socket)
+        return build_prediction(model.vllm_config, config, model.module, model.layers, self.runtime, io_cpus, socket)
 
     def _attach(self, name: str, layer: torch.nn.Module, method: OffloadedMoEMethod) -> None:
         """Put slots in place of the layer's experts: its own window if all are resident, else the whole pool.
