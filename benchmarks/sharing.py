@@ -58,6 +58,31 @@ def _hit_rate(counters: dict[str, float]) -> float:
     return counters["hits"] / max(1, counters["hits"] + counters["misses"])
 
 
+def print_rows(rows: dict[str, dict[str, Any]]) -> None:
+    table = Table(
+        "",
+        "to the first token, s",
+        "x cold",
+        "of it model and request, s",
+        "x cold",
+        "hits, first 64",
+        "hits, next 64",
+        "experts MiB, all processes",
+    )
+    cold = rows["embedded, cold"]
+    for name, row in rows.items():
+        arena = f"{row['arena_bytes'] / 2**20:.1f}" if "arena_bytes" in row else "-"
+        times = [(row[part] + row["ttft"], cold[part] + cold["ttft"]) for part in ("start", "model")]
+        table.add_row(
+            name,
+            *(text for ours, theirs in times for text in (f"{ours:.2f}", f"{ours / theirs:.2f}")),
+            f"{row['first_hits']:.1%}",
+            f"{row['steady_hits']:.1%}",
+            arena,
+        )
+    Console(width=140).print(table)
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
@@ -97,28 +122,7 @@ def main() -> None:
             control.request(Stop())
             control.close()
             psutil.wait_procs([psutil.Process(daemon)] if psutil.pid_exists(daemon) else [], timeout=30)
-    table = Table(
-        "",
-        "to the first token, s",
-        "x cold",
-        "of it model and request, s",
-        "x cold",
-        "hits, first 64",
-        "hits, next 64",
-        "experts MiB, all processes",
-    )
-    cold = rows["embedded, cold"]
-    for name, row in rows.items():
-        arena = f"{row['arena_bytes'] / 2**20:.1f}" if "arena_bytes" in row else "-"
-        times = [(row[part] + row["ttft"], cold[part] + cold["ttft"]) for part in ("start", "model")]
-        table.add_row(
-            name,
-            *(text for ours, theirs in times for text in (f"{ours:.2f}", f"{ours / theirs:.2f}")),
-            f"{row['first_hits']:.1%}",
-            f"{row['steady_hits']:.1%}",
-            arena,
-        )
-    Console(width=140).print(table)
+    print_rows(rows)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
 
