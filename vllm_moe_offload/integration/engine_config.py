@@ -40,7 +40,7 @@ def offload_config(vllm_config: Any) -> OffloadConfig | None:
 
 
 def only_environment_asks(vllm_config: Any) -> bool:
-    """Whether nobody asked this engine in particular to offload."""
+    """Whether offloading was asked for by the environment alone, and not for this engine in particular."""
     return FROM_ENVIRONMENT in vllm_config.additional_config
 
 

@@ -40,7 +40,7 @@ class StepFailures:
         self._step = _RunningStep(0, ())
 
     def begin_step(self, scheduled: Mapping[str, int]) -> None:
-        """A step over ``scheduled`` requests starts. Every rank is told of every step, in the same order."""
+        """A step over ``scheduled`` requests starts. Called on every rank for every step, in the same order."""
         self._step = _RunningStep(self._step.number + 1, tuple(scheduled))
 
     def add(self, requests: Iterable[str], reason: str) -> None:
@@ -58,7 +58,7 @@ class StepFailures:
         self._board.post(self._step.number, [place[request] for request in requests], reason)
 
     def announce_late(self) -> None:
-        """This rank may learn that a step has failed when it has already contributed to it: a lease can be lost then.
+        """A step may fail here when this rank has already contributed to it: a lease can be lost then.
 
         From now on every rank waits for the others at the end of each step.
         """

@@ -154,7 +154,7 @@ def writes_files() -> bool:
 def trace_recording(
     vllm_config: Any, config: OffloadConfig, shape: ModelShape, fingerprint: str
 ) -> TraceRecording | None:
-    """The trace file of this worker, or None if nobody wants one or another rank writes it.
+    """The trace file of this worker, or None if none was asked for or another rank writes it.
 
     Raises:
         TraceError: it cannot be written, or holds something else.
@@ -200,7 +200,7 @@ def history_keeper(
 
 
 def _archive(config: OffloadConfig) -> HistoryArchive | None:
-    """Where histories are kept; None for nowhere: nobody wants them kept, or named a place and the usual one is barred.
+    """Where histories are kept; None: off, or the default folder cannot be written.
 
     Raises:
         ConfigError: the folder that was named cannot be written.

@@ -1,4 +1,4 @@
-"""Puts the wrappers around the seams. Every wrapper first asks whether this engine offloads, and if not steps aside."""
+"""Puts the wrappers around the seams. A wrapper does nothing in an engine that does not offload."""
 
 from . import engine_config, flags, loading, step, weights, worker
 

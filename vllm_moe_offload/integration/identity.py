@@ -52,7 +52,7 @@ class CheckpointRead:
     """Tensors are views of mapped files."""
 
     def facts(self, root: StoreRoot, say: Callable[[str], None]) -> dict[str, Any]:
-        """Content and configuration, as facts of a store's identity. ``say`` hears why it takes long.
+        """Content and configuration, as facts of a store's identity. ``say`` is given the reason if it takes long.
 
         Raises:
             StoreError: a file cannot be read.

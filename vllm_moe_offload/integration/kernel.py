@@ -15,7 +15,7 @@ def attach_slots(
 ) -> None:
     """Make slots ``first … first + count - 1`` the experts that ``method``'s kernel computes with.
 
-    vLLM's own processing builds the kernel on one expert full of zeros: kernels learn formats from weights, not
+    vLLM's own processing builds the kernel on one expert full of zeros: kernels take formats from weights, not
     values. Scales and biases that the kernel's configuration captured are then taken from the slots.
 
     Raises:

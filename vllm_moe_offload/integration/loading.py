@@ -233,8 +233,8 @@ class ModelOffload:
 
     def _show_progress(self) -> None:
         if self._progress is None:
-            silent = get_tensor_model_parallel_rank() > 0
-            self._progress = tqdm(total=len(self.layers), desc="Building expert store", unit="layer", disable=silent)
+            hidden = get_tensor_model_parallel_rank() > 0
+            self._progress = tqdm(total=len(self.layers), desc="Building expert store", unit="layer", disable=hidden)
         self._progress.update()
         if len(self._recorded) == len(self.layers):
             self._progress.close()

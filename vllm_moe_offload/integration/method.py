@@ -39,10 +39,10 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
         self._default_dtype = torch.float32
         self.pooled: tuple[OffloadRuntime, PooledLayer] | None = None
         self.report_failures: Callable[[], None] | None = None
-        """Told when records of this layer could not be read, before anybody is given what it computed."""
+        """Called when records of this layer could not be read, before its output is returned."""
         self.witness: Witness | None = None
         self.show: Callable[[Callable[[], NDArray[np.float32]]], None] | None = None
-        """Told how to read what the router has read, before the witness hears what it has chosen."""
+        """Called with a function that returns the router's input ``[rows, D]``, before the witness gets its choices."""
         self.number = 0
         """Of the layer among the MoE layers, in the order in which they run."""
 

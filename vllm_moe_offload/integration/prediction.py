@@ -54,7 +54,7 @@ def build_prediction(
     cpus: set[int],
     daemon: Path | None,
 ) -> Prediction | None:
-    """What these settings ask for; None where it cannot be and nobody asked for it explicitly.
+    """What these settings ask for; None where it cannot be and was not asked for explicitly.
 
     Args:
         cpus: where threads that need not be here may run.

@@ -1,6 +1,6 @@
 """Finds the routers of a loaded model, for a predictor that asks them ahead of their turn.
 
-It must never guess: a router it cannot find, or whose choices it cannot foretell from the logits, is refused by name.
+It must never guess: a router it cannot find, or whose choices do not follow from the logits, is refused by name.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,7 +16,7 @@ from ..predict.routers import SCORINGS, Array, Router
 
 _PROBES = 32
 _AGREEMENT = 0.95
-"""Share of the choices for random inputs that must be foreseen: the rest are ties in half precision."""
+"""Share of the choices for random inputs that must be predicted: the rest are ties in half precision."""
 
 
 def layer_routers(model: torch.nn.Module, layers: Iterable[torch.nn.Module]) -> list[Router]:

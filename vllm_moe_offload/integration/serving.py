@@ -32,10 +32,10 @@ GRAPH_KEY = "moe_offload_graph"
 
 
 class ServedModel:
-    """Puts slots in place of every layer's experts, and answers for the runtime to the rest of the integration.
+    """Puts slots in place of every layer's experts, and connects their runtime with the rest of the integration.
 
     Args:
-        config: of this model: what is remembered and predicted is the business of the model whose tokens are served.
+        config: of this model: a drafter's has neither history nor prediction.
         drafts: whether it drafts for another model, so that the rows of its passes are not those of a step.
     """
 
@@ -119,10 +119,10 @@ class ServedModel:
     def report_failures(self) -> None:
         """Fail the requests of the running step that the layer just computed could not serve.
 
-        Outside of a step there are none: a warm-up pass computes nothing for anybody. Of a drafter's all requests fail.
+        Outside of a step there are none: a warm-up pass serves no request. Of a drafter's all requests fail.
 
         Raises:
-            SystemExit: the other ranks cannot be told.
+            SystemExit: the other ranks cannot be reached.
         """
         failures, rows = self.runtime.take_failures()
         for failure in failures:
@@ -171,13 +171,13 @@ class ServedModel:
 
     def _build_prediction(self, model: LoadedModel, config: OffloadConfig, io_cpus: set[int]) -> "Prediction | None":
         if self._resident and config.predictor != "none":
-            logger.info("moe-offload: every expert is resident: nothing to predict, and nothing is remembered")
+            logger.info("moe-offload: every expert is resident: there is nothing to predict, and no history is kept")
             config = config.model_copy(update={"predictor": "none"})
         if self._daemon is not None and predicts_on_other_rank(model.vllm_config):
             config = config.model_copy(update={"predictor": "none"})
         if config.trace is None and config.predictor == "none":
             return None
-        from .prediction import build_prediction  # brings a compiler along, which nobody else needs
+        from .prediction import build_prediction  # imports a compiler, which nothing else needs
 
         socket = None if self._daemon is None else daemon_socket(config)
         return build_prediction(model.vllm_config, config, model.module, model.layers, self.runtime, io_cpus, socket)

@@ -31,7 +31,7 @@ class StreamedLayer:
     Args:
         layer: has parameters on the meta device, each with its ``weight_loader``.
         create: gives the layer parameters with memory, initialised as vLLM does.
-        complete: called once, when every element of every parameter has been offered. None: nobody is to be called;
+        complete: called once, when every element of every parameter has been offered. None: nothing is called;
             ``materialize`` is, when everything has been offered.
     """
 
@@ -54,10 +54,10 @@ class StreamedLayer:
             UnsupportedError: a parameter was never offered to its loader, so its values went elsewhere.
             StoreError: the checkpoint lacks a tensor of an expert.
         """
-        silent = self._loaders.keys() - {name for name, _ in self._loads}
-        if silent:
+        without = self._loaders.keys() - {name for name, _ in self._loads}
+        if without:
             raise UnsupportedError(
-                f"moe-offload cannot load {self._layer.layer_name}: nothing came for {', '.join(sorted(silent))} "
+                f"moe-offload cannot load {self._layer.layer_name}: nothing came for {', '.join(sorted(without))} "
                 f"through the loaders of {type(self._layer).__name__}; complete the checkpoint if it lacks these, or "
                 "switch moe-offload off for this model"
             )

@@ -113,7 +113,7 @@ def refuse_method(layer_name: str, method: Any) -> None:
     if method.is_monolithic:
         raise UnsupportedError(
             f"moe-offload cannot serve {layer_name}: {method.method_name} routes inside its kernel (monolithic), so "
-            f"nobody learns in time which experts it needs; {_other_kernels()}, or switch moe-offload off"
+            f"its experts are not known in time to be loaded; {_other_kernels()}, or switch moe-offload off"
         )
     if kernel in ROUND_BY_BATCH:
         logger.warning_once(

@@ -63,7 +63,7 @@ def _without_experts(vllm_config: Any) -> bool:
     """Whether a worker without MoE layers serves a model without any; with pipeline stages, others may have them.
 
     Raises:
-        UnsupportedError: it does, and somebody asked this model to be offloaded.
+        UnsupportedError: it does, and this model was explicitly to be offloaded.
     """
     asked, model = not only_environment_asks(vllm_config), vllm_config.model_config
     if vllm_config.parallel_config.pipeline_parallel_size > 1 and (
@@ -192,5 +192,5 @@ def refuse_to_predict(config: OffloadConfig) -> None:
 
 
 def _of_drafter(config: OffloadConfig) -> OffloadConfig:
-    """What is remembered, recorded and predicted is the business of the model whose tokens are served."""
+    """History, traces and prediction are of the model whose tokens are served alone."""
     return config.model_copy(update={"predictor": "none", "trace": None})
