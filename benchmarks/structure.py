@@ -79,10 +79,18 @@ class Package:
                 base = _absolute("." * node.level + (node.module or ""), here)
                 yield from (f"{base}.{alias.name}" for alias in node.names)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                if re.fullmatch(rf"{self.name}\.[\w.]+(:[\w.]+)?|\.+[\w.]+:[\w.]+", node.value):
-                    yield _absolute(node.value.partition(":")[0], here)
+                yield from self._named_by(node.value, here)
             elif isinstance(node, ast.Call) and _called(node) in _IMPORTERS:
                 yield from _given(node, here)
+
+    def _named_by(self, text: str, here: str) -> Iterator[str]:
+        """Modules of the package that a string names: "package.module", ".module:Class", or "neighbour:Class"."""
+        if match := re.fullmatch(r"(\.*[\w.]+)(:[\w.]+)?", text):
+            neighbour = f"{here}.{match[1]}"
+            if match[2] and neighbour.partition(".")[2] in self.files:
+                yield neighbour
+            elif match[2] or match[1].startswith(f"{self.name}."):
+                yield from filter(self._is_own, [_absolute(match[1], here)])
 
     def _is_own(self, name: str) -> bool:
         return _first(name) == self.name

@@ -78,6 +78,11 @@ def test_a_planted_import_is_found_however_it_is_written(how: str, tmp_path: Pat
     assert against_the_order(package.imports, [["low", "high"]]) == wrong
 
 
+def test_a_registry_of_neighbours_imports_them(tmp_path: Path) -> None:
+    package = planted(tmp_path, {"__init__.py": "", "a/b.py": "CLASSES = {'x': 'c:Class'}", "a/c.py": ""})
+    assert package.imports["a.b"] == {"a.c"}
+
+
 def test_a_room_without_a_place_is_found(tmp_path: Path) -> None:
     package = planted(tmp_path, {"__init__.py": "", "attic/__init__.py": ""})
     assert against_the_order(package.imports, []) == ["attic has no place in the order"]
