@@ -29,19 +29,18 @@ from rich.table import Table
 from warm import HELD_OUT, HISTORY, TINY_MOE, model_vectors
 
 from vllm_moe_offload.cache import create_policy
-from vllm_moe_offload.chronicle.keeper import HistoryKeeper
-from vllm_moe_offload.chronicle.learning import Learning
-from vllm_moe_offload.history.archive import HistoryArchive
-from vllm_moe_offload.history.trace import Trace
-from vllm_moe_offload.history.trace_file import read_trace
-from vllm_moe_offload.predict.base import ModelShape, Predictor
-from vllm_moe_offload.predict.context import TokenMap
+from vllm_moe_offload.learning.supervisor import LearningSupervisor
+from vllm_moe_offload.predict.base import ModelShape, Predictor, TokenMap
 from vllm_moe_offload.predict.registry import predictor_for_engine
 from vllm_moe_offload.replay.bounds import perfect_forecast
 from vllm_moe_offload.replay.forecast import Forecast, forecast
 from vllm_moe_offload.replay.hardware import HardwareProfile, hardware_profile
 from vllm_moe_offload.replay.schedule import steps
 from vllm_moe_offload.replay.timeline import Timeline, TimelineReport
+from vllm_moe_offload.trace.archive import HistoryArchive
+from vllm_moe_offload.trace.persistence import LocalHistory
+from vllm_moe_offload.trace.trace import Trace
+from vllm_moe_offload.trace.trace_file import read_trace
 
 POLICY = "lfu"
 OFF, ON = "none", "history"
@@ -81,11 +80,11 @@ def trained_predictor(warm: Path, model: Path, trace: Trace) -> Predictor:
     shape, vectors = ModelShape(*trace.shape), model_vectors(model)
     with tempfile.TemporaryDirectory(prefix="agreement-") as folder:
         archive = HistoryArchive(Path(shutil.copytree(warm / HISTORY, Path(folder) / HISTORY)))
-        keeper = HistoryKeeper(archive, trace.fingerprint, shape, console.print, writes=False)
+        keeper = LocalHistory(archive, trace.fingerprint, shape, console.print, writes=False)
         if not keeper.history.num_tokens:
             raise ValueError(f"--warm {warm} has no history of this model")
         predictor = predictor_for_engine(ON, shape, keeper.history, vectors)
-        Learning(predictor, keeper, vectors, None, console.print).close()
+        LearningSupervisor(predictor, keeper, vectors, None, console.print).close()
     return predictor
 
 

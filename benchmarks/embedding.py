@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_moe_offload.history.store import HistoryStore
-from vllm_moe_offload.history.trace import DECODE, Trace
-from vllm_moe_offload.history.trace_file import read_trace, write_trace
 from vllm_moe_offload.predict.base import ModelShape
 from vllm_moe_offload.predict.neighbours import NeighboursPredictor
 from vllm_moe_offload.replay.accuracy import Accuracy
 from vllm_moe_offload.replay.forecast import forecast
+from vllm_moe_offload.trace.history import HistoryStore
+from vllm_moe_offload.trace.trace import DECODE, Trace
+from vllm_moe_offload.trace.trace_file import read_trace, write_trace
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 DISTANCE = 2

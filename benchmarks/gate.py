@@ -18,14 +18,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from vllm_moe_offload.history.store import HistoryStore
-from vllm_moe_offload.history.trace_file import read_trace
 from vllm_moe_offload.predict.base import ModelShape
 from vllm_moe_offload.predict.history import HistoryPredictor
 from vllm_moe_offload.predict.registry import predictor_for_replay
 from vllm_moe_offload.predict.token_vectors import ModelVectors
 from vllm_moe_offload.replay.accuracy import Accuracy
 from vllm_moe_offload.replay.forecast import forecast
+from vllm_moe_offload.trace.history import HistoryStore
+from vllm_moe_offload.trace.trace_file import read_trace
 
 ROOT = Path(__file__).parent.parent
 DISTANCES = (1, 2)

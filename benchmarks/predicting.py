@@ -20,9 +20,6 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_moe_offload.chronicle.witness import Witness
-from vllm_moe_offload.history.recording import Recorder, ScheduledTokens
-from vllm_moe_offload.history.store import HistoryStore
-from vllm_moe_offload.history.trace import Trace
 from vllm_moe_offload.predict.base import ModelShape, Predictor
 from vllm_moe_offload.predict.heads import HeadsPredictor
 from vllm_moe_offload.predict.history import HistoryPredictor
@@ -31,6 +28,9 @@ from vllm_moe_offload.predict.registry import predictor_for_replay
 from vllm_moe_offload.predict.token_vectors import ModelVectors
 from vllm_moe_offload.prefetch.anticipation import Anticipation
 from vllm_moe_offload.prefetch.estimates import Estimates
+from vllm_moe_offload.trace.history import HistoryStore
+from vllm_moe_offload.trace.recorder import Recorder, ScheduledTokens
+from vllm_moe_offload.trace.trace import Trace
 
 VOCABULARY = 32_000
 WIDTH = 1024

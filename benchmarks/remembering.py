@@ -18,7 +18,7 @@ from comparison import Arm, Comparison, Workload, console, references_of, varian
 from prompts import read_prompts
 from warm import HELD_OUT, HISTORY, TINY_MOE, TRACE
 
-from vllm_moe_offload.history.trace_file import read_trace
+from vllm_moe_offload.trace.trace_file import read_trace
 
 OFF, ON = "off", "on"
 ARMS = [Arm(OFF, {"predictor": "none"}), Arm(ON, {"predictor": "history"})]

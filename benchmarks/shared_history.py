@@ -19,9 +19,6 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_moe_offload.cache import create_policy
-from vllm_moe_offload.history.store import HistoryStore
-from vllm_moe_offload.history.trace import Trace, concat
-from vllm_moe_offload.history.trace_file import read_trace
 from vllm_moe_offload.predict.base import ModelShape, Predictor
 from vllm_moe_offload.predict.history import HistoryPredictor
 from vllm_moe_offload.predict.neighbours import NeighboursPredictor
@@ -31,6 +28,9 @@ from vllm_moe_offload.replay.parallel import run_all
 from vllm_moe_offload.replay.report import Setup, forecast_trace, parse_slots, run_once, spread_requests
 from vllm_moe_offload.replay.schedule import steps
 from vllm_moe_offload.replay.timeline import Timeline, TimelineReport
+from vllm_moe_offload.trace.history import HistoryStore
+from vllm_moe_offload.trace.trace import Trace, concat
+from vllm_moe_offload.trace.trace_file import read_trace
 
 PREDICTORS = ("neighbours", "history")
 HISTORIES = ("own", "shared")

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_moe_offload.history.trace import Trace
-from vllm_moe_offload.history.trace_file import read_trace, write_trace
+from vllm_moe_offload.trace.trace import Trace
+from vllm_moe_offload.trace.trace_file import read_trace, write_trace
 
 
 def split(trace: Trace, share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -21,13 +21,13 @@ from engines import Engine, Variant
 from prompts import EXAMPLES, Prompt, in_turns, read_prompts, split_by_domain, split_within_domains, write_prompts
 from safetensors import safe_open
 
-from vllm_moe_offload.chronicle.heads_file import HEADS_FILE
-from vllm_moe_offload.chronicle.training import TrainingJob, train
-from vllm_moe_offload.history.archive import HistoryArchive
-from vllm_moe_offload.history.store import HistoryStore
-from vllm_moe_offload.history.trace import Trace
-from vllm_moe_offload.history.trace_file import read_trace
+from vllm_moe_offload.learning.heads_file import HEADS_FILE
+from vllm_moe_offload.learning.process import TrainingJob, train
 from vllm_moe_offload.predict.token_vectors import ModelVectors
+from vllm_moe_offload.trace.archive import HistoryArchive
+from vllm_moe_offload.trace.history import HistoryStore
+from vllm_moe_offload.trace.trace import Trace
+from vllm_moe_offload.trace.trace_file import read_trace
 
 TINY_MOE = Path(__file__).parent.parent / "examples" / "models" / "tiny-moe"
 HISTORY, TRACE, HELD_OUT = "history", "engine.trace", "held_out.jsonl"

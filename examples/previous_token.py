@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vllm_moe_offload.predict.base import Experts, ModelShape, Predictor, Probabilities, Step, Weights
-from vllm_moe_offload.predict.context import TokenContext
+from vllm_moe_offload.predict.base import Experts, ModelShape, Predictor, Probabilities, Step, TokenContext, Weights
 
 
 class PreviousToken(Predictor):

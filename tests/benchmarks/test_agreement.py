@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from agreement import measured, simulate
 
-from vllm_moe_offload.history.trace_file import read_trace
 from vllm_moe_offload.replay.bounds import perfect_forecast
 from vllm_moe_offload.replay.hardware import HardwareProfile, ModelProfile
+from vllm_moe_offload.trace.trace_file import read_trace
 
 TRACE = Path(__file__).parents[2] / "examples" / "traces" / "gpt-oss-20b-small.npz"
 MODEL = ModelProfile(1 << 20, 0, 1 << 19)

@@ -6,8 +6,8 @@ import embedding
 import numpy as np
 import pytest
 
-from vllm_moe_offload.history.trace import Trace
 from vllm_moe_offload.replay.accuracy import Accuracy
+from vllm_moe_offload.trace.trace import Trace
 
 REQUESTS, TOKENS = 6, 12
 

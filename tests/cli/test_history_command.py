@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from vllm_moe_offload.chronicle.heads_file import LEARNED_FILES
 from vllm_moe_offload.cli import app
-from vllm_moe_offload.history.archive import HISTORY_FILE
-from vllm_moe_offload.history.trace import Trace
-from vllm_moe_offload.history.trace_file import read_trace, write_trace
+from vllm_moe_offload.learning.heads_file import LEARNED_FILES
+from vllm_moe_offload.trace.archive import HISTORY_FILE
+from vllm_moe_offload.trace.trace import Trace
+from vllm_moe_offload.trace.trace_file import read_trace, write_trace
 
 TRACE = Trace(
     experts=np.tile(np.array([[0, 1], [2, 3]], np.uint8), (6, 1, 1)),

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from house import House
 
-from vllm_moe_offload.chronicle import keeper
 from vllm_moe_offload.daemon import hosted_histories
+from vllm_moe_offload.trace import persistence
 
 
 def serve(socket: str, folder: str, seconds_between_saves: float) -> None:
     """Until killed, or until whoever started it is gone."""
     hosted_histories.SECONDS_BETWEEN_ROUNDS = seconds_between_saves
-    keeper.SECONDS_BETWEEN_SAVES = seconds_between_saves
+    persistence.SECONDS_BETWEEN_SAVES = seconds_between_saves
     with House(Path(socket), history=Path(folder)):
         print("serving", flush=True)
         parent = os.getppid()

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vllm_moe_offload.history.trace import Trace
+from vllm_moe_offload.trace.trace import Trace
 
 SHAPE = (4, 8, 2)
 FINGERPRINT = "ab" * 16

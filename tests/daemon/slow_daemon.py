@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm_moe_offload.cli import app
 from vllm_moe_offload.daemon.hosted_models import HostedModels
-from vllm_moe_offload.history.archive import HistoryArchive
+from vllm_moe_offload.trace.archive import HistoryArchive
 
 folder = Path(sys.argv[1])
 

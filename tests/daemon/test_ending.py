@@ -18,7 +18,7 @@ from vllm_moe_offload.daemon.packed_trace import pack_trace
 from vllm_moe_offload.daemon.protocol import OpenHistory, Remember
 from vllm_moe_offload.daemon.socket_file import SocketFile
 from vllm_moe_offload.errors import OffloadError
-from vllm_moe_offload.history.archive import HistoryArchive
+from vllm_moe_offload.trace.archive import HistoryArchive
 
 
 def test_engines_are_served_while_histories_are_written_and_keep_what_they_had(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from past import FINGERPRINT, SHAPE, WIDTH, past_request, same
 from wire import frame, wait_until
 
-from vllm_moe_offload.chronicle import keeper
 from vllm_moe_offload.daemon import hosted_histories
 from vllm_moe_offload.daemon.connection import Connection, DaemonGoneError, RefusedError
 from vllm_moe_offload.daemon.hosted_histories import HostedHistories
@@ -34,9 +33,10 @@ from vllm_moe_offload.daemon.protocol import (
     Search,
 )
 from vllm_moe_offload.errors import ConfigError, OffloadError, TraceError
-from vllm_moe_offload.history.archive import HistoryArchive
-from vllm_moe_offload.history.store import HistoryStore
-from vllm_moe_offload.history.trace import Trace
+from vllm_moe_offload.trace import persistence
+from vllm_moe_offload.trace.archive import HistoryArchive
+from vllm_moe_offload.trace.history import HistoryStore
+from vllm_moe_offload.trace.trace import Trace
 
 OPEN = OpenHistory(FINGERPRINT, SHAPE, STORE)
 FUZZED_CONNECTIONS = 2000
@@ -219,7 +219,7 @@ def test_a_folder_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> N
 
 def test_a_full_disk_is_said_once_and_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hosted_histories, "SECONDS_BETWEEN_ROUNDS", 0.01)
-    monkeypatch.setattr(keeper, "SECONDS_BETWEEN_SAVES", 0)
+    monkeypatch.setattr(persistence, "SECONDS_BETWEEN_SAVES", 0)
     said: list[str] = []
     histories = HostedHistories(tmp_path / "kept", said.append)
     history = histories.open(OPEN)

@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from past import past_request
 
 from vllm_moe_offload.daemon.outbox import Letter, Outbox
-from vllm_moe_offload.history.trace import Trace
+from vllm_moe_offload.trace.trace import Trace
 
 ONE = past_request(0)
 BYTES = sum(array.nbytes for array in (ONE.experts, ONE.weights, ONE.tokens, ONE.phase, ONE.embeddings))

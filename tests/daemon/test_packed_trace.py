@@ -11,7 +11,7 @@ from past import SHAPE, past_request, same
 
 from vllm_moe_offload.daemon.packed_trace import pack_embedding, pack_trace, unpack_embedding, unpack_trace
 from vllm_moe_offload.daemon.protocol import PackedTrace
-from vllm_moe_offload.history.trace import Trace, concat
+from vllm_moe_offload.trace.trace import Trace, concat
 
 GOOD = pack_trace(past_request(1))
 

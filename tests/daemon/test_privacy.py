@@ -14,8 +14,8 @@ from vllm_moe_offload.daemon.connection import Connection
 from vllm_moe_offload.daemon.hosted_history import HostedHistory
 from vllm_moe_offload.daemon.packed_trace import pack_embedding, pack_trace, unpack_trace
 from vllm_moe_offload.daemon.protocol import OpenHistory, Remember, Search
-from vllm_moe_offload.history.trace import Trace
-from vllm_moe_offload.predict.context import UNKNOWN_TOKEN
+from vllm_moe_offload.predict.base import UNKNOWN_TOKEN
+from vllm_moe_offload.trace.trace import Trace
 
 GROUP = 4321
 ANN, BOB = 65533, 65534

@@ -18,13 +18,13 @@ from wire import threads, wait_until
 
 from vllm_moe_offload.daemon import history_line
 from vllm_moe_offload.daemon.protocol import OpenHistory
-from vllm_moe_offload.daemon.remote_history import RemoteKeeper
-from vllm_moe_offload.history.archive import HistoryArchive
-from vllm_moe_offload.history.store import PastRequest
-from vllm_moe_offload.history.trace_file import read_trace
+from vllm_moe_offload.daemon.remote_history import SharedHistory
 from vllm_moe_offload.predict.base import ModelShape
 from vllm_moe_offload.predict.history import HistoryPredictor
 from vllm_moe_offload.predict.registry import predictor_for_engine
+from vllm_moe_offload.trace.archive import HistoryArchive
+from vllm_moe_offload.trace.history import PastRequest
+from vllm_moe_offload.trace.trace_file import read_trace
 
 OPEN = OpenHistory(FINGERPRINT, SHAPE, STORE)
 
@@ -38,14 +38,14 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     wait_until(lambda: threads() <= before, "no thread is left")
 
 
-def engine(socket: Path, tells: bool = True, say=print) -> RemoteKeeper:
-    return RemoteKeeper(socket, OPEN, 1000, tells, say)
+def engine(socket: Path, tells: bool = True, say=print) -> SharedHistory:
+    return SharedHistory(socket, OPEN, 1000, tells, say)
 
 
 class Seeker:
     """Collects the answers to one question."""
 
-    def __init__(self, keeper: RemoteKeeper, meaning: int | None = None):
+    def __init__(self, keeper: SharedHistory, meaning: int | None = None):
         self.answers: list[list[PastRequest]] = []
         self.threads: list[threading.Thread] = []
         embedding = None if meaning is None else np.eye(6, dtype=np.float32)[meaning]
@@ -199,7 +199,7 @@ def test_a_daemon_that_refuses_is_left_alone_and_named(tmp_path: Path) -> None:
     said: list[str] = []
     with House(tmp_path / "socket") as house, closing(engine(house.path)):
         wider = OpenHistory(FINGERPRINT, (4, 9, 2), STORE)
-        with closing(RemoteKeeper(house.path, wider, 1000, True, said.append)) as refused:
+        with closing(SharedHistory(house.path, wider, 1000, True, said.append)) as refused:
             refused.history.add(replace(past_request(1), num_experts=9))
             assert len(Seeker(refused).answers[-1]) == 1
     assert len(said) == 1 and "does not share its history" in said[0] and "maps of shape (4, 8, 2)" in said[0]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from tests.e2e.engines import EngineServer
-from vllm_moe_offload.chronicle.heads_file import HEADS_FILE
-from vllm_moe_offload.chronicle.training import TrainingJob, train
-from vllm_moe_offload.history.trace_file import read_trace
+from vllm_moe_offload.learning.heads_file import HEADS_FILE
+from vllm_moe_offload.learning.process import TrainingJob, train
+from vllm_moe_offload.trace.trace_file import read_trace
 
 
 def prompts(count: int, seed: int) -> list[list[int]]:

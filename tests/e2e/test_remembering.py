@@ -32,9 +32,9 @@ def embeddings(worker: Any) -> list[list[float]]:
 
 def learn_faster(worker: Any) -> None:
     """Only for how long it takes: all of a core instead of a twentieth, looked after every 0.2 s."""
-    from vllm_moe_offload.chronicle import learning
+    from vllm_moe_offload.learning import supervisor
 
-    learning.CPU_SHARE = 1.0
+    supervisor.CPU_SHARE = 1.0
     worker.model_runner.get_model().moe_offload._prediction.history._background._period = 0.2
 
 

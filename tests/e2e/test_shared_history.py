@@ -12,7 +12,7 @@ from tests.daemon.wire import wait_until
 from tests.e2e.engines import EngineServer
 from tests.e2e.identity import prompts
 from tests.e2e.live_engine import LiveEngine
-from vllm_moe_offload.history.trace_file import read_trace
+from vllm_moe_offload.trace.trace_file import read_trace
 
 BUDGET = 10 << 20
 ARGUMENTS = {"dtype": "bfloat16", "skip_tokenizer_init": True}

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.e2e.engines import EngineServer
-from vllm_moe_offload.history.trace import PREFILL, Trace
-from vllm_moe_offload.history.trace_file import read_trace
+from vllm_moe_offload.trace.trace import PREFILL, Trace
+from vllm_moe_offload.trace.trace_file import read_trace
 
 
 def prompts(count: int, seed: int) -> list[list[int]]:

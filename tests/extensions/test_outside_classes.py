@@ -13,10 +13,10 @@ from vllm_moe_offload.cli import app
 from vllm_moe_offload.config import OffloadConfig, resolve
 from vllm_moe_offload.daemon import protocol
 from vllm_moe_offload.errors import ConfigError
-from vllm_moe_offload.history.store import HistoryStore
-from vllm_moe_offload.history.trace_file import read_trace
 from vllm_moe_offload.predict.base import ModelShape, Predictor
 from vllm_moe_offload.predict.registry import predictor_for_engine, predictor_for_replay
+from vllm_moe_offload.trace.history import HistoryStore
+from vllm_moe_offload.trace.trace_file import read_trace
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TRACE = EXAMPLES / "traces" / "gpt-oss-20b-small.npz"

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_moe_offload.history.trace import Trace
-from vllm_moe_offload.history.trace_file import read_trace
+from vllm_moe_offload.trace.trace import Trace
+from vllm_moe_offload.trace.trace_file import read_trace
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "traces" / "gpt-oss-20b-small.npz"
 

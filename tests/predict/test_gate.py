@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from vllm_moe_offload.predict.base import ModelShape
 from vllm_moe_offload.predict.calibration import margin_calibration
-from vllm_moe_offload.predict.gate import GatePredictor
-from vllm_moe_offload.predict.routers import SCORINGS, Router
+from vllm_moe_offload.predict.gate import SCORINGS, GatePredictor, Router
 
 SHAPE = ModelShape(4, 16, 3)
 HIDDEN = 12

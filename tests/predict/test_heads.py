@@ -1,17 +1,15 @@
 import numpy as np
 import pytest
 
-from vllm_moe_offload.history.trace import PREFILL
-from vllm_moe_offload.predict.base import ModelShape
-from vllm_moe_offload.predict.context import RequestState, TokenMap, TokenMemory
-from vllm_moe_offload.predict.frequency import FrequencyPredictor
+from vllm_moe_offload.predict.base import ModelShape, RequestState, TokenMap, TokenMemory
+from vllm_moe_offload.predict.baselines import FrequencyPredictor
 from vllm_moe_offload.predict.heads import HeadsPredictor
-from vllm_moe_offload.predict.heads_training import HeadsTrainer
 from vllm_moe_offload.predict.network import NetworkSize, Parameters
-from vllm_moe_offload.predict.samples import Samples
 from vllm_moe_offload.predict.token_vectors import LearnedVectors, ModelVectors
+from vllm_moe_offload.predict.trainer import HeadsTrainer, Samples
 from vllm_moe_offload.replay.accuracy import Accuracy
 from vllm_moe_offload.replay.forecast import forecast
+from vllm_moe_offload.trace.trace import PREFILL
 
 SHAPE = ModelShape(24, 32, 4)
 

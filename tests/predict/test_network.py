@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from vllm_moe_offload.predict.network import (
+    Adam,
     NetworkInput,
     NetworkSize,
     Parameters,
@@ -11,7 +12,6 @@ from vllm_moe_offload.predict.network import (
     known_layers,
     sigmoid,
 )
-from vllm_moe_offload.predict.optimiser import Adam
 
 SIZE = NetworkSize(layers=4, experts=6, vector=3, state=5, hidden=7)
 

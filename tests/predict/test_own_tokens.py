@@ -5,11 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_moe_offload.history.store import HistoryStore
-from vllm_moe_offload.history.trace import Trace
-from vllm_moe_offload.predict.base import ModelShape
+from vllm_moe_offload.predict.base import ModelShape, TokenMap
 from vllm_moe_offload.predict.calibration import share_calibration
-from vllm_moe_offload.predict.context import TokenMap
 from vllm_moe_offload.predict.finemoe import FineMoEPredictor
 from vllm_moe_offload.predict.heads import HeadsPredictor
 from vllm_moe_offload.predict.history import HistoryPredictor
@@ -18,6 +15,8 @@ from vllm_moe_offload.predict.network import NetworkSize, Parameters
 from vllm_moe_offload.predict.token_vectors import LearnedVectors
 from vllm_moe_offload.replay.accuracy import Accuracy
 from vllm_moe_offload.replay.forecast import forecast
+from vllm_moe_offload.trace.history import HistoryStore
+from vllm_moe_offload.trace.trace import Trace
 
 SHAPE = ModelShape(24, 32, 4)
 SMALL = ModelShape(3, 8, 2)

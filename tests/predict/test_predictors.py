@@ -2,9 +2,7 @@ import numpy as np
 import pytest
 
 from vllm_moe_offload.errors import ConfigError
-from vllm_moe_offload.history.store import HistoryStore
-from vllm_moe_offload.predict.base import ModelShape, union_probability
-from vllm_moe_offload.predict.context import TokenMap
+from vllm_moe_offload.predict.base import ModelShape, TokenMap, union_probability
 from vllm_moe_offload.predict.finemoe import FineMoEPredictor
 from vllm_moe_offload.predict.history import HistoryPredictor
 from vllm_moe_offload.predict.moe_infinity import MoEInfinityPredictor
@@ -12,6 +10,7 @@ from vllm_moe_offload.predict.neighbours import NeighboursPredictor
 from vllm_moe_offload.predict.registry import REPLAY_PREDICTORS, predictor_for_replay
 from vllm_moe_offload.replay.accuracy import Accuracy
 from vllm_moe_offload.replay.forecast import forecast
+from vllm_moe_offload.trace.history import HistoryStore
 
 SHAPE = ModelShape(24, 32, 4)
 
@@ -106,10 +105,10 @@ def test_history_predicts_from_neighbours_until_the_heads_are_trained(past, unse
 
 
 def test_history_trains_on_all_it_holds_and_then_predicts_by_heads(past, monkeypatch):
-    from vllm_moe_offload.predict import heads_training
+    from vllm_moe_offload.predict import trainer
 
-    monkeypatch.setattr(heads_training, "_MIN_STEPS", 6)
-    monkeypatch.setattr(heads_training, "_EPOCHS", 0.1)
+    monkeypatch.setattr(trainer, "_MIN_STEPS", 6)
+    monkeypatch.setattr(trainer, "_EPOCHS", 0.1)
     predictor = HistoryPredictor(SHAPE, store_of(past))
     assert predictor.training_due and predictor.heads is None
     predictor.learn_all()

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_moe_offload.predict.context import FREQUENCY_HALF_LIFE, RequestState, TokenMap, TokenMemory
+from vllm_moe_offload.predict.base import FREQUENCY_HALF_LIFE, RequestState, TokenMap, TokenMemory
 
 SHAPE = (3, 10, 2)
 

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from vllm_moe_offload.history.recording import Recorder, ScheduledTokens
-from vllm_moe_offload.predict.base import ModelShape, Predictor, Probabilities, Step
-from vllm_moe_offload.predict.context import TokenContext
+from vllm_moe_offload.predict.base import ModelShape, Predictor, Probabilities, Step, TokenContext
 from vllm_moe_offload.prefetch.anticipation import MOST_ROWS, Anticipation
 from vllm_moe_offload.prefetch.estimates import Estimates
+from vllm_moe_offload.trace.recorder import Recorder, ScheduledTokens
 
 SHAPE = ModelShape(4, 8, 2)
 

@@ -11,12 +11,11 @@ from numpy.typing import NDArray
 
 from tests.prefetch.test_anticipation import SHAPE, Oracle, OracleStep, Slots, decode_row, estimates
 from vllm_moe_offload.chronicle.witness import Witness
-from vllm_moe_offload.history.recording import Recorder, ScheduledTokens
-from vllm_moe_offload.history.trace import Trace
-from vllm_moe_offload.predict.base import Probabilities, Step
-from vllm_moe_offload.predict.context import RequestState, TokenContext
+from vllm_moe_offload.predict.base import Probabilities, RequestState, Step, TokenContext
 from vllm_moe_offload.prefetch.anticipation import Anticipation
 from vllm_moe_offload.prefetch.optional import Switch
+from vllm_moe_offload.trace.recorder import Recorder, ScheduledTokens
+from vllm_moe_offload.trace.trace import Trace
 
 Failing = Callable[[str], None]
 CALLS = ("predictor.start_request", "predictor.begin", "step.observe", "step.predict")

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vllm_moe_offload.history.trace import Trace
+from vllm_moe_offload.trace.trace import Trace
 
 
 def random_trace(layers, experts, top_k, lengths, seed=0, tokens=True, width=4, prefill=0) -> Trace:

@@ -8,11 +8,11 @@ from typer.testing import CliRunner
 
 from vllm_moe_offload.cli import app
 from vllm_moe_offload.errors import ConfigError, TraceError
-from vllm_moe_offload.history.trace_file import write_trace
 from vllm_moe_offload.replay.accuracy import Accuracy
 from vllm_moe_offload.replay.hardware import hardware_profile, model_profile
 from vllm_moe_offload.replay.report import Setup, parse_slots, replay, spread_requests
 from vllm_moe_offload.replay.sweep import BELADY, LRU_PER_LAYER, PERFECT, Point, best_at_bytes, sweep
+from vllm_moe_offload.trace.trace_file import write_trace
 
 SETUP = Setup(
     slots=192,

@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_moe_offload.history.trace import Trace
 from vllm_moe_offload.replay.schedule import PREFILL_CHUNK, steps
+from vllm_moe_offload.trace.trace import Trace
 
 
 def trace_of(lengths, phase=None) -> Trace:

@@ -6,13 +6,13 @@ import pytest
 
 from vllm_moe_offload.cache import create_policy
 from vllm_moe_offload.errors import ConfigError
-from vllm_moe_offload.history.trace import PREFILL
 from vllm_moe_offload.replay.bounds import perfect_forecast
 from vllm_moe_offload.replay.forecast import Forecast
 from vllm_moe_offload.replay.hardware import PROFILE_NAMES, hardware_profile, model_profile
 from vllm_moe_offload.replay.link import Link
 from vllm_moe_offload.replay.schedule import steps
 from vllm_moe_offload.replay.timeline import Timeline
+from vllm_moe_offload.trace.trace import PREFILL
 
 MODEL = model_profile("openai/gpt-oss-20b", None)
 GPU = hardware_profile("rtx4090-pcie4")

@@ -11,9 +11,9 @@ import pytest
 import vllm_moe_offload
 from tests.runtime.record_stores import ALIGNED, build_store
 from vllm_moe_offload import threads
-from vllm_moe_offload.chronicle.background import Background
 from vllm_moe_offload.cli.checks import HINT, OK, check_affinity
 from vllm_moe_offload.devices import HostPool
+from vllm_moe_offload.learning.background import Background
 from vllm_moe_offload.prefetch.loader import Load, RecordLoader
 from vllm_moe_offload.threads import ReportedThread, failed_threads, processors_for_reading
 

@@ -11,12 +11,12 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..history.embedding import unit
-from ..history.recording import Recorder, ScheduledTokens, routing_shares
-from ..history.trace import Trace
-from ..predict.context import RequestState
+from ..predict.base import RequestState
 from ..prefetch.anticipation import Anticipation
 from ..prefetch.optional import Switch, optional
+from ..trace.prompt_embedding import unit
+from ..trace.recorder import Recorder, ScheduledTokens, routing_shares
+from ..trace.trace import Trace
 from .blas import use_one_thread
 
 Vector = NDArray[np.float32]

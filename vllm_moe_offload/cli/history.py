@@ -13,15 +13,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_moe_offload.chronicle.heads_file import LEARNED_FILES
 from vllm_moe_offload.errors import TraceError
-from vllm_moe_offload.history.archive import HISTORY_FILE, HISTORY_LOCK_FILE, HistoryArchive
-from vllm_moe_offload.history.files import remove_leftovers
-from vllm_moe_offload.history.store import HistoryStore
-from vllm_moe_offload.history.trace import Trace
-from vllm_moe_offload.history.trace_file import read_trace, write_trace
+from vllm_moe_offload.learning.heads_file import LEARNED_FILES
 from vllm_moe_offload.store import default_root
 from vllm_moe_offload.store.files import named_path
+from vllm_moe_offload.trace.archive import HISTORY_FILE, HISTORY_LOCK_FILE, HistoryArchive
+from vllm_moe_offload.trace.files import remove_leftovers
+from vllm_moe_offload.trace.history import HistoryStore
+from vllm_moe_offload.trace.trace import Trace
+from vllm_moe_offload.trace.trace_file import read_trace, write_trace
 
 history = typer.Typer(name="history", help="List, export, import and prune histories.", no_args_is_help=True)
 

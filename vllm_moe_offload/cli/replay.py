@@ -10,14 +10,14 @@ import typer
 from vllm_moe_offload.cache import POLICY_NAMES
 from vllm_moe_offload.cli.replay_output import print_report, print_sweep
 from vllm_moe_offload.errors import ConfigError, TraceError
-from vllm_moe_offload.history.trace import Trace
-from vllm_moe_offload.history.trace_file import read_trace
 from vllm_moe_offload.predict.registry import REPLAY_PREDICTORS
 from vllm_moe_offload.replay.hardware import PROFILE_NAMES, hardware_profile, model_profile
 from vllm_moe_offload.replay.plot import plot_report, plot_sweep, require_plotting
 from vllm_moe_offload.replay.report import Setup, parse_slots
 from vllm_moe_offload.replay.report import replay as run_replay
 from vllm_moe_offload.replay.sweep import SWEEP_SLOTS, SWEEP_TOKENS, Point, sweep
+from vllm_moe_offload.trace.trace import Trace
+from vllm_moe_offload.trace.trace_file import read_trace
 
 _SAMPLE_TOKENS = Setup(slots=1).frontier_tokens
 _OR_A_CLASS = ", or a class as package.module:Class."

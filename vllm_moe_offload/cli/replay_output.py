@@ -6,8 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vllm_moe_offload.history.trace import Trace
 from vllm_moe_offload.replay.sweep import BELADY, LRU_PER_LAYER, PERFECT, Point, best_at_bytes
+from vllm_moe_offload.trace.trace import Trace
 
 
 def print_report(report: dict[str, Any]) -> None:

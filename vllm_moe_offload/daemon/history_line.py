@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import OffloadError
-from ..history.trace import Trace
 from ..threads import ReportedThread
+from ..trace.trace import Trace
 from .connection import Connection, DaemonGoneError, RefusedError
 from .outbox import Outbox
 from .packed_trace import pack_embedding, pack_trace, unpack_trace

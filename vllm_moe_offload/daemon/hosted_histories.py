@@ -7,9 +7,9 @@ from pathlib import Path
 
 import msgspec
 
-from ..chronicle.background import Background
 from ..errors import ConfigError, OffloadError, TraceError
-from ..history.archive import HistoryArchive
+from ..learning.background import Background
+from ..trace.archive import HistoryArchive
 from .framing import LARGE_MESSAGES
 from .hosted_history import HostedHistory
 from .packed_trace import Shape

@@ -13,11 +13,11 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ..chronicle.keeper import HistoryKeeper
 from ..errors import TraceError
-from ..history.archive import HistoryArchive
-from ..history.store import PastRequest
-from ..history.trace import UNKNOWN_TOKEN, Trace, concat
+from ..trace.archive import HistoryArchive
+from ..trace.history import PastRequest
+from ..trace.persistence import LocalHistory
+from ..trace.trace import UNKNOWN_TOKEN, Trace, concat
 from .packed_trace import Shape
 from .protocol import LARGE_FRAME_BYTES, HistorySize
 
@@ -46,7 +46,7 @@ class HostedHistory:
             raise TraceError(f"the history of model {fingerprint} holds maps of shape {outline[1]}, not {shape}")
         self.fingerprint, self.shape = fingerprint, shape
         self.folder = None if archive is None else archive.path(fingerprint).parent
-        self._keeper = HistoryKeeper(archive, fingerprint, shape, say)
+        self._keeper = LocalHistory(archive, fingerprint, shape, say)
         self._history = self._keeper.history
         self._lock = threading.Lock()
         self._tokens = self._history.num_tokens

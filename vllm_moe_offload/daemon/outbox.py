@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from typing import NamedTuple
 
-from ..history.trace import Trace
+from ..trace.trace import Trace
 
 DEFAULT_BUDGET_BYTES = 32 << 20
 

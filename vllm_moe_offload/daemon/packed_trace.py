@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import TraceError
-from ..history.trace import Trace
-from ..history.trace_file import checked_trace
+from ..trace.trace import Trace
+from ..trace.trace_file import checked_trace
 from .protocol import PackedTrace
 
 Shape = tuple[int, int, int]

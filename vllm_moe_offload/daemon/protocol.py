@@ -129,7 +129,7 @@ class Adopted(Message, frozen=True):
 
 
 class PackedTrace(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Whole requests with their expert maps, as ``history.trace.Trace`` has them.
+    """Whole requests with their expert maps, as ``trace.Trace`` has them.
 
     Each field is the bytes of a little-endian array. Shape and types follow from the history it is meant for.
     """

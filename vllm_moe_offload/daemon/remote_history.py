@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..chronicle.keeper import Keeper
-from ..history.archive import HISTORY_FILE, HistoryArchive
-from ..history.store import HistoryStore, PastRequest
-from ..history.trace import Trace
-from ..history.trace_file import write_trace
+from ..trace.archive import HISTORY_FILE, HistoryArchive
+from ..trace.history import HistoryStore, PastRequest
+from ..trace.persistence import PersistentHistory
+from ..trace.trace import Trace
+from ..trace.trace_file import write_trace
 from .history_line import HistoryLine
 from .protocol import OpenHistory
 
@@ -79,7 +79,7 @@ class RemoteHistory(HistoryStore):
             return self.nearest(embedding, count)
 
 
-class RemoteKeeper(Keeper):
+class SharedHistory(PersistentHistory):
     """Leaves the history of one engine to the daemon.
 
     Args:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..history.recording import ScheduledTokens
+from ..trace.recorder import ScheduledTokens
 
 
 class StepBatch:

@@ -15,7 +15,7 @@ from vllm.logger import init_logger
 from ..config import MODEL_EMBEDDING
 from ..errors import ConfigError
 from ..extensions import load_object
-from ..history.embedding import TokenRows, mean_embedding
+from ..trace.prompt_embedding import TokenRows, mean_embedding
 
 logger = init_logger("vllm.moe_offload")
 

@@ -14,24 +14,23 @@ from typing import Any
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
-from ..chronicle.background import Background
-from ..chronicle.keeper import HistoryKeeper, Keeper
-from ..chronicle.learning import Learning
-from ..chronicle.trace_recording import TraceRecording
 from ..config import OffloadConfig
 from ..daemon.protocol import OpenHistory
-from ..daemon.remote_history import RemoteKeeper
+from ..daemon.remote_history import SharedHistory
 from ..errors import ConfigError, OffloadError
-from ..history.archive import HistoryArchive
-from ..history.recording import Recorder
-from ..history.trace import Trace
-from ..predict.base import ModelShape, Predictor
-from ..predict.context import RequestState
+from ..learning.background import Background
+from ..learning.supervisor import LearningSupervisor
+from ..predict.base import ModelShape, Predictor, RequestState
 from ..predict.history import HistoryPredictor
 from ..predict.registry import MAX_CANDIDATES
 from ..prefetch.optional import Switch
 from ..store.reader import Store
 from ..store.root import default_root
+from ..trace.archive import HistoryArchive
+from ..trace.persistence import LocalHistory, PersistentHistory
+from ..trace.recorder import Recorder
+from ..trace.trace import Trace
+from ..trace.trace_recording import TraceRecording
 from .embedding import PromptEmbedder, UserEmbedder
 
 logger = init_logger("vllm.moe_offload")
@@ -58,9 +57,9 @@ class RoutingHistory:
         self,
         recorder: Recorder,
         trace: TraceRecording | None,
-        keeper: Keeper | None,
+        keeper: PersistentHistory | None,
         predictor: Predictor | None,
-        learning: Learning | None,
+        learning: LearningSupervisor | None,
         prediction: Switch,
         cpus: set[int],
     ):
@@ -169,9 +168,9 @@ def trace_recording(
     return TraceRecording(path, shape, name, fingerprint, _warn)
 
 
-def history_keeper(
+def persistent_history(
     vllm_config: Any, config: OffloadConfig, shape: ModelShape, fingerprint: str, store: Store, daemon: Path | None
-) -> Keeper | None:
+) -> PersistentHistory | None:
     """What is remembered of this model; None where nothing is to be predicted.
 
     Args:
@@ -183,13 +182,13 @@ def history_keeper(
     """
     if config.predictor == "none":
         return None
-    keeper: Keeper
+    keeper: PersistentHistory
     if daemon is not None and config.history is None:
         request = OpenHistory(fingerprint, shape, store.path.name)
-        keeper = RemoteKeeper(daemon, request, MAX_CANDIDATES, writes_files(), _warn)
+        keeper = SharedHistory(daemon, request, MAX_CANDIDATES, writes_files(), _warn)
     else:
         first = vllm_config.parallel_config.data_parallel_rank == 0
-        keeper = HistoryKeeper(_archive(config), fingerprint, shape, _warn, first and writes_files())
+        keeper = LocalHistory(_archive(config), fingerprint, shape, _warn, first and writes_files())
     logger.info(
         "moe-offload: predicting by '%s', from %d tokens of %d earlier requests",
         config.predictor,

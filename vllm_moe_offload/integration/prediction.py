@@ -10,11 +10,10 @@ import torch
 from numpy.typing import NDArray
 from vllm.logger import init_logger
 
-from ..chronicle.learning import Learning
 from ..chronicle.witness import Witness
 from ..config import OffloadConfig
 from ..errors import UnsupportedError
-from ..history.recording import Recorder
+from ..learning.supervisor import LearningSupervisor
 from ..observe import Counters
 from ..predict.base import ModelShape, Predictor
 from ..predict.gate import GatePredictor
@@ -27,9 +26,10 @@ from ..prefetch.loader import CHUNK_BYTES
 from ..prefetch.optional import Switch
 from ..runtime import OffloadRuntime
 from ..slots.looking_ahead import SlotsAhead
+from ..trace.recorder import Recorder
 from . import seams
 from .embedding import prompt_embedder, token_rows
-from .history import RoutingHistory, history_fingerprint, history_keeper, trace_recording
+from .history import RoutingHistory, history_fingerprint, persistent_history, trace_recording
 from .method import OffloadedLayers
 
 logger = init_logger("vllm.moe_offload")
@@ -92,14 +92,14 @@ def _build(
     embed = prompt_embedder(config.embedding, embeddings and embeddings[0])
     fingerprint = history_fingerprint(runtime.store, embed)
     trace = trace_recording(vllm_config, config, shape, fingerprint)
-    keeper = history_keeper(vllm_config, config, shape, fingerprint, runtime.store, daemon)
+    keeper = persistent_history(vllm_config, config, shape, fingerprint, runtime.store, daemon)
     vectors = ModelVectors(*embeddings) if embeddings else None
     predictor: Predictor | None = gate
     if predictor is None and keeper is not None:
         predictor = predictor_for_engine(config.predictor, shape, keeper.history, vectors)
     learning = None
     if keeper is not None and isinstance(predictor, HistoryPredictor):
-        learning = Learning(predictor, keeper, vectors, cpus, _say)
+        learning = LearningSupervisor(predictor, keeper, vectors, cpus, _say)
     anticipation = None if predictor is None else _look_ahead(predictor, layers, runtime, switch)
     recorder = Recorder(shape, MOST_TOKENS if trace is None else None)
     history = RoutingHistory(recorder, trace, keeper, predictor, learning, switch, cpus)

@@ -12,7 +12,7 @@ from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
 from ..errors import UnsupportedError
-from ..predict.routers import SCORINGS, Array, Router
+from ..predict.gate import SCORINGS, Array, Router
 
 _PROBES = 32
 _AGREEMENT = 0.95

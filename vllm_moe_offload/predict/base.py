@@ -5,14 +5,116 @@ resident or how fast loads are: those are the planner's concern.
 """
 
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..history.trace import Trace
-from .context import RequestState, TokenContext, TokenMap, TokenMemory
+from ..trace.trace import UNKNOWN_TOKEN, Trace
+
+FREQUENCY_HALF_LIFE = 16.0
+"""Tokens after which a use counts half in ``RequestState.frequency``."""
+_DECAY = np.float32(0.5 ** (1 / FREQUENCY_HALF_LIFE))
+_MOST_NEWS = 64
+
+
+class TokenMap(NamedTuple):
+    """The expert map of one token: ``experts`` int ``[L, K]`` and ``weights`` float ``[L, K]``.
+
+    Of any int and float type; thousands are kept, so small types save memory.
+    """
+
+    experts: NDArray[np.integer]
+    weights: NDArray[np.floating]
+
+
+class TokenContext(NamedTuple):
+    """One row of a step, as its request stood when the step began."""
+
+    state: "RequestState"
+    token: int
+    """The token the forward pass reads, or UNKNOWN_TOKEN."""
+    previous_token: int
+    previous: TokenMap | None
+    """Map of the request's previous token; None at its start and for tokens that run side by side in prefill."""
+    same: TokenMap | None
+    """Latest map of the same token, in this request or any other."""
+    frequency: NDArray[np.float32]
+    """``[L, E]``: decayed share of the request's tokens that used each expert."""
+
+
+class TokenMemory:
+    """The latest map of each token, for the ``capacity`` tokens seen last. Shared by all requests."""
+
+    def __init__(self, capacity: int = 16384):
+        self.capacity = capacity
+        self._maps: OrderedDict[int, TokenMap] = OrderedDict()
+
+    def recall(self, token: int) -> TokenMap | None:
+        return self._maps.get(token)
+
+    def remember(self, token: int, token_map: TokenMap) -> None:
+        """Replace the map of ``token``. UNKNOWN_TOKEN is not remembered."""
+        if token == UNKNOWN_TOKEN:
+            return
+        self._maps[token] = token_map
+        self._maps.move_to_end(token)
+        if len(self._maps) > self.capacity:
+            self._maps.popitem(last=False)
+
+
+class RequestState:
+    """One running request's past, as far as predictors read it."""
+
+    def __init__(self, shape: tuple[int, int, int], embedding: NDArray[np.floating] | None, memory: TokenMemory):
+        layers, experts, _ = shape
+        self.embedding = embedding
+        self.notes: object = None
+        """Whatever the predictor that opened this request keeps about it."""
+        self._memory = memory
+        self._previous: TokenMap | None = None
+        self._previous_token = UNKNOWN_TOKEN
+        self._decayed = np.zeros((layers, experts), np.float32)
+        self._news: list[TokenMap] = []
+        """Maps of tokens that ``_decayed`` does not know of yet."""
+        self._first = np.arange(0, layers * experts, experts)[:, None]
+
+    def context(self, token: int = UNKNOWN_TOKEN) -> TokenContext:
+        """The row for a forward pass that reads ``token`` next."""
+        same = self._memory.recall(token)
+        return TokenContext(self, token, self._previous_token, self._previous, same, self._frequency())
+
+    def contexts_side_by_side(self, tokens: NDArray[np.integer]) -> list[TokenContext]:
+        """Rows for tokens of a prefill chunk: none knows the map of the one before it."""
+        before = [self._previous_token, *tokens[:-1].tolist()]
+        recall, frequency = self._memory.recall, self._frequency()
+        return [
+            TokenContext(self, token, previous, None, recall(token), frequency)
+            for token, previous in zip(tokens.tolist(), before, strict=True)
+        ]
+
+    def advance(self, token: int, token_map: TokenMap) -> None:
+        """``token`` has run and was routed as ``token_map`` says. Contexts taken before stay as they were."""
+        self._news.append(token_map)
+        if len(self._news) == _MOST_NEWS:
+            self._frequency()
+        self._previous = token_map
+        self._previous_token = token
+        self._memory.remember(token, token_map)
+
+    def _frequency(self) -> NDArray[np.float32]:
+        """``TokenContext.frequency`` now. Worked out when asked for: steps that are left alone never do."""
+        if self._news:
+            places = np.stack([news.experts for news in self._news]) + self._first
+            shares = (1 - _DECAY) * _DECAY ** np.arange(len(places) - 1, -1, -1, dtype=np.float32)
+            added = np.bincount(places.ravel(), np.repeat(shares, places[0].size), self._decayed.size)
+            decayed = self._decayed * _DECAY ** len(places)
+            self._decayed = decayed + added.astype(np.float32).reshape(decayed.shape)
+            self._news = []
+        return self._decayed
+
 
 Experts = NDArray[np.integer]
 Weights = NDArray[np.floating]

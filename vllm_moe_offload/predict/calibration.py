@@ -44,7 +44,7 @@ class Calibration:
         self.curve = rising.astype(np.float32)
 
 
-class Lessons:
+class PendingFeedback:
     """What a step has said of the layers ahead, until these show what was true."""
 
     def __init__(self, experts: int):
@@ -52,7 +52,7 @@ class Lessons:
         self._experts = experts
         self._waiting: dict[int, list[tuple[Calibration, Numbers]]] = {}
 
-    def await_truth(self, layer: int, calibration: Calibration, scores: Numbers) -> None:
+    def add(self, layer: int, calibration: Calibration, scores: Numbers) -> None:
         """``calibration`` is to learn what becomes of these ``scores`` ``[B, E]``."""
         self._waiting.setdefault(layer, []).append((calibration, scores))
 

@@ -20,9 +20,19 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..history.trace import Trace
-from .base import Experts, ModelShape, Predictor, Probabilities, Step, Weights
-from .context import UNKNOWN_TOKEN, RequestState, TokenContext, TokenMap
+from ..trace.trace import Trace
+from .base import (
+    UNKNOWN_TOKEN,
+    Experts,
+    ModelShape,
+    Predictor,
+    Probabilities,
+    RequestState,
+    Step,
+    TokenContext,
+    TokenMap,
+    Weights,
+)
 
 _CAPACITY = 1000
 _PREFETCH_DISTANCE = 3

@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import kernels
-from .base import Experts, ModelShape, Predictor, Probabilities, Step, Weights
-from .context import TokenContext, TokenMap
+from .base import Experts, ModelShape, Predictor, Probabilities, Step, TokenContext, TokenMap, Weights
 from .network import Array, Parameters
 from .token_vectors import TokenVectors
 

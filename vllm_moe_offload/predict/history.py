@@ -11,15 +11,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..history.store import HistoryStore
-from ..history.trace import Trace
-from .base import Experts, ModelShape, Predictor, Probabilities, Step, Weights
-from .context import RequestState, TokenContext, TokenMap
+from ..trace.history import HistoryStore
+from ..trace.trace import Trace
+from .base import Experts, ModelShape, Predictor, Probabilities, RequestState, Step, TokenContext, TokenMap, Weights
 from .heads import HeadsPredictor
-from .heads_training import HeadsTrainer
 from .neighbours import MAX_CANDIDATES, NeighboursPredictor
 from .network import NetworkSize, Parameters
 from .token_vectors import LearnedVectors, TokenVectors
+from .trainer import HeadsTrainer
 
 _FIRST_TRAINING_TOKENS = 512
 _UNSEEN_SHARE = 0.5

@@ -17,9 +17,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..history.trace import PREFILL, Trace
-from .base import Experts, ModelShape, Predictor, Probabilities, Step, Weights
-from .context import RequestState, TokenContext
+from ..trace.trace import PREFILL, Trace
+from .base import Experts, ModelShape, Predictor, Probabilities, RequestState, Step, TokenContext, Weights
 
 _CAPACITY = 120
 

@@ -19,12 +19,22 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..history.store import HistoryStore, PastRequest
-from ..history.trace import Trace
+from ..trace.history import HistoryStore, PastRequest
+from ..trace.trace import Trace
 from . import kernels
-from .base import Experts, ModelShape, Predictor, Probabilities, Step, Weights
-from .calibration import Calibration, Lessons, share_calibration
-from .context import UNKNOWN_TOKEN, RequestState, TokenContext, TokenMap
+from .base import (
+    UNKNOWN_TOKEN,
+    Experts,
+    ModelShape,
+    Predictor,
+    Probabilities,
+    RequestState,
+    Step,
+    TokenContext,
+    TokenMap,
+    Weights,
+)
+from .calibration import Calibration, PendingFeedback, share_calibration
 
 Array = NDArray[np.float32]
 
@@ -189,14 +199,14 @@ class NeighboursStep(Step):
         self._calibrations = calibrations
         self._calibration = calibrations.at_start
         self._learns = learns
-        self._lessons = Lessons(shape.experts)
+        self._feedback = PendingFeedback(shape.experts)
         self._groups = [
             _Group(shape, [rows[i] for i in indices], slice(None) if len(members) == 1 else np.array(indices))
             for indices in members.values()
         ]
 
     def observe(self, layer: int, experts: Experts, weights: Weights) -> None:
-        self._lessons.learn(layer, experts)
+        self._feedback.learn(layer, experts)
         self._calibration = self._calibrations.afterwards
         for group in self._groups:
             group.observe(layer, experts[group.indices], weights[group.indices])
@@ -207,7 +217,7 @@ class NeighboursStep(Step):
         for group in self._groups:
             said[group.indices], probabilities[group.indices] = group.predict(layer, self._calibration.curve)
         if self._learns:
-            self._lessons.await_truth(layer, self._calibration, said)
+            self._feedback.add(layer, self._calibration, said)
         return probabilities
 
 

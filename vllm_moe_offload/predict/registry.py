@@ -10,8 +10,8 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..extensions import failure, is_reference, load_class
-from ..history.store import HistoryStore
-from ..history.trace import Trace
+from ..trace.history import HistoryStore
+from ..trace.trace import Trace
 from .base import ModelShape, Predictor
 from .token_vectors import LearnedVectors, TokenVectors
 
@@ -35,9 +35,9 @@ _BUILT_IN = {
     "finemoe": _BuiltIn("finemoe:FineMoEPredictor"),
     "moe-infinity": _BuiltIn("moe_infinity:MoEInfinityPredictor"),
     "gate": _BuiltIn("gate:GatePredictor", in_replay=False),
-    "coactivation": _BuiltIn("coactivation:CoactivationPredictor"),
-    "frequency": _BuiltIn("frequency:FrequencyPredictor"),
-    "none": _BuiltIn("none:NonePredictor"),
+    "coactivation": _BuiltIn("baselines:CoactivationPredictor"),
+    "frequency": _BuiltIn("baselines:FrequencyPredictor"),
+    "none": _BuiltIn("baselines:NonePredictor"),
 }
 ENGINE_PREDICTORS = tuple(name for name, entry in _BUILT_IN.items() if entry.in_engine)
 """Predictors that a running engine can use."""

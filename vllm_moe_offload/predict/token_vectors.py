@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from .context import UNKNOWN_TOKEN
+from .base import UNKNOWN_TOKEN
 
 Array = NDArray[np.float32]
 

@@ -9,9 +9,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..history.recording import RequestMaps, ScheduledTokens
-from ..predict.base import Predictor, Step, union_probability
-from ..predict.context import RequestState, TokenContext, TokenMap
+from ..predict.base import Predictor, RequestState, Step, TokenContext, TokenMap, union_probability
+from ..trace.recorder import RequestMaps, ScheduledTokens
 from .estimates import Estimates
 from .optional import Switch, optional
 from .planner import Outlook, Phase, Planner

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from ..history.trace import Trace
+from ..trace.trace import Trace
 from .forecast import Forecast
 
 _NEVER = 1 << 60

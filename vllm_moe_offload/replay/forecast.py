@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..history.trace import PREFILL, Trace
-from ..predict.base import Predictor, Step, union_probability
-from ..predict.context import UNKNOWN_TOKEN, TokenContext, TokenMap
+from ..predict.base import UNKNOWN_TOKEN, Predictor, Step, TokenContext, TokenMap, union_probability
+from ..trace.trace import PREFILL, Trace
 from .accuracy import Accuracy
 from .schedule import PREFILL_CHUNK
 

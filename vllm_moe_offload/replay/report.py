@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from ..cache import EvictionPolicy, create_policy
 from ..errors import ConfigError, TraceError
-from ..history.store import HistoryStore
-from ..history.trace import Trace
 from ..predict.base import ModelShape, Predictor
 from ..predict.registry import predictor_for_replay
+from ..trace.history import HistoryStore
+from ..trace.trace import Trace
 from .accuracy import Accuracy
 from .bounds import access_sequence, belady_miss_rate, lru_per_layer_miss_rate, perfect_forecast
 from .forecast import Forecast, forecast

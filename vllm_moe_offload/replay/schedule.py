@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ..history.trace import PREFILL, Trace
+from ..trace.trace import PREFILL, Trace
 
 PREFILL_CHUNK = 2048
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache import EvictionPolicy
-from ..history.trace import Trace
+from ..trace.trace import Trace
 from .forecast import Forecast
 from .residency import Residency, Tally
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from ..cache import POLICY_NAMES
 from ..errors import ConfigError
-from ..history.trace import Trace
 from ..predict.registry import REPLAY_PREDICTORS
+from ..trace.trace import Trace
 from .bounds import belady_miss_rate, lru_per_layer_miss_rate, perfect_forecast
 from .forecast import Forecast
 from .parallel import run_all

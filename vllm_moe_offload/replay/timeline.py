@@ -7,12 +7,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache import EvictionPolicy
-from ..history.trace import PREFILL, Trace
 from ..prefetch.anticipation import MOST_ROWS
 from ..prefetch.estimates import Estimates
 from ..prefetch.planner import Outlook, Phase, Planner
 from ..prefetch.trials import Trials, kind_of
 from ..prefetch.waves import streams
+from ..trace.trace import PREFILL, Trace
 from .forecast import Forecast
 from .hardware import HardwareProfile, ModelProfile
 from .link import Link

@@ -1,4 +1,4 @@
-"""``python -m vllm_moe_offload.chronicle.training JOB``: learns heads from a history, in a process of its own.
+"""``python -m vllm_moe_offload.learning.process JOB``: learns heads from a history, in a process of its own.
 
 Learning beside a serving engine must not take its interpreter lock, its processors or its BLAS threads. This process
 runs at the lowest priority, sleeps most of the time, and ends when whoever started it does.
@@ -12,10 +12,10 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from ..history.trace_file import read_trace
-from ..predict.heads_training import HeadsTrainer
 from ..predict.network import NetworkSize, Parameters
 from ..predict.token_vectors import LearnedVectors, ModelVectors, TokenVectors
+from ..predict.trainer import HeadsTrainer
+from ..trace.trace_file import read_trace
 from .heads_file import write_heads
 
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 from test_trace_file import make_trace
 
-from vllm_moe_offload.chronicle.keeper import HistoryKeeper
-from vllm_moe_offload.history import archive as archive_module
-from vllm_moe_offload.history.archive import HistoryArchive
-from vllm_moe_offload.history.files import locked, remove_leftovers, write_atomically
-from vllm_moe_offload.history.store import HistoryStore
-from vllm_moe_offload.history.temporary_folder import TemporaryFolder
+from vllm_moe_offload.learning.temporary_folder import TemporaryFolder
+from vllm_moe_offload.trace import archive as archive_module
+from vllm_moe_offload.trace.archive import HistoryArchive
+from vllm_moe_offload.trace.files import locked, remove_leftovers, write_atomically
+from vllm_moe_offload.trace.history import HistoryStore
+from vllm_moe_offload.trace.persistence import LocalHistory
 
 SHAPE = (4, 8, 2)
 
@@ -29,8 +29,8 @@ def request(seed: int):
     return make_trace((5,), seed=seed)
 
 
-def keeper(folder: Path, warnings: list[str] | None = None) -> HistoryKeeper:
-    return HistoryKeeper(HistoryArchive(folder), "aa", SHAPE, [].append if warnings is None else warnings.append)
+def keeper(folder: Path, warnings: list[str] | None = None) -> LocalHistory:
+    return LocalHistory(HistoryArchive(folder), "aa", SHAPE, [].append if warnings is None else warnings.append)
 
 
 def remembered(folder: Path) -> int:
@@ -151,7 +151,7 @@ def test_a_lock_whose_file_was_removed_is_taken_anew(tmp_path: Path) -> None:
 KILLED_WRITER = """
 import sys
 from pathlib import Path
-from vllm_moe_offload.history.files import write_atomically
+from vllm_moe_offload.trace.files import write_atomically
 def write(file):
     file.write(b"x" * 100000)
     file.flush()
@@ -218,7 +218,7 @@ def test_a_file_is_on_the_disk_before_it_takes_the_place_of_another_and_its_name
 
 KILLED_LEARNER = """
 import sys
-from vllm_moe_offload.history.temporary_folder import TemporaryFolder
+from vllm_moe_offload.learning.temporary_folder import TemporaryFolder
 folder = TemporaryFolder("moe-offload-test-")
 (folder.path / "history.npz").write_bytes(b"prompts")
 print(folder.path, flush=True)

@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 
 import vllm_moe_offload
-from vllm_moe_offload.chronicle import learning as learning_module
-from vllm_moe_offload.chronicle.heads_file import LEARNED_VECTORS_HEADS_FILE, LOCK_FILE, read_heads, write_heads
-from vllm_moe_offload.chronicle.keeper import HistoryKeeper, seconds_between_saves
-from vllm_moe_offload.chronicle.learning import Learning
 from vllm_moe_offload.errors import TraceError
-from vllm_moe_offload.history.archive import HistoryArchive
-from vllm_moe_offload.history.store import HistoryStore
-from vllm_moe_offload.history.trace import Trace
+from vllm_moe_offload.learning import supervisor as learning_module
+from vllm_moe_offload.learning.heads_file import LEARNED_VECTORS_HEADS_FILE, LOCK_FILE, read_heads, write_heads
+from vllm_moe_offload.learning.supervisor import LearningSupervisor
 from vllm_moe_offload.predict.base import ModelShape
 from vllm_moe_offload.predict.history import HistoryPredictor
 from vllm_moe_offload.predict.network import NetworkSize, Parameters
 from vllm_moe_offload.predict.registry import predictor_for_engine
 from vllm_moe_offload.predict.token_vectors import LearnedVectors, ModelVectors, TokenVectors
+from vllm_moe_offload.trace.archive import HistoryArchive
+from vllm_moe_offload.trace.history import HistoryStore
+from vllm_moe_offload.trace.persistence import LocalHistory, seconds_between_saves
+from vllm_moe_offload.trace.trace import Trace
 
 SHAPE = ModelShape(3, 8, 2)
 SIZE = NetworkSize(3, 8, 16)
@@ -52,15 +52,15 @@ def engine(
     vectors: TokenVectors | None,
     say: Callable[[str], None] = print,
     clock: Callable[[], float] = time.monotonic,
-) -> tuple[HistoryPredictor, Learning]:
+) -> tuple[HistoryPredictor, LearningSupervisor]:
     """What one engine has of the histories in ``folder``."""
-    keeper = HistoryKeeper(HistoryArchive(folder), "ab", SHAPE, say, writes=False)
+    keeper = LocalHistory(HistoryArchive(folder), "ab", SHAPE, say, writes=False)
     made = predictor_for_engine("history", SHAPE, keeper.history, vectors)
     assert isinstance(made, HistoryPredictor)
-    return made, Learning(made, keeper, vectors, None, say, clock)
+    return made, LearningSupervisor(made, keeper, vectors, None, say, clock)
 
 
-def learn(learning: Learning) -> None:
+def learn(learning: LearningSupervisor) -> None:
     """Let the training that is due come to its end."""
     learning.attend()
     assert learning._process is not None and learning._process.wait(120) == 0
@@ -163,7 +163,7 @@ def test_heads_are_learned_again_when_a_full_history_holds_other_requests(tmp_pa
 def test_what_the_heads_have_not_seen_is_known_after_a_restart(tmp_path: Path) -> None:
     """Whoever saves the history, and however often engines start: half of it new means that heads are due."""
     archive = HistoryArchive(tmp_path)
-    keeper = HistoryKeeper(archive, "ab", SHAPE, print)
+    keeper = LocalHistory(archive, "ab", SHAPE, print)
     for seed in range(20):
         keeper.history.add(request(50, seed))
     keeper.save(at_once=True)
@@ -271,18 +271,18 @@ def test_what_cannot_be_learned_from_is_reported_and_tried_again_later(tmp_path:
 
 def test_a_history_is_written_when_it_has_grown_and_only_by_its_keeper(tmp_path: Path) -> None:
     archive = HistoryArchive(tmp_path)
-    keeper = HistoryKeeper(archive, "ab", SHAPE, print)
+    keeper = LocalHistory(archive, "ab", SHAPE, print)
     keeper.save(at_once=True)
     assert not archive.path("ab").exists()
     keeper.history.add(request(5))
     keeper.save()
     assert not archive.path("ab").exists(), "not so soon after the start"
     keeper.save(at_once=True)
-    reader = HistoryKeeper(archive, "ab", SHAPE, print, writes=False)
+    reader = LocalHistory(archive, "ab", SHAPE, print, writes=False)
     assert reader.history.num_tokens == 5
     reader.history.add(request(7, seed=1))
     reader.save(at_once=True)
-    assert HistoryKeeper(archive, "ab", SHAPE, print).history.num_tokens == 5
+    assert LocalHistory(archive, "ab", SHAPE, print).history.num_tokens == 5
 
 
 def test_a_large_history_is_written_less_often_and_a_failure_is_not_repeated_at_once(
@@ -290,7 +290,7 @@ def test_a_large_history_is_written_less_often_and_a_failure_is_not_repeated_at_
 ) -> None:
     assert seconds_between_saves(1000) == 60 < seconds_between_saves(256 << 20)
     archive = HistoryArchive(tmp_path / "histories")
-    keeper = HistoryKeeper(archive, "ab", SHAPE, print)
+    keeper = LocalHistory(archive, "ab", SHAPE, print)
     keeper.history.add(request(5))
     archive.directory.write_text("in the way")
     with pytest.raises(OSError, match="histories"):

@@ -15,17 +15,17 @@ import msgspec
 import numpy as np
 
 from ..errors import TraceError, TraceReadError
-from ..history.files import FileVersion, file_version, make_private_folder, set_aside
-from ..history.temporary_folder import TemporaryFolder
 from ..predict.heads import HeadsPredictor
 from ..predict.history import HistoryPredictor
 from ..predict.network import NetworkSize
 from ..predict.token_vectors import TokenVectors
 from ..store.lock import BuildLock
 from ..threads import bind_to
+from ..trace.files import FileVersion, file_version, make_private_folder, set_aside
+from ..trace.persistence import PersistentHistory
 from .heads_file import HEADS_FILE, LEARNED_VECTORS_HEADS_FILE, LOCK_FILE, read_heads
-from .keeper import Keeper
-from .training import TrainingJob
+from .process import TrainingJob
+from .temporary_folder import TemporaryFolder
 
 CPU_SHARE = 0.05
 """Of one core. What ``OffloadConfig`` promises."""
@@ -35,7 +35,7 @@ _LONGEST_DELAY = 3600.0
 """Seconds from a failed training to the next: twice as long after every failure in a row, up to the longest."""
 
 
-class Learning:
+class LearningSupervisor:
     """The training of one engine's predictor.
 
     Args:
@@ -50,7 +50,7 @@ class Learning:
     def __init__(
         self,
         predictor: HistoryPredictor,
-        keeper: Keeper,
+        keeper: PersistentHistory,
         vectors: TokenVectors | None,
         cpus: set[int] | None,
         say: Callable[[str], None],
@@ -70,7 +70,7 @@ class Learning:
         """Trainings that have failed in a row."""
         self._earliest = clock()
         """When the next may start."""
-        self._adopt_newer()
+        self._load_new_heads()
 
     def attend(self) -> None:
         """Take over what a training has finished, here or in another engine, or start one where it is time.
@@ -88,7 +88,7 @@ class Learning:
         try:
             if self._process is not None:
                 self._conclude(self._process.returncode)
-            self._adopt_newer()
+            self._load_new_heads()
             if self._predictor.training_due and self._clock() >= self._earliest:
                 self._start_unless_another_does()
         except Exception:
@@ -101,7 +101,7 @@ class Learning:
         self._process = None
         if code:
             raise RuntimeError(f"learning from the history ended with {code}; it will be tried again")
-        if not self._adopt_newer():
+        if not self._load_new_heads():
             raise RuntimeError("learning from the history left no heads that can be used; it will be tried again")
         self._failures = 0
         self._let_others_learn()
@@ -120,7 +120,7 @@ class Learning:
         self._lock = BuildLock.try_acquire(self._heads_file.with_name(LOCK_FILE))
         if self._lock is None:
             return
-        self._adopt_newer()
+        self._load_new_heads()
         history = self._keeper.snapshot(self._work.path) if self._predictor.training_due else None
         if history is None:
             self._let_others_learn()
@@ -137,7 +137,7 @@ class Learning:
             os.getpid(),
         )
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "vllm_moe_offload.chronicle.training", msgspec.json.encode(job).decode()],
+            [sys.executable, "-P", "-m", "vllm_moe_offload.learning.process", msgspec.json.encode(job).decode()],
             env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,
         )
@@ -159,7 +159,7 @@ class Learning:
         np.savez(path, tokens=known, rows=self._vectors.look_up(known).astype(np.float16))
         return str(path)
 
-    def _adopt_newer(self) -> bool:
+    def _load_new_heads(self) -> bool:
         """Predict by the heads in the file, if they are other ones than those looked at last. Whether that is so."""
         try:
             status = self._heads_file.stat()
@@ -168,9 +168,9 @@ class Learning:
         if (seen := (status.st_ino, status.st_mtime_ns)) == self._heads_seen:
             return False
         self._heads_seen = seen
-        return self._adopt()
+        return self._load_heads()
 
-    def _adopt(self) -> bool:
+    def _load_heads(self) -> bool:
         shape = self._predictor.shape
         width = 0 if self._vectors is None else self._vectors.width
         size = NetworkSize(shape.layers, shape.experts, width)

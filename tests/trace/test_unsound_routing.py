@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from test_trace_file import make_trace
 
-from vllm_moe_offload.chronicle.trace_recording import TraceRecording
-from vllm_moe_offload.history.archive import HistoryArchive
-from vllm_moe_offload.history.embedding import mean_embedding
-from vllm_moe_offload.history.recording import Recorder, ScheduledTokens
-from vllm_moe_offload.history.store import HistoryStore
-from vllm_moe_offload.history.trace_file import read_trace
 from vllm_moe_offload.predict.base import ModelShape
 from vllm_moe_offload.predict.neighbours import NeighboursPredictor
+from vllm_moe_offload.trace.archive import HistoryArchive
+from vllm_moe_offload.trace.history import HistoryStore
+from vllm_moe_offload.trace.prompt_embedding import mean_embedding
+from vllm_moe_offload.trace.recorder import Recorder, ScheduledTokens
+from vllm_moe_offload.trace.trace_file import read_trace
+from vllm_moe_offload.trace.trace_recording import TraceRecording
 
 SHAPE = (2, 8, 2)
 TOKENS = 4

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import TraceError, TraceReadError
-from ..history.files import write_atomically
-from ..history.npz import read_arrays
-from ..history.trace import Trace
 from ..predict.network import NetworkSize, Parameters
 from ..predict.token_vectors import LearnedVectors, TokenVectors
+from ..trace.files import write_atomically
+from ..trace.npz import read_arrays
+from ..trace.trace import Trace
 
 VERSION = 1
 HEADS_FILE = "heads.npz"

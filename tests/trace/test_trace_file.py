@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from vllm_moe_offload.errors import TraceError
-from vllm_moe_offload.history.trace import Trace
-from vllm_moe_offload.history.trace_file import read_trace, write_trace
+from vllm_moe_offload.trace.trace import Trace
+from vllm_moe_offload.trace.trace_file import read_trace, write_trace
 
 
 def make_trace(tokens_per_request=(3, 0, 5), layers=4, experts=8, top_k=2, seed=0) -> Trace:

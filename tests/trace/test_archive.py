@@ -3,9 +3,9 @@ from test_trace_file import make_trace, same
 from typer.testing import CliRunner
 
 from vllm_moe_offload.cli import app
-from vllm_moe_offload.history.archive import HistoryArchive
-from vllm_moe_offload.history.store import HistoryStore
-from vllm_moe_offload.history.trace_file import read_trace, write_trace
+from vllm_moe_offload.trace.archive import HistoryArchive
+from vllm_moe_offload.trace.history import HistoryStore
+from vllm_moe_offload.trace.trace_file import read_trace, write_trace
 
 SHAPE = (4, 8, 2)
 

@@ -14,11 +14,11 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.daemon.past import FINGERPRINT, SHAPE, past_request, same
-from vllm_moe_offload.chronicle import trace_recording
-from vllm_moe_offload.chronicle.trace_recording import TraceRecording
 from vllm_moe_offload.cli import app
 from vllm_moe_offload.errors import TraceError
-from vllm_moe_offload.history.trace_file import read_trace
+from vllm_moe_offload.trace import trace_recording
+from vllm_moe_offload.trace.trace_file import read_trace
+from vllm_moe_offload.trace.trace_recording import TraceRecording
 
 
 def recording(path: Path, warnings: list[str] | None = None, fingerprint: str = FINGERPRINT) -> TraceRecording:
@@ -66,7 +66,7 @@ def written_bytes() -> int:
 KILLED_ENGINE = """
 import sys
 from pathlib import Path
-from tests.chronicle.test_appended_traces import recording
+from tests.trace.test_appended_traces import recording
 from tests.daemon.past import past_request
 growing = recording(Path(sys.argv[1]))
 for seed in range(3):

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from ..errors import TraceError, TraceReadError
 from .files import FileVersion, file_version, locked, make_private_folder, remove_leftovers, set_aside
+from .history import DEFAULT_BUDGET_BYTES, HistoryStore
 from .npz import NpzReader
-from .store import DEFAULT_BUDGET_BYTES, HistoryStore
 from .trace import Trace
 from .trace_file import read_trace, write_trace
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_trace_file import make_trace
 
-from vllm_moe_offload.history.store import HistoryStore
+from vllm_moe_offload.trace.history import HistoryStore
 
 SHAPE = (4, 8, 2)
 

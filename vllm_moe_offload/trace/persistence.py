@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import TraceError
-from ..history.archive import HistoryArchive
-from ..history.files import FileVersion
-from ..history.store import HistoryStore
-from ..history.trace import Trace
+from .archive import HistoryArchive
+from .files import FileVersion
+from .history import HistoryStore
+from .trace import Trace
 
 SECONDS_BETWEEN_SAVES = 60.0
 BYTES_PER_SECOND = 1 << 20
@@ -22,7 +22,7 @@ def seconds_between_saves(nbytes: int) -> float:
     return max(SECONDS_BETWEEN_SAVES, nbytes / BYTES_PER_SECOND)
 
 
-class Keeper(ABC):
+class PersistentHistory(ABC):
     """The history of a running engine, and whatever keeps it."""
 
     fingerprint: str
@@ -47,7 +47,7 @@ class Keeper(ABC):
         """The engine ends: what is not kept yet is kept now."""
 
 
-class HistoryKeeper(Keeper):
+class LocalHistory(PersistentHistory):
     """Keeps a history in a file, to which other processes may add requests of the same model.
 
     What others have added is kept: then each writes what is in the file and its own requests that are not yet. They

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import TraceError
-from ..history.trace import Trace, concat
-from ..history.trace_file import LogHeader, decode_log_header, encode_log_header, encode_trace
-from ..history.trace_log import LogWriter
+from .trace import Trace, concat
+from .trace_file import LogHeader, decode_log_header, encode_log_header, encode_trace
+from .trace_log import LogWriter
 
 MOST_BYTES = 4 << 30
 """Of the file. Replay reads it whole."""

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_moe_offload.history.embedding import CHUNK_TOKENS, mean_embedding, unit
+from vllm_moe_offload.trace.prompt_embedding import CHUNK_TOKENS, mean_embedding, unit
 
 TABLE = np.random.default_rng(0).standard_normal((2000, 16)).astype(np.float32)
 

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from test_trace_file import make_trace, same
 
-from vllm_moe_offload.chronicle.heads_file import read_heads, write_heads
 from vllm_moe_offload.errors import TraceError
-from vllm_moe_offload.history.archive import HistoryArchive
-from vllm_moe_offload.history.store import HistoryStore
-from vllm_moe_offload.history.trace import Trace
-from vllm_moe_offload.history.trace_file import read_trace
+from vllm_moe_offload.learning.heads_file import read_heads, write_heads
 from vllm_moe_offload.predict.network import NetworkSize, Parameters
 from vllm_moe_offload.predict.token_vectors import LearnedVectors
+from vllm_moe_offload.trace.archive import HistoryArchive
+from vllm_moe_offload.trace.history import HistoryStore
+from vllm_moe_offload.trace.trace import Trace
+from vllm_moe_offload.trace.trace_file import read_trace
 
 SHAPE = (4, 8, 2)
 FLIPS = 300

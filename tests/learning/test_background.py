@@ -4,9 +4,9 @@ import threading
 
 import numpy as np
 
-from vllm_moe_offload.chronicle.background import Background
 from vllm_moe_offload.chronicle.witness import Witness
-from vllm_moe_offload.history.recording import Recorder, ScheduledTokens
+from vllm_moe_offload.learning.background import Background
+from vllm_moe_offload.trace.recorder import Recorder, ScheduledTokens
 
 SHAPE = (2, 4, 2)
 

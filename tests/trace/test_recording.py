@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_moe_offload.history.recording import Recorder, ScheduledTokens
-from vllm_moe_offload.history.trace import PREFILL
+from vllm_moe_offload.trace.recorder import Recorder, ScheduledTokens
+from vllm_moe_offload.trace.trace import PREFILL
 
 SHAPE = (3, 300, 2)
 
