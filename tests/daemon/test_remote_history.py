@@ -45,11 +45,11 @@ def engine(socket: Path, tells: bool = True, say=print) -> SharedHistory:
 class Seeker:
     """Collects the answers to one question."""
 
-    def __init__(self, keeper: SharedHistory, meaning: int | None = None):
+    def __init__(self, kept: SharedHistory, meaning: int | None = None):
         self.answers: list[list[PastRequest]] = []
         self.threads: list[threading.Thread] = []
         embedding = None if meaning is None else np.eye(6, dtype=np.float32)[meaning]
-        keeper.history.seek(embedding, 256, self._hear)
+        kept.history.seek(embedding, 256, self._hear)
 
     def _hear(self, found: list[PastRequest]) -> None:
         self.answers.append(found)

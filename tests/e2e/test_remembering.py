@@ -26,7 +26,7 @@ def lengths(prompt: list[int]) -> list[float]:
 
 
 def embeddings(worker: Any) -> list[list[float]]:
-    history = worker.model_runner.get_model().moe_offload._prediction.history.keeper.history
+    history = worker.model_runner.get_model().moe_offload._prediction.history.kept.history
     return [past.trace.embeddings[0].tolist() for past in history.requests]
 
 

@@ -54,17 +54,17 @@ def engine(
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[HistoryPredictor, LearningSupervisor]:
     """What one engine has of the histories in ``folder``."""
-    keeper = LocalHistory(HistoryArchive(folder), "ab", SHAPE, say, writes=False)
-    made = predictor_for_engine("history", SHAPE, keeper.history, vectors)
+    kept = LocalHistory(HistoryArchive(folder), "ab", SHAPE, say, writes=False)
+    made = predictor_for_engine("history", SHAPE, kept.history, vectors)
     assert isinstance(made, HistoryPredictor)
-    return made, LearningSupervisor(made, keeper, vectors, None, say, clock)
+    return made, LearningSupervisor(made, kept, vectors, None, say, clock)
 
 
 def learn(learning: LearningSupervisor) -> None:
     """Let the training that is due come to its end."""
-    learning.attend()
+    learning.poll()
     assert learning._process is not None and learning._process.wait(120) == 0
-    learning.attend()
+    learning.poll()
     assert learning._process is None
 
 
@@ -74,13 +74,13 @@ def test_heads_are_learned_beside_the_engine_and_found_at_the_next_start(
 ) -> None:
     said: list[str] = []
     young, learning = engine(tmp_path, vectors, said.append)
-    learning.attend()
+    learning.poll()
     assert learning._process is None, "there is nothing to learn from"
     young.history.add(request(600))
-    learning.attend()
+    learning.poll()
     assert learning._process is not None and young.heads is None
     assert learning._process.wait(120) == 0
-    learning.attend()
+    learning.poll()
     assert young.heads is not None and young.trained_tokens == 600 and not young.training_due
     learning.close()
 
@@ -99,14 +99,14 @@ def test_a_training_that_fails_is_reported_and_tried_again_later_while_the_old_h
     heads = young.heads
     young.history.add(request(700, seed=1))
     for delay in (60, 120):
-        learning.attend()
+        learning.poll()
         assert learning._process is not None
         learning._process.terminate()
         learning._process.wait(60)
         with pytest.raises(RuntimeError, match="learning from the history ended with -15; it will be tried again"):
-            learning.attend()
+            learning.poll()
         now[0] += delay - 1
-        learning.attend()
+        learning.poll()
         assert learning._process is None and young.heads is heads is not None
         now[0] += 1
     learn(learning)
@@ -118,12 +118,12 @@ def test_a_training_whose_heads_are_unusable_has_failed(tmp_path: Path) -> None:
     now = [1000.0]
     young, learning = engine(tmp_path, None, clock=lambda: now[0])
     young.history.add(request(600))
-    learning.attend()
+    learning.poll()
     assert learning._process is not None and learning._process.wait(120) == 0
     (tmp_path / "ab" / LEARNED_VECTORS_HEADS_FILE).write_bytes(b"")
     with pytest.raises(RuntimeError, match="left no heads"):
-        learning.attend()
-    learning.attend()
+        learning.poll()
+    learning.poll()
     assert learning._process is None, "not again at once"
     now[0] += 60
     learn(learning)
@@ -163,10 +163,10 @@ def test_heads_are_learned_again_when_a_full_history_holds_other_requests(tmp_pa
 def test_what_the_heads_have_not_seen_is_known_after_a_restart(tmp_path: Path) -> None:
     """Whoever saves the history, and however often engines start: half of it new means that heads are due."""
     archive = HistoryArchive(tmp_path)
-    keeper = LocalHistory(archive, "ab", SHAPE, print)
+    kept = LocalHistory(archive, "ab", SHAPE, print)
     for seed in range(20):
-        keeper.history.add(request(50, seed))
-    keeper.save(at_once=True)
+        kept.history.add(request(50, seed))
+    kept.save(at_once=True)
     _, learning = engine(tmp_path, None)
     learn(learning)
     learning.close()
@@ -215,16 +215,16 @@ def test_engines_that_share_a_folder_learn_once(tmp_path: Path, vectors: TokenVe
     second, waiting = engine(tmp_path, vectors)
     for one in (first, second):
         one.history.add(request(600))
-    learning.attend()
-    waiting.attend()
+    learning.poll()
+    waiting.poll()
     assert learning._process is not None and waiting._process is None
     assert learning._process.wait(120) == 0
-    waiting.attend()
+    waiting.poll()
     assert second.heads is not None and second.trained_tokens == 600
-    learning.attend()
+    learning.poll()
     assert first.heads is not None and waiting._process is learning._process is None
     second.history.add(request(700, seed=1))
-    waiting.attend()
+    waiting.poll()
     assert waiting._process is not None, "whoever has seen more may learn next"
     waiting.close()
     learning.close()
@@ -242,10 +242,10 @@ def test_an_engine_that_is_gone_leaves_the_learning_to_others(tmp_path: Path) ->
     young.history.add(request(600))
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline() == b"held\n"
-        learning.attend()
+        learning.poll()
         assert learning._process is None
         other.kill()
-    learning.attend()
+    learning.poll()
     assert learning._process is not None
     learning.close()
 
@@ -260,24 +260,24 @@ def test_what_cannot_be_learned_from_is_reported_and_tried_again_later(tmp_path:
     young, learning = engine(tmp_path, ModelVectors(unreadable, 16), clock=lambda: now[0])
     young.history.add(request(600))
     with pytest.raises(IndexError, match="token 99"):
-        learning.attend()
-    learning.attend()
+        learning.poll()
+    learning.poll()
     assert learning._process is None
     now[0] += 60
-    learning.attend()
+    learning.poll()
     assert learning._process is not None
     learning.close()
 
 
-def test_a_history_is_written_when_it_has_grown_and_only_by_its_keeper(tmp_path: Path) -> None:
+def test_a_history_is_written_when_it_has_grown_and_only_by_its_owner(tmp_path: Path) -> None:
     archive = HistoryArchive(tmp_path)
-    keeper = LocalHistory(archive, "ab", SHAPE, print)
-    keeper.save(at_once=True)
+    kept = LocalHistory(archive, "ab", SHAPE, print)
+    kept.save(at_once=True)
     assert not archive.path("ab").exists()
-    keeper.history.add(request(5))
-    keeper.save()
+    kept.history.add(request(5))
+    kept.save()
     assert not archive.path("ab").exists(), "not so soon after the start"
-    keeper.save(at_once=True)
+    kept.save(at_once=True)
     reader = LocalHistory(archive, "ab", SHAPE, print, writes=False)
     assert reader.history.num_tokens == 5
     reader.history.add(request(7, seed=1))
@@ -290,16 +290,16 @@ def test_a_large_history_is_written_less_often_and_a_failure_is_not_repeated_at_
 ) -> None:
     assert seconds_between_saves(1000) == 60 < seconds_between_saves(256 << 20)
     archive = HistoryArchive(tmp_path / "histories")
-    keeper = LocalHistory(archive, "ab", SHAPE, print)
-    keeper.history.add(request(5))
+    kept = LocalHistory(archive, "ab", SHAPE, print)
+    kept.history.add(request(5))
     archive.directory.write_text("in the way")
     with pytest.raises(OSError, match="histories"):
-        keeper.save(at_once=True)
-    keeper.save()
+        kept.save(at_once=True)
+    kept.save()
     archive.directory.unlink()
-    keeper.save()
+    kept.save()
     assert not archive.path("ab").exists()
-    keeper.close()
+    kept.close()
     assert archive.path("ab").exists()
 
 
@@ -311,7 +311,7 @@ def test_nothing_in_the_working_folder_is_executed(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(folder)
     young, learning = engine(tmp_path, None)
     young.history.add(request(600))
-    learning.attend()
+    learning.poll()
     assert learning._process is not None and learning._process.wait(120) == 0
     learning.close()
     assert not (folder / "executed").exists()

@@ -29,7 +29,7 @@ def request(seed: int):
     return make_trace((5,), seed=seed)
 
 
-def keeper(folder: Path, warnings: list[str] | None = None) -> LocalHistory:
+def kept(folder: Path, warnings: list[str] | None = None) -> LocalHistory:
     return LocalHistory(HistoryArchive(folder), "aa", SHAPE, [].append if warnings is None else warnings.append)
 
 
@@ -48,12 +48,12 @@ def no_descriptor_left() -> Iterator[None]:
 
 
 def test_a_history_that_cannot_be_read_now_stays_and_what_comes_is_added_to_it(tmp_path: Path) -> None:
-    first = keeper(tmp_path)
+    first = kept(tmp_path)
     first.history.add(request(1))
     first.close()
     before, warnings = HistoryArchive(tmp_path).path("aa").read_bytes(), []
     with no_descriptor_left():
-        second = keeper(tmp_path, warnings)
+        second = kept(tmp_path, warnings)
     assert second.history.num_requests == 0
     assert len(warnings) == 1 and "Too many open files" in warnings[0] and "stays as it is" in warnings[0]
     assert HistoryArchive(tmp_path).path("aa").read_bytes() == before
@@ -73,12 +73,12 @@ def test_what_is_no_file_at_all_keeps_no_engine_from_starting(tmp_path: Path, wh
         path.mkdir()
     else:
         path.symlink_to(path)
-    assert keeper(tmp_path, warnings).history.num_requests == 0
+    assert kept(tmp_path, warnings).history.num_requests == 0
     assert len(warnings) == 1 and str(path) in warnings[0]
 
 
 def test_engines_of_one_model_add_to_one_history(tmp_path: Path) -> None:
-    first, second = keeper(tmp_path), keeper(tmp_path)
+    first, second = kept(tmp_path), kept(tmp_path)
     for seed in range(30):
         first.history.add(request(seed))
     second.history.add(request(100))
@@ -95,7 +95,7 @@ def test_engines_in_one_process_save_at_the_same_time(tmp_path: Path) -> None:
     raised: list[Exception] = []
 
     def engine(number: int) -> None:
-        mine = keeper(tmp_path)
+        mine = kept(tmp_path)
         for seed in range(20):
             mine.history.add(request(1000 * number + seed))
             try:
@@ -112,7 +112,7 @@ def test_engines_in_one_process_save_at_the_same_time(tmp_path: Path) -> None:
 
 
 def test_what_is_removed_while_an_engine_runs_stays_removed(tmp_path: Path) -> None:
-    running = keeper(tmp_path)
+    running = kept(tmp_path)
     running.history.add(request(1))
     running.save(at_once=True)
     HistoryArchive(tmp_path).path("aa").unlink()
@@ -122,7 +122,7 @@ def test_what_is_removed_while_an_engine_runs_stays_removed(tmp_path: Path) -> N
 
 
 def test_a_history_that_was_damaged_meanwhile_is_written_whole(tmp_path: Path) -> None:
-    running = keeper(tmp_path)
+    running = kept(tmp_path)
     for seed in range(3):
         running.history.add(request(seed))
     running.save(at_once=True)
@@ -179,7 +179,7 @@ def test_a_start_removes_what_a_killed_writer_left(tmp_path: Path) -> None:
     path.parent.mkdir(parents=True)
     for name in (f".{path.name}.abc.tmp", f"{path.name}.123.tmp"):
         path.with_name(name).write_bytes(b"half")
-    keeper(tmp_path)
+    kept(tmp_path)
     assert list(path.parent.iterdir()) == []
 
 
@@ -187,7 +187,7 @@ def test_nobody_else_may_read_a_history(tmp_path: Path) -> None:
     umask = os.umask(0o000)
     try:
         old = HistoryArchive(tmp_path / "new").path("aa")
-        mine = keeper(tmp_path / "new")
+        mine = kept(tmp_path / "new")
         assert HistoryArchive(tmp_path / "new").problem() is None
         mine.history.add(request(1))
         mine.close()
@@ -197,7 +197,7 @@ def test_nobody_else_may_read_a_history(tmp_path: Path) -> None:
     assert {modes[path] for path in modes if path.is_file()} == {0o600}
     assert modes[old.parent] == 0o700 and stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o700
     old.parent.chmod(0o755)
-    keeper(tmp_path / "new")
+    kept(tmp_path / "new")
     assert stat.S_IMODE(old.parent.stat().st_mode) == 0o700, "also a folder made by an earlier version"
 
 

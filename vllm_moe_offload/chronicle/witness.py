@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from ..predict.base import RequestState
 from ..prefetch.anticipation import Anticipation
 from ..prefetch.optional import Switch, optional
+from ..threads import keep_blas_on_one_thread
 from ..trace.prompt_embedding import unit
 from ..trace.recorder import Recorder, ScheduledTokens, routing_shares
 from ..trace.trace import Trace
-from .blas import use_one_thread
 
 Vector = NDArray[np.float32]
 
@@ -68,7 +68,7 @@ class Witness:
         self._embeddings: dict[str, Vector] = {}
         self._watching = False
         if anticipation is not None:
-            use_one_thread()
+            keep_blas_on_one_thread()
 
     @optional
     def begin_step(self, source: StepSource) -> None:

@@ -46,8 +46,8 @@ class HostedHistory:
             raise TraceError(f"the history of model {fingerprint} holds maps of shape {outline[1]}, not {shape}")
         self.fingerprint, self.shape = fingerprint, shape
         self.folder = None if archive is None else archive.path(fingerprint).parent
-        self._keeper = LocalHistory(archive, fingerprint, shape, say)
-        self._history = self._keeper.history
+        self._kept = LocalHistory(archive, fingerprint, shape, say)
+        self._history = self._kept.history
         self._lock = threading.Lock()
         self._tokens = self._history.num_tokens
         self._saving = threading.Lock()
@@ -117,7 +117,7 @@ class HostedHistory:
     def save(self, at_once: bool = False) -> None:
         """Write it if it has grown and the last time is long enough ago, or ``at_once``."""
         with self._saving:
-            self._keeper.save(at_once)
+            self._kept.save(at_once)
 
     def _completed(self, trace: Trace) -> Trace:
         """The trace with whatever all requests here have: without it, none would have it any more.

@@ -46,7 +46,7 @@ class RoutingHistory:
     Args:
         recorder: makes traces of running requests.
         trace: the file that every request goes to.
-        keeper: of the history; None where nothing is predicted.
+        kept: of the history; None where nothing is predicted.
         predictor: fed with every request.
         learning: of ``predictor``, where it learns.
         prediction: turned off by what the predictor raises.
@@ -57,13 +57,13 @@ class RoutingHistory:
         self,
         recorder: Recorder,
         trace: TraceRecording | None,
-        keeper: PersistentHistory | None,
+        kept: PersistentHistory | None,
         predictor: Predictor | None,
         learning: LearningSupervisor | None,
         prediction: Switch,
         cpus: set[int],
     ):
-        self.keeper = keeper
+        self.kept = kept
         self.predictor = predictor
         self._recorder, self._warned_of_unsound_tokens = recorder, False
         self._trace = trace
@@ -89,8 +89,8 @@ class RoutingHistory:
     def _learn(self, predictor: Predictor, trace: Trace, state: RequestState | None) -> None:
         predictor.end_request(state or predictor.start_request(), trace)
         if not isinstance(predictor, HistoryPredictor):
-            assert self.keeper is not None
-            self.keeper.history.add(trace)
+            assert self.kept is not None
+            self.kept.history.add(trace)
 
     def _round(self) -> None:
         if self._recorder.unsound_tokens and not self._warned_of_unsound_tokens:
@@ -99,19 +99,19 @@ class RoutingHistory:
                 "tokens are left out of history and trace, because a router gave weights that are not finite, negative "
                 "or all zero, or an expert that is none (counted as unsound_tokens)"
             )
-        if self.keeper is not None:
-            self.keeper.save()
+        if self.kept is not None:
+            self.kept.save()
         if self._learning is not None:
-            self._learning.attend()
+            self._learning.poll()
         if self._trace is not None:
             self._trace.write()
 
     def stats(self) -> dict[str, int]:
         """What is remembered, and how much of it the predictor has learned from."""
-        if self.keeper is None:
+        if self.kept is None:
             return {}
         learned = self.predictor.trained_tokens if isinstance(self.predictor, HistoryPredictor) else 0
-        history = self.keeper.history
+        history = self.kept.history
         return {
             "history_requests": history.num_requests,
             "history_tokens": history.num_tokens,
@@ -124,9 +124,9 @@ class RoutingHistory:
         self._background.close()
         if self._learning is not None:
             self._learning.close()
-        if self.keeper is not None:
+        if self.kept is not None:
             with _complaining():
-                self.keeper.close()
+                self.kept.close()
         if self._trace is not None:
             with _complaining():
                 self._trace.close()
@@ -182,20 +182,20 @@ def persistent_history(
     """
     if config.predictor == "none":
         return None
-    keeper: PersistentHistory
+    kept: PersistentHistory
     if daemon is not None and config.history is None:
         request = OpenHistory(fingerprint, shape, store.path.name)
-        keeper = SharedHistory(daemon, request, MAX_CANDIDATES, writes_files(), _warn)
+        kept = SharedHistory(daemon, request, MAX_CANDIDATES, writes_files(), _warn)
     else:
         first = vllm_config.parallel_config.data_parallel_rank == 0
-        keeper = LocalHistory(_archive(config), fingerprint, shape, _warn, first and writes_files())
+        kept = LocalHistory(_archive(config), fingerprint, shape, _warn, first and writes_files())
     logger.info(
         "moe-offload: predicting by '%s', from %d tokens of %d earlier requests",
         config.predictor,
-        keeper.history.num_tokens,
-        keeper.history.num_requests,
+        kept.history.num_tokens,
+        kept.history.num_requests,
     )
-    return keeper
+    return kept
 
 
 def _archive(config: OffloadConfig) -> HistoryArchive | None:

@@ -92,17 +92,17 @@ def _build(
     embed = prompt_embedder(config.embedding, embeddings and embeddings[0])
     fingerprint = history_fingerprint(runtime.store, embed)
     trace = trace_recording(vllm_config, config, shape, fingerprint)
-    keeper = persistent_history(vllm_config, config, shape, fingerprint, runtime.store, daemon)
+    kept = persistent_history(vllm_config, config, shape, fingerprint, runtime.store, daemon)
     vectors = ModelVectors(*embeddings) if embeddings else None
     predictor: Predictor | None = gate
-    if predictor is None and keeper is not None:
-        predictor = predictor_for_engine(config.predictor, shape, keeper.history, vectors)
+    if predictor is None and kept is not None:
+        predictor = predictor_for_engine(config.predictor, shape, kept.history, vectors)
     learning = None
-    if keeper is not None and isinstance(predictor, HistoryPredictor):
-        learning = LearningSupervisor(predictor, keeper, vectors, cpus, _say)
+    if kept is not None and isinstance(predictor, HistoryPredictor):
+        learning = LearningSupervisor(predictor, kept, vectors, cpus, _say)
     anticipation = None if predictor is None else _look_ahead(predictor, layers, runtime, switch)
     recorder = Recorder(shape, MOST_TOKENS if trace is None else None)
-    history = RoutingHistory(recorder, trace, keeper, predictor, learning, switch, cpus)
+    history = RoutingHistory(recorder, trace, kept, predictor, learning, switch, cpus)
     stop_all = Switch(partial(_stop_all, runtime.counters, recorder, switch))
     witness = Witness(recorder, history.request_ended, embed, anticipation, later=history.later, switch=stop_all)
     for number, (_, method) in enumerate(layers.values()):

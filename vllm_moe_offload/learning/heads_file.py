@@ -20,7 +20,7 @@ HEADS_FILE = "heads.npz"
 LEARNED_VECTORS_HEADS_FILE = "heads-and-vectors.npz"
 """Of engines that cannot read the model's own embeddings: others of the same model cannot use these heads."""
 LOCK_FILE = "learning.lock"
-"""Held by the one engine that learns."""
+"""Held by the one engine that trains."""
 LEARNED_FILES = (HEADS_FILE, LEARNED_VECTORS_HEADS_FILE, LOCK_FILE)
 """All that learning leaves beside a history."""
 

@@ -1,6 +1,6 @@
-"""``python -m vllm_moe_offload.learning.process JOB``: learns heads from a history, in a process of its own.
+"""``python -m vllm_moe_offload.learning.process JOB``: trains heads on a history, in a process of its own.
 
-Learning beside a serving engine must not take its interpreter lock, its processors or its BLAS threads. This process
+Training beside a serving engine must not take its interpreter lock, its processors or its BLAS threads. This process
 runs at the lowest priority, sleeps most of the time, and ends when whoever started it does.
 """
 
@@ -34,7 +34,7 @@ class TrainingJob(msgspec.Struct, frozen=True):
 
 
 def train(job: TrainingJob) -> None:
-    """Learn from the whole history and write the heads."""
+    """Train on the whole history and write the heads."""
     trace = read_trace(job.history)
     vectors = _vectors(job.vectors)
     size = NetworkSize(trace.num_layers, trace.num_experts, vectors.width)

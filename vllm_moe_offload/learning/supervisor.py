@@ -1,7 +1,7 @@
-"""Has heads learned from the history whenever it has grown enough, and gives them to the predictor.
+"""Has heads trained on the history whenever it has grown enough, and loads them into the predictor.
 
-Engines that share a folder share the heads in it: one of them learns at a time, and all take over what it has made.
-The learning itself happens in another process (``training``); everything here is called from the background thread.
+Engines that share a folder share the heads in it: one of them trains at a time, and all load what it has written.
+The training itself happens in another process (``process``); everything here is called from the background thread.
 """
 
 import os
@@ -40,7 +40,7 @@ class LearningSupervisor:
 
     Args:
         predictor: whose history is learned from, and who is given the heads.
-        keeper: of the history.
+        kept: the history, and where it is kept.
         vectors: the model's own token embeddings; None to learn some.
         cpus: where the training may run; None leaves it where this process runs.
         say: told in a sentence what happens.
@@ -50,30 +50,30 @@ class LearningSupervisor:
     def __init__(
         self,
         predictor: HistoryPredictor,
-        keeper: PersistentHistory,
+        kept: PersistentHistory,
         vectors: TokenVectors | None,
         cpus: set[int] | None,
         say: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
     ):
         self._clock = clock
-        self._predictor, self._keeper, self._vectors = predictor, keeper, vectors
+        self._predictor, self._kept, self._vectors = predictor, kept, vectors
         self._cpus, self._say = cpus, say
         self._work = TemporaryFolder("moe-offload-learning-")
         name = LEARNED_VECTORS_HEADS_FILE if vectors is None else HEADS_FILE
-        self._heads_file = (keeper.folder or self._work.path) / name
+        self._heads_file = (kept.folder or self._work.path) / name
         self._heads_seen: tuple[int, int] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._lock: BuildLock | None = None
-        """Held while this engine is the one that learns."""
+        """Held while this engine is the one that trains."""
         self._failures = 0
         """Trainings that have failed in a row."""
         self._earliest = clock()
         """When the next may start."""
         self._load_new_heads()
 
-    def attend(self) -> None:
-        """Take over what a training has finished, here or in another engine, or start one where it is time.
+    def poll(self) -> None:
+        """Load the heads of a training that has ended, here or in another engine, or start one where it is due.
 
         The heads that predict stay until there are others. After a failure the next call does nothing; the training is
         tried again some time later.
@@ -90,9 +90,9 @@ class LearningSupervisor:
                 self._conclude(self._process.returncode)
             self._load_new_heads()
             if self._predictor.training_due and self._clock() >= self._earliest:
-                self._start_unless_another_does()
+                self._start_unless_locked()
         except Exception:
-            self._let_others_learn()
+            self._unlock()
             self._earliest = self._clock() + min(_LONGEST_DELAY, _FIRST_DELAY * 2**self._failures)
             self._failures = min(self._failures + 1, 16)
             raise
@@ -104,7 +104,7 @@ class LearningSupervisor:
         if not self._load_new_heads():
             raise RuntimeError("learning from the history left no heads that can be used; it will be tried again")
         self._failures = 0
-        self._let_others_learn()
+        self._unlock()
 
     def close(self) -> None:
         """End a training that is under way."""
@@ -112,18 +112,18 @@ class LearningSupervisor:
             self._process.terminate()
             self._process.wait()
             self._process = None
-        self._let_others_learn()
+        self._unlock()
         self._work.cleanup()
 
-    def _start_unless_another_does(self) -> None:
+    def _start_unless_locked(self) -> None:
         make_private_folder(self._heads_file.parent)
         self._lock = BuildLock.try_acquire(self._heads_file.with_name(LOCK_FILE))
         if self._lock is None:
             return
         self._load_new_heads()
-        history = self._keeper.snapshot(self._work.path) if self._predictor.training_due else None
+        history = self._kept.snapshot(self._work.path) if self._predictor.training_due else None
         if history is None:
-            self._let_others_learn()
+            self._unlock()
         else:
             self._start(history)
 
@@ -131,7 +131,7 @@ class LearningSupervisor:
         job = TrainingJob(
             str(history),
             str(self._heads_file),
-            self._keeper.fingerprint,
+            self._kept.fingerprint,
             self._save_vectors(history),
             CPU_SHARE,
             os.getpid(),
@@ -143,7 +143,7 @@ class LearningSupervisor:
         )
         bind_to(self._cpus, self._process.pid)
 
-    def _let_others_learn(self) -> None:
+    def _unlock(self) -> None:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -176,7 +176,7 @@ class LearningSupervisor:
         size = NetworkSize(shape.layers, shape.experts, width)
         try:
             seen = file_version(self._heads_file)
-            saved = read_heads(self._heads_file, self._keeper.fingerprint, size, learned=self._vectors is None)
+            saved = read_heads(self._heads_file, self._kept.fingerprint, size, learned=self._vectors is None)
         except (OSError, TraceReadError) as error:
             self._say(f"predicting without the heads in {self._heads_file}: {error}")
             return False

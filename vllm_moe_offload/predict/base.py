@@ -168,7 +168,7 @@ class Predictor(ABC):
         """Learn from the requests of ``trace``, oldest first, before the first step. May be called several times."""
 
     def start_request(self, embedding: NDArray[np.floating] | None = None) -> RequestState:
-        """A request arrives. ``embedding``: unit vector of its meaning ``[D]``, if known.
+        """A request arrives. ``embedding``: the prompt's ``[D]``, at unit length, if known.
 
         May take milliseconds; never call it between the layers of a step.
         """

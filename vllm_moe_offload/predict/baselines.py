@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 from ..trace.trace import Trace
 from .base import Experts, ModelShape, Predictor, Probabilities, RequestState, Step, TokenContext, Weights
 
+_FARTHEST = 4
+"""Layers ahead the table covers; farther layers are predicted by popularity."""
+
 
 class NonePredictor(Predictor):
     """Every probability is zero."""
@@ -63,10 +66,6 @@ class _FrequencyStep(Step):
 
     def predict(self, layer: int) -> Probabilities:
         return self._probabilities[:, layer].copy()
-
-
-_FARTHEST = 4
-"""Layers ahead the table covers; farther layers are predicted by popularity."""
 
 
 class CoactivationPredictor(Predictor):

@@ -35,17 +35,17 @@ class Calibration:
         """float32, of the shape of ``scores``."""
         return np.interp(scores, self._centres, self.curve).astype(np.float32)
 
-    def learn(self, scores: Numbers, used: NDArray[np.bool_]) -> None:
+    def learn(self, scores: Numbers, observed: NDArray[np.bool_]) -> None:
         """What became of experts that had these scores: arrays of one shape."""
         places, count = np.searchsorted(self._edges, scores.ravel()), len(self._seen)
         self._seen = _FADING * self._seen + np.bincount(places, minlength=count)
-        self._used = _FADING * self._used + np.bincount(places[used.ravel()], minlength=count)
+        self._used = _FADING * self._used + np.bincount(places[observed.ravel()], minlength=count)
         rising = np.maximum.accumulate(self._used / self._seen) + _KEEPS_ORDER * np.linspace(0, 1, count)
         self.curve = rising.astype(np.float32)
 
 
 class PendingFeedback:
-    """What a step has said of the layers ahead, until these show what was true."""
+    """What a step has predicted of the layers ahead, until they are observed."""
 
     def __init__(self, experts: int):
         """``experts``: of a layer."""
@@ -53,16 +53,16 @@ class PendingFeedback:
         self._waiting: dict[int, list[tuple[Calibration, Numbers]]] = {}
 
     def add(self, layer: int, calibration: Calibration, scores: Numbers) -> None:
-        """``calibration`` is to learn what becomes of these ``scores`` ``[B, E]``."""
+        """``scores`` ``[B, E]`` were predicted for ``layer``; ``calibration`` learns from what is observed."""
         self._waiting.setdefault(layer, []).append((calibration, scores))
 
-    def learn(self, layer: int, experts: NDArray[np.integer]) -> None:
+    def observe(self, layer: int, experts: NDArray[np.integer]) -> None:
         """``layer`` has chosen ``experts`` ``[B, K]``."""
         if waiting := self._waiting.pop(layer, None):
-            used = np.zeros((len(experts), self._experts), bool)
-            np.put_along_axis(used, experts.astype(np.intp), True, axis=1)
+            observed = np.zeros((len(experts), self._experts), bool)
+            np.put_along_axis(observed, experts.astype(np.intp), True, axis=1)
             for calibration, scores in waiting:
-                calibration.learn(scores, used)
+                calibration.learn(scores, observed)
 
 
 _MARGINS = 6 * np.sinh(np.linspace(-3, 3, 25)) / np.sinh(3)
@@ -75,9 +75,9 @@ def margin_calibration() -> Calibration:
     return Calibration(_MARGINS, 1 / (1 + np.exp(-2 * _MARGINS)))
 
 
-def share_calibration(likely_said: list[float], likely_used: list[float]) -> Calibration:
-    """Of what candidates say together. Counted at the squares of ``0, 1/32, … 1``, as ``kernels.vote`` expects.
+def share_calibration(likely_predicted: list[float], likely_observed: list[float]) -> Calibration:
+    """Of candidates' weighted votes. Counted at the squares of ``0, 1/32, … 1``, as ``kernels.vote`` expects.
 
-    ``likely_used``: of experts of whom so much was ``likely_said``, how many were used elsewhere.
+    ``likely_observed``: the share of experts used, elsewhere, of those with votes of ``likely_predicted``.
     """
-    return Calibration(_SHARES, np.interp(_SHARES, likely_said, likely_used))
+    return Calibration(_SHARES, np.interp(_SHARES, likely_predicted, likely_observed))

@@ -1,4 +1,4 @@
-"""Predicts by asking the routers themselves: what a layer's router reads, given to the routers of the layers ahead.
+"""Predicts by the routers themselves: what a layer's router reads, given to the routers of the layers ahead.
 
 The literature's next-gate lookahead (Mixtral-Offloading, HOBBIT, Fate). It knows nothing before the step's first layer
 has been routed, and nothing of earlier tokens.
@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from .base import Experts, ModelShape, Predictor, Probabilities, Step, TokenContext, Weights
 from .calibration import Calibration, PendingFeedback, margin_calibration
 
+_FARTHEST = 4
+"""Layers ahead that have a calibration of their own; what lies farther shares the last one's."""
 Array = NDArray[np.float32]
 
 SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
@@ -72,10 +74,6 @@ def _line(scores: Array, count: int) -> Array:
     return np.where(np.isfinite(below), (above + below) / 2, above - 1)
 
 
-_FARTHEST = 4
-"""Layers ahead that have a calibration of their own; what lies farther shares the last one's."""
-
-
 class GatePredictor(Predictor):
     """``routers``: one per MoE layer. Only an engine can feed it: whoever runs the model calls ``see``."""
 
@@ -108,7 +106,7 @@ class GatePredictor(Predictor):
 
 
 class GateStep(Step):
-    """Remembers what it has said of each layer until that layer shows what was true."""
+    """Keeps what it has predicted for each layer until that layer is observed, to calibrate."""
 
     def __init__(self, predictor: GatePredictor, rows: int):
         self._predictor, self._rows = predictor, rows
@@ -117,7 +115,7 @@ class GateStep(Step):
         self._feedback = PendingFeedback(predictor.shape.experts)
 
     def observe(self, layer: int, experts: Experts, weights: Weights) -> None:
-        self._feedback.learn(layer, experts)
+        self._feedback.observe(layer, experts)
         self._layer = layer
         self._hidden = self._predictor.hidden()[: self._rows]
 

@@ -171,22 +171,22 @@ def weigh(matches, sharpness, best, shares):  # type: ignore[no-untyped-def]
 
 
 @_compiled("void(f4[:,::1], i8[:,::1], f4[:,::1], f4[::1], f4[::1], f4[:,::1], f4[:,::1])")
-def vote(shares, experts, own, own_shares, curve, said, probabilities):  # type: ignore[no-untyped-def]
-    """What candidates that chose ``experts`` ``[C or more, K]`` say together by their ``shares`` ``[B, C]``.
+def vote(shares, experts, own, own_shares, curve, averages, probabilities):  # type: ignore[no-untyped-def]
+    """The votes of candidates that chose ``experts`` ``[C or more, K]``, weighted by their ``shares`` ``[B, C]``.
 
-    It is mixed with the row's ``own`` ``[B, E]`` by ``own_shares`` ``[B]`` into what is ``said`` ``[B, E]``, and bent
+    They are mixed with the row's ``own`` ``[B, E]`` by ``own_shares`` ``[B]`` into ``averages`` ``[B, E]``, and bent
     by ``curve``, given at the squares of equal steps from 0 to 1, into ``probabilities`` ``[B, E]``.
     """
-    said[:] = 0
+    averages[:] = 0
     last = len(curve) - 1
     for b in range(shares.shape[0]):
         for c in range(shares.shape[1]):
             share = shares[b, c]
             if share > 0:
                 for k in range(experts.shape[1]):
-                    said[b, experts[c, k]] += share
+                    averages[b, experts[c, k]] += share
         for e in range(own.shape[1]):
-            said[b, e] += own_shares[b] * (own[b, e] - said[b, e])
-            place = np.sqrt(min(max(said[b, e], np.float32(0)), np.float32(1))) * np.float32(last)
+            averages[b, e] += own_shares[b] * (own[b, e] - averages[b, e])
+            place = np.sqrt(min(max(averages[b, e], np.float32(0)), np.float32(1))) * np.float32(last)
             below = min(int(place), last - 1)
             probabilities[b, e] = curve[below] + (place - np.float32(below)) * (curve[below + 1] - curve[below])

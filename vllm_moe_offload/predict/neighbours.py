@@ -1,8 +1,9 @@
 """Predicts from the tokens of similar requests that took a similar way through the layers so far.
 
-When a request arrives, the tokens of the requests nearest in meaning become its candidates, laid out by (layer,
-expert). Every layer then only adds one stored column per chosen expert to each candidate's running match. A prediction
-averages the candidates' own choices, weighted by ``exp(SHARPNESS * match)``, beside what the request has used lately.
+When a request arrives, the tokens of the requests with the most similar prompt embeddings become its candidates, laid
+out by (layer, expert). Every layer then only adds one stored column per chosen expert to each candidate's running
+match. A prediction averages the candidates' own choices, weighted by ``exp(SHARPNESS * match)``, beside what the
+request has used lately.
 
 The request's own latest tokens are candidates too: nothing resembles a request more than itself, and without a history
 there is nothing else.
@@ -47,11 +48,11 @@ _OWN_SHARE_OF_DOUBT = np.float32(0.6)
 """Weight of the request's own frequencies beside neighbours that match, and what it grows by where none does."""
 _OTHER_TOKEN = np.float32(0.01)
 """Weight of a candidate with another token, beside 1 for the same, while no layer has been seen."""
-_LIKELY_SAID = [0, 0.01, 0.07, 0.13, 0.19, 0.25, 0.31, 0.37, 0.43, 0.49, 0.55, 0.61, 0.67, 0.73, 0.79, 0.85, 0.97, 1]
-_LIKELY_USED_AT_START = [0, 0, 0.03, 0.08, 0.16, 0.27, 0.45, 0.59, 0.70, 0.77, 0.83, 0.87, 0.93, 0.96, 0.98, 0.99, 1, 1]
-_LIKELY_USED = [0, 0, 0.03, 0.08, 0.16, 0.27, 0.35, 0.43, 0.51, 0.57, 0.65, 0.73, 0.80, 0.88, 0.94, 0.97, 0.99, 1]
-"""Averages are too timid on both sides: what became of them in traces of gpt-oss-20b, until counted anew."""
-_STEPS_PER_LESSON = 8
+_PREDICTED = [0, 0.01, 0.07, 0.13, 0.19, 0.25, 0.31, 0.37, 0.43, 0.49, 0.55, 0.61, 0.67, 0.73, 0.79, 0.85, 0.97, 1]
+_OBSERVED_AT_START = [0, 0, 0.03, 0.08, 0.16, 0.27, 0.45, 0.59, 0.70, 0.77, 0.83, 0.87, 0.93, 0.96, 0.98, 0.99, 1, 1]
+_OBSERVED = [0, 0, 0.03, 0.08, 0.16, 0.27, 0.35, 0.43, 0.51, 0.57, 0.65, 0.73, 0.80, 0.88, 0.94, 0.97, 0.99, 1]
+"""Averages are too near to the middle: what was observed in traces of gpt-oss-20b, until counted anew."""
+_STEPS_PER_FEEDBACK = 8
 """Between steps whose outcome is counted."""
 _MAX_REQUESTS = 256
 _OWN_TOKENS = 512
@@ -135,7 +136,7 @@ class Candidates:
 
 
 class NeighboursPredictor(Predictor):
-    """Kernel average over candidates found by meaning, and the request's own tokens."""
+    """Kernel average over candidates found by prompt embedding, and the request's own tokens."""
 
     learns_from_each_token = True
 
@@ -144,7 +145,7 @@ class NeighboursPredictor(Predictor):
         self._history = history
         self._max_candidates = max_candidates
         self.calibrations = Calibrations(
-            share_calibration(_LIKELY_SAID, _LIKELY_USED_AT_START), share_calibration(_LIKELY_SAID, _LIKELY_USED)
+            share_calibration(_PREDICTED, _OBSERVED_AT_START), share_calibration(_PREDICTED, _OBSERVED)
         )
         self._steps = 0
 
@@ -165,7 +166,7 @@ class NeighboursPredictor(Predictor):
 
     def begin(self, rows: Sequence[TokenContext]) -> "NeighboursStep":
         self._steps += 1
-        return NeighboursStep(self.shape, rows, self.calibrations, learns=self._steps % _STEPS_PER_LESSON == 0)
+        return NeighboursStep(self.shape, rows, self.calibrations, learns=self._steps % _STEPS_PER_FEEDBACK == 0)
 
     def learn(self, state: RequestState, token: int, token_map: TokenMap) -> None:
         assert isinstance(state.notes, Candidates)
@@ -187,7 +188,7 @@ class NeighboursStep(Step):
     """Running matches of the rows, grouped by request: rows of one request share their candidates.
 
     Args:
-        learns: what is said is compared with what is observed, for the next steps' sake.
+        learns: what is predicted is compared with what is observed, to calibrate later steps.
     """
 
     def __init__(self, shape: ModelShape, rows: Sequence[TokenContext], calibrations: Calibrations, learns: bool):
@@ -206,18 +207,18 @@ class NeighboursStep(Step):
         ]
 
     def observe(self, layer: int, experts: Experts, weights: Weights) -> None:
-        self._feedback.learn(layer, experts)
+        self._feedback.observe(layer, experts)
         self._calibration = self._calibrations.afterwards
         for group in self._groups:
             group.observe(layer, experts[group.indices], weights[group.indices])
 
     def predict(self, layer: int) -> Probabilities:
         probabilities = np.empty((self._rows, self._experts), np.float32)
-        said = np.empty_like(probabilities)
+        predicted = np.empty_like(probabilities)
         for group in self._groups:
-            said[group.indices], probabilities[group.indices] = group.predict(layer, self._calibration.curve)
+            predicted[group.indices], probabilities[group.indices] = group.predict(layer, self._calibration.curve)
         if self._learns:
-            self._feedback.add(layer, self._calibration, said)
+            self._feedback.add(layer, self._calibration, predicted)
         return probabilities
 
 
@@ -247,16 +248,22 @@ class _Group:
         self._asked = None
 
     def predict(self, layer: int, curve: Array) -> tuple[Array, Probabilities]:
-        """What is said of the rows, ``[b, E]``, and the same bent by ``curve``."""
+        """The rows' averages ``[b, E]``, and the same as probabilities by ``curve``."""
         own = np.ascontiguousarray(self._own[:, layer])
         if not self._count:
             return own, own
         self._asked = self._asked or self._shares()
-        said, probabilities = np.empty_like(own), np.empty_like(own)
+        predicted, probabilities = np.empty_like(own), np.empty_like(own)
         kernels.vote(
-            self._asked.of_candidates, self._candidates.experts(layer), own, self._asked.own, curve, said, probabilities
+            self._asked.of_candidates,
+            self._candidates.experts(layer),
+            own,
+            self._asked.own,
+            curve,
+            predicted,
+            probabilities,
         )
-        return said, probabilities
+        return predicted, probabilities
 
     def _shares(self) -> "_Shares":
         if self._full_match == 0:
@@ -269,7 +276,7 @@ class _Group:
 
 
 class _Shares(NamedTuple):
-    """Who is listened to, and how much."""
+    """Weights in the average."""
 
     of_candidates: Array
     """``[b, C]``, 1 together."""

@@ -1,4 +1,4 @@
-"""The network behind the learned heads: arithmetic only, forward and backward, in numpy.
+"""The network behind the learned heads: arithmetic only, forward, backward and optimiser, in numpy.
 
 A token's state is a running sum: a projection of its own and the previous token's vector, plus one learned row per
 expert it was routed to so far. Each layer has a small head that reads the state and what was known before the step (the
@@ -15,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+_BLOCK = 1 << 15
+"""Parameters updated at a time: so many stay in the processor's cache."""
 Array = NDArray[np.float32]
 
 
@@ -180,11 +182,8 @@ def forward_backward(
     return loss, delta_states[0] @ p["P"].T
 
 
-_BLOCK = 1 << 15
-
-
 class Adam:
-    """First and second moments of the gradient of ``size`` parameters."""
+    """Adam (Kingma and Ba, 2015): first and second moments of the gradient of ``size`` parameters."""
 
     def __init__(self, size: int, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8):
         self._mean = np.zeros(size, np.float32)

@@ -8,6 +8,16 @@ from .base import FREQUENCY_HALF_LIFE, UNKNOWN_TOKEN
 from .network import Adam, Array, NetworkInput, Parameters, encode_context, encode_maps, forward_backward
 from .token_vectors import LearnedVectors, TokenVectors
 
+_BATCH = 256
+_EPOCHS = 3.0
+_MIN_STEPS = 150
+"""A young history is passed over more often, so that the heads take at least so many steps."""
+_PEAK_RATE = 3e-3
+_WARM_UP = 30
+_FORGET = 0.1
+"""Share of rows whose token, previous token or previous map is hidden, so that the heads can do without."""
+_DISTANCES = (2, 1, 2, 3, 1, 0, 2, 1)
+"""Distances trained in turn."""
 _WINDOW = int(3 * FREQUENCY_HALF_LIFE)
 """Tokens back over which the request's frequency is summed; what lies further back has decayed to an eighth."""
 
@@ -62,18 +72,6 @@ def _latest_row_of_same_token(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
     repeats = (tokens[order][1:] == tokens[order][:-1]) & (tokens[order][1:] != UNKNOWN_TOKEN)
     same[order[1:][repeats]] = order[:-1][repeats]
     return same
-
-
-_BATCH = 256
-_EPOCHS = 3.0
-_MIN_STEPS = 150
-"""A young history is passed over more often, so that the heads take at least so many steps."""
-_PEAK_RATE = 3e-3
-_WARM_UP = 30
-_FORGET = 0.1
-"""Share of rows whose token, previous token or previous map is hidden, so that the heads can do without."""
-_DISTANCES = (2, 1, 2, 3, 1, 0, 2, 1)
-"""Distances trained in turn."""
 
 
 class HeadsTrainer:

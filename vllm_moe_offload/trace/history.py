@@ -1,6 +1,6 @@
-"""The history: a bounded set of past requests, each with its expert maps and one embedding of its meaning.
+"""The history: a bounded set of past requests, each with its expert maps and its prompt embedding.
 
-It forgets the request that is most like a newer one, or oldest, so that one chat cannot fill it and a rare domain is
+It evicts the request that is most like a newer one, or oldest, so that one chat cannot fill it and a rare domain is
 not forgotten. It knows nothing of files (``archive``) and of how maps are matched (``predict``).
 """
 
@@ -112,9 +112,9 @@ class HistoryStore:
             self.add(trace)
 
     def nearest(self, embedding: NDArray[np.floating] | None, count: int) -> list[PastRequest]:
-        """The ``count`` requests most similar in meaning, best first, those without an embedding last.
+        """The ``count`` requests with the most similar prompt embeddings, best first, those without an embedding last.
 
-        The most recent ones where meanings cannot be compared: ``embedding`` is None or of another width.
+        The most recent ones where embeddings cannot be compared: ``embedding`` is None or of another width.
         """
         if embedding is None or self.width != len(embedding):
             return self.requests[::-1][:count]
@@ -132,7 +132,7 @@ class HistoryStore:
         """Everything as one trace, oldest request first; without requests that came after number ``newest``.
 
         What only some requests have is kept, and filled up for the others: unknown tokens are -1, an unknown phase is
-        DECODE, an unknown meaning the zero vector, which is near to nothing.
+        DECODE, an unknown embedding the zero vector, which is similar to nothing.
         """
         traces = [past.trace for past in list(self.requests) if newest is None or past.number <= newest]
         if not traces:
@@ -156,7 +156,7 @@ class HistoryStore:
         assert len(widths) <= 1
 
     def _least_valuable(self) -> int:
-        """Index of the request whose meaning a newer one repeats most, age counting too; never the newest."""
+        """Index of the request whose embedding a newer one repeats most, age counting too; never the newest."""
         ages = np.linspace(_AGE_WEIGHT, 0, len(self.requests))
         return int(np.argmax((np.array(self._redundancy) + ages)[:-1])) if len(self.requests) > 1 else 0
 
@@ -174,7 +174,7 @@ class HistoryStore:
 
 
 def _similarity(requests: Sequence[PastRequest], embedding: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Cosine of each request's meaning and this one, both of the same width; -1 where it has none."""
+    """Cosine of each request's embedding and this one, both of the same width; -1 where it has none."""
     known = [i for i, past in enumerate(requests) if past.trace.embeddings is not None]
     similarity = np.full(len(requests), -1, np.float32)
     if known:

@@ -1,4 +1,4 @@
-"""Keeps the history of one model between starts of the engine."""
+"""The history of one model, kept between starts of the engine."""
 
 import contextlib
 import time
@@ -23,7 +23,7 @@ def seconds_between_saves(nbytes: int) -> float:
 
 
 class PersistentHistory(ABC):
-    """The history of a running engine, and whatever keeps it."""
+    """The history of a running engine, and where it is kept."""
 
     fingerprint: str
     """Of the model."""

@@ -1,4 +1,4 @@
-"""A request's meaning as one vector: the mean of its prompt's token embeddings, at unit length."""
+"""Prompt embeddings: the mean of a prompt's token embeddings, at unit length."""
 
 from collections.abc import Callable
 

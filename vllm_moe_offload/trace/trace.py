@@ -59,7 +59,7 @@ class Trace:
     phase: NDArray[np.uint8] | None = None
     """``[T]``: DECODE or PREFILL; None means all tokens were decoded."""
     embeddings: NDArray[np.float16] | None = None
-    """``[R, D]``: one unit vector of meaning per request."""
+    """``[R, D]``: the prompt embedding of each request, a unit vector."""
     group: NDArray[np.str_] | None = None
     """``[R]``: what kind of request it was; requests of one group are alike."""
     repetitive: NDArray[np.bool_] | None = None

@@ -7,9 +7,9 @@ import sys
 SHARE_OF_OTHER_THREADS = """
 import time
 import numpy as np
-from vllm_moe_offload.chronicle.blas import use_one_thread
+from vllm_moe_offload.threads import keep_blas_on_one_thread
 
-assert use_one_thread()
+assert keep_blas_on_one_thread()
 matrix = np.ones((900, 900), np.float32)
 process, thread = time.process_time(), time.thread_time()
 for _ in range(30):
