@@ -6,8 +6,9 @@ from typing import Self
 
 import numpy as np
 
+from vllm_moe_offload.observe import Counters
 from vllm_moe_offload.runtime import OffloadRuntime, PooledLayer
-from vllm_moe_offload.slots import Ledger, embedded_pools
+from vllm_moe_offload.slots import embedded_pools
 from vllm_moe_offload.store.pools import pools_of
 from vllm_moe_offload.store.reader import Store
 
@@ -28,10 +29,9 @@ class Demands:
 
     def __init__(self, store: Store, share: float, seed: int = 0) -> None:
         self._draw = random.Random(seed)
-        ledger = Ledger()
         slots = {members.layout: max(1, int(members.experts * share)) for members in pools_of(store.layers)}
         self.slots = sum(slots.values())
-        self._runtime = OffloadRuntime(store, embedded_pools(store, slots, "lru", None, ledger), ledger)
+        self._runtime = OffloadRuntime(store, embedded_pools(store, slots, "lru", None), Counters())
 
     def __enter__(self) -> Self:
         read_everything(self._runtime)

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_moe_offload.chronicle.witness import Witness
+from vllm_moe_offload.observe import Counters, LoadReport
 from vllm_moe_offload.predict.base import ModelShape, Predictor
 from vllm_moe_offload.predict.heads import HeadsPredictor
 from vllm_moe_offload.predict.history import HistoryPredictor
@@ -60,9 +61,9 @@ class Slots:
     def passed(self, layer: int) -> None:
         self._expected[layer] = 0
 
-    def prefetch(self, layer: int, experts: NDArray[np.int64]) -> int:
+    def prefetch(self, layer: int, experts: NDArray[np.int64]) -> LoadReport:
         self.guesses += len(experts)
-        return len(experts)
+        return LoadReport(started=len(experts))
 
     def queued(self) -> int:
         return 0
@@ -135,7 +136,7 @@ class Bench:
         if predictor is not None:
             estimates = Estimates(load_seconds=1e-3, layer_seconds=1e-3, chunk_seconds=1e-3)
             # by a clock that stands still thinking costs nothing, so nothing silences it for good
-            self.anticipation = Anticipation(predictor, self.slots, estimates, lambda: 0.0)
+            self.anticipation = Anticipation(predictor, self.slots, estimates, lambda: 0.0, Counters())
         closed = (lambda trace, state: predictor.end_request(state, trace)) if predictor else lambda trace, state: None
         self.witness = Witness(Recorder(shape, 4096), closed, None, self.anticipation)
         draw = np.random.default_rng(4)

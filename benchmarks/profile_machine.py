@@ -28,9 +28,10 @@ from remembering import all_but_one
 from safetensors import safe_open
 from warm import TINY_MOE
 
+from vllm_moe_offload.observe import Counters
 from vllm_moe_offload.replay.hardware import HardwareProfile, ModelProfile
 from vllm_moe_offload.runtime import OffloadRuntime
-from vllm_moe_offload.slots import Ledger, embedded_pools
+from vllm_moe_offload.slots import embedded_pools
 from vllm_moe_offload.store.pools import pools_of
 from vllm_moe_offload.store.reader import Store
 
@@ -71,8 +72,8 @@ def demand_seconds(store: Store, pause: float, rounds: int = 24) -> list[float]:
 def finding_seconds(store: Store, top_k: int, steps: int = 60, seed: int = 0) -> float:
     """What a demanded record costs besides its load: a victim, a slot, and the books. From random decode steps."""
     quarter = {members.layout: max(2 * top_k, members.experts // 4) for members in pools_of(store.layers)}
-    ledger, draw = Ledger(), np.random.default_rng(seed)
-    runtime = OffloadRuntime(store, embedded_pools(store, quarter, "lfu", None, ledger), ledger)
+    draw = np.random.default_rng(seed)
+    runtime = OffloadRuntime(store, embedded_pools(store, quarter, "lfu", None), Counters())
     misses, seconds = [], []
     try:
         for _ in range(steps):

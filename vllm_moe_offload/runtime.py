@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import LoadError
-from .observe import Counters
+from .observe import Counters, LoadReport
 from .prefetch.anticipation import Anticipation
 from .prefetch.waves import group_rows, order_arrivals, streams
-from .slots import Hold, Ledger, SlotPool, Span
+from .slots import Hold, SlotPool, Span
 from .store.layout import RecordLayout
 from .store.reader import Store
 
@@ -79,14 +79,16 @@ class OffloadRuntime:
     Args:
         store: complete and verified records of every layer; closed with the runtime.
         pools: of every record layout of the store.
-        ledger: the books these pools keep.
+        counters: where the reports of these pools are added up.
     """
 
-    def __init__(self, store: Store, pools: Mapping[RecordLayout, SlotPool], ledger: Ledger):
+    def __init__(self, store: Store, pools: Mapping[RecordLayout, SlotPool], counters: Counters):
         self.store = store
         self.pools = list(pools.values())
         self.layers: dict[str, PooledLayer] = {}
-        self._ledger = ledger
+        self.counters = counters
+        self.anticipation: Anticipation | None = None
+        """Whoever looks ahead, if anyone: told what became of its guesses, asked for more before a layer computes."""
         self._following: dict[str, PooledLayer] = {}
         self._failures: list[LoadError] = []
         self._failed_rows: set[int] = set()
@@ -99,19 +101,6 @@ class OffloadRuntime:
             self.layers[entry.name] = latest[entry.layout] = layer
             if before:
                 self._following[before.name] = layer
-
-    @property
-    def counters(self) -> Counters:
-        return self._ledger.counters
-
-    @property
-    def anticipation(self) -> Anticipation | None:
-        """Whoever looks ahead, if anyone: told what became of its guesses, asked for more before a layer computes."""
-        return self._ledger.anticipation
-
-    @anticipation.setter
-    def anticipation(self, anticipation: Anticipation | None) -> None:
-        self._ledger.anticipation = anticipation
 
     @property
     def resident_bytes(self) -> int:
@@ -128,7 +117,7 @@ class OffloadRuntime:
         self.counters.steps += 1
         self.counters.tokens += tokens
         for pool in self.pools:
-            pool.begin_step()
+            self._note(pool.begin_step())
 
     def load_everything(self) -> None:
         """Fill every slot: expert ``i`` of a pool goes to its slot ``i`` for good. For budgets that hold all experts.
@@ -137,7 +126,7 @@ class OffloadRuntime:
             LoadError: a record could not be read.
         """
         for pool in self.pools:
-            pool.load_all()
+            self._note(pool.load_all())
 
     def serve(self, layer: PooledLayer, chosen: NDArray[np.integer]) -> Waves:
         """Waves that together cover every row of ``chosen``; compute each before asking for the next.
@@ -152,14 +141,16 @@ class OffloadRuntime:
             return self._serve_in_waves(layer, chosen, capacity)
         if streams(chosen.size, layer.experts, capacity):
             return self._serve_streaming(layer, chosen, needed)
-        slots = layer.pool.find(needed)
-        if slots is None:
+        found = layer.pool.find(needed)
+        if found is None:
             if len(chosen) > 1:
                 absent = layer.pool.absent(layer.span)
                 lacking = int(np.count_nonzero(absent[needed - layer.first]))
                 if layer.pool.seconds_to_load(lacking) >= SPLIT_SECONDS:
                     return self._serve_as_experts_arrive(layer, chosen, absent)
             return self._serve_at_once(layer, chosen, needed)
+        slots, report = found
+        self._note(report)
         if self.anticipation is not None:
             self.anticipation.look_ahead()
         return SingleWave(Wave(None, self._slots_of(layer, needed, slots, chosen)))
@@ -184,8 +175,9 @@ class OffloadRuntime:
     def _serve_at_once(
         self, layer: PooledLayer, chosen: NDArray[np.integer], needed: NDArray[np.int64]
     ) -> Generator[Wave]:
-        hold = layer.pool.hold(layer.span, needed)
+        hold, report = layer.pool.hold(layer.span, needed)
         try:
+            self._note(report)
             if self.anticipation is not None:
                 self.anticipation.look_ahead()
             yield Wave(None, self._slots_of(layer, hold.experts, hold.slots, chosen))
@@ -198,31 +190,35 @@ class OffloadRuntime:
         """Compute the rows whose experts are there while those of the others are loaded."""
         pool = layer.pool
         experts, groups = order_arrivals(chosen, absent)
-        hold = pool.start_hold(layer.span, experts + layer.first)
+        hold, report = pool.start_hold(layer.span, experts + layer.first)
         finished = False
         try:
+            self._note(report)
             if self.anticipation is not None:
                 self.anticipation.look_ahead()
             for number, (rows, count) in enumerate(groups, 1):
                 if number < len(groups):
-                    pool.wait_for(hold, count)
+                    self._note(pool.wait_for(hold, count))
                 else:
-                    hold, finished = pool.finish_hold(layer.span, hold), True
+                    hold, report = pool.finish_hold(layer.span, hold)
+                    finished = True
+                    self._note(report)
                 yield Wave(rows, self._slots_of(layer, hold.experts, hold.slots, chosen[rows]))
         finally:
             if finished:
                 self._release(layer, hold, chosen)
             else:
-                pool.abandon(hold)
+                self._note(pool.abandon(hold))
 
     def _serve_streaming(
         self, layer: PooledLayer, chosen: NDArray[np.integer], needed: NDArray[np.int64]
     ) -> Generator[Wave]:
         """A long prefill: pass the layer's experts through a share of the slots and start on the next layer's."""
-        hold = layer.pool.hold_streaming(layer.span, needed)
+        hold, report = layer.pool.hold_streaming(layer.span, needed)
         try:
+            self._note(report)
             if following := self._following.get(layer.name):
-                following.pool.stream_ahead(following.span)
+                self._note(following.pool.stream_ahead(following.span))
             yield Wave(None, self._slots_of(layer, hold.experts, hold.slots, chosen))
         finally:
             self._release(layer, hold, chosen)
@@ -230,25 +226,36 @@ class OffloadRuntime:
     def _serve_in_waves(self, layer: PooledLayer, chosen: NDArray[np.integer], capacity: int) -> Generator[Wave]:
         """Fewer slots than the step needs: rows are grouped so that the experts of two groups fit side by side."""
         pool = layer.pool
-        pool.settle(layer.span)
+        self._note(pool.settle(layer.span))
         overlap = capacity >= 2 * chosen.shape[1]
         groups = group_rows(chosen, layer.experts, capacity // 2 if overlap else capacity)
         self.counters.waves += len(groups) - 1
         started: Hold | None = None
         try:
             for number, rows in enumerate(groups):
-                hold = started or pool.start_hold(layer.span, _needed(layer, chosen[rows]))
+                hold = started or self._start_hold(layer, chosen[rows])
                 started = None
-                hold = pool.finish_hold(layer.span, hold)
+                hold, report = pool.finish_hold(layer.span, hold)
                 try:
+                    self._note(report)
                     if overlap and number + 1 < len(groups):
-                        started = pool.start_hold(layer.span, _needed(layer, chosen[groups[number + 1]]))
+                        started = self._start_hold(layer, chosen[groups[number + 1]])
                     yield Wave(rows, self._slots_of(layer, hold.experts, hold.slots, chosen[rows]))
                 finally:
                     self._release(layer, hold, chosen)
         finally:
             if started is not None:
-                pool.abandon(started)
+                self._note(pool.abandon(started))
+
+    def _start_hold(self, layer: PooledLayer, chosen: NDArray[np.integer]) -> Hold:
+        hold, report = layer.pool.start_hold(layer.span, _needed(layer, chosen))
+        self._note(report)
+        return hold
+
+    def _note(self, report: LoadReport) -> None:
+        self.counters.add(report)
+        if self.anticipation is not None:
+            self.anticipation.note(report)
 
     def _release(self, layer: PooledLayer, hold: Hold, chosen: NDArray[np.integer]) -> None:
         """Let go of what has been computed with, and remember the rows that would have needed what failed to load."""

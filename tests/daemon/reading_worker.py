@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from tests.daemon.waits import Waits
 from vllm_moe_offload.daemon.client import DaemonClient
 from vllm_moe_offload.daemon.protocol import Attach
+from vllm_moe_offload.observe import Counters
 from vllm_moe_offload.runtime import OffloadRuntime, PooledLayer
-from vllm_moe_offload.slots import Ledger
 from vllm_moe_offload.store import Store
 
 TOP_K = 3
@@ -40,9 +40,9 @@ class Reader:
         request = Attach(
             store.name, os.getpid(), wanted if lease else wanted // 4, lease, f"engine {seed}", 0, [TOP_K] * layouts
         )
-        self.ledger = Ledger()
-        self.client = DaemonClient(socket, request, self.store, "lfu", None, self.ledger, self.said.append)
-        self.runtime = OffloadRuntime(self.store, self.client.pools, self.ledger)
+        self.counters = Counters()
+        self.client = DaemonClient(socket, request, self.store, "lfu", None, self.counters, self.said.append)
+        self.runtime = OffloadRuntime(self.store, self.client.pools, self.counters)
         for pool in self.runtime.pools:
             pool.foresee()
         self._preference = {layer.name: self.random.random(layer.experts) for layer in self.runtime.layers.values()}
@@ -73,7 +73,7 @@ class Reader:
             if wave is None:
                 break
             layer.pool.expect(layer.span, self._preference[layer.name].astype(np.float32))
-            layer.pool.prefetch(layer.span, guess)
+            self.counters.add(layer.pool.prefetch(layer.span, guess))
             mine = chosen if wave.rows is None else chosen[wave.rows]
             for expert, slot in {*zip(mine.ravel().tolist(), wave.slots.ravel().tolist(), strict=True)}:
                 self.check(layer, expert, slot)
@@ -97,7 +97,7 @@ class Reader:
             os._exit(WRONG)
 
     def report(self) -> dict[str, object]:
-        return self.ledger.counters.as_dict() | {
+        return self.counters.as_dict() | {
             "daemon_pid": self.client.daemon_pid,
             "said": self.said,
             "lease": self.client.lease,

@@ -67,7 +67,7 @@ def test_no_memory_is_mapped_over_a_read_that_is_under_way(survivor: Reader, mon
     layer = list(survivor.runtime.layers.values())[-1]
     absent = layer.first + np.flatnonzero(layer.pool.absent(layer.span))
     monkeypatch.setattr(loader.os, "preadv", slow_disk)
-    assert layer.pool.prefetch(layer.span, absent[:1]) == 1
+    assert layer.pool.prefetch(layer.span, absent[:1]).started == 1
     assert reading.wait(60)
     step = threading.Thread(target=survivor.client.begin_step)
     step.start()
@@ -102,10 +102,10 @@ def test_half_of_a_daemon_s_memory_is_none_of_it(survivor: Reader) -> None:
     other = os.memfd_create("other", os.MFD_CLOEXEC)
     os.close(attachment._arenas.pop())
     attachment._arenas.append(other)
-    loads = survivor.ledger.counters.loads
+    loads = survivor.counters.loads
     survivor.step()
     assert survivor.client.daemon_pid == 0 and "goes on without it" in survivor.said[-1]
-    assert survivor.ledger.counters.loads > loads, "nothing in the slots is believed"
+    assert survivor.counters.loads > loads, "nothing in the slots is believed"
     wait_until(lambda: survivor.client._next is not None, "it asks again")
     survivor.step()
     assert survivor.client.daemon_pid != 0

@@ -18,7 +18,7 @@ from vllm_moe_offload.daemon.attached_pool import AttachedPool
 from vllm_moe_offload.daemon.connection import DaemonGoneError
 from vllm_moe_offload.daemon.protocol import Demand, Hint, Supplied, pack_ids, unpack_ids
 from vllm_moe_offload.daemon.table import ABSENT
-from vllm_moe_offload.slots import Ledger
+from vllm_moe_offload.observe import Counters
 
 ENTRY = 3
 LAYER = range(EXPERTS)
@@ -38,7 +38,7 @@ class Direct:
 
 def attach(it: Pool) -> AttachedPool:
     it.pool.admit(ENTRY)
-    return AttachedPool(Direct(it), 0, it.pool.arena, it.pool.table, ENTRY, itertools.count(1), Ledger())  # type: ignore[arg-type]
+    return AttachedPool(Direct(it), 0, it.pool.arena, it.pool.table, ENTRY, itertools.count(1), Counters())  # type: ignore[arg-type]
 
 
 def overwrite(it: Pool, entry: int) -> None:
@@ -58,7 +58,7 @@ def test_what_it_was_reading_is_void_and_the_entry_of_its_successor_is_not_touch
         attached = attach(it)
         if not demanded:
             Worker(it, 0).use(ASKED.tolist())
-        hold = attached.hold(LAYER, ASKED)
+        hold, _ = attached.hold(LAYER, ASKED)
         assert not hold.failures and bool(hold.ticket) == demanded  # type: ignore[attr-defined]
         it.pool.dismiss(ENTRY)
         overwrite(it, successor)
@@ -73,10 +73,10 @@ def test_what_it_was_reading_is_void_and_the_entry_of_its_successor_is_not_touch
 def test_it_reads_nothing_more(tmp_path: Path) -> None:
     with Pool(tmp_path, limit=EXPERTS) as it:
         attached = attach(it)
-        attached.release(attached.hold(LAYER, ASKED))
+        attached.release(attached.hold(LAYER, ASKED)[0])
         it.pool.dismiss(ENTRY)
         with pytest.raises(DaemonGoneError, match="detached"):
-            AttachedPool(Direct(it), 0, it.pool.arena, it.pool.table, ENTRY, itertools.count(1), Ledger())  # type: ignore[arg-type]
+            AttachedPool(Direct(it), 0, it.pool.arena, it.pool.table, ENTRY, itertools.count(1), Counters())  # type: ignore[arg-type]
         Worker(it, ENTRY).reader.enter()
         overwrite(it, ENTRY + 1)
         entry = it.pool.table.entries[ENTRY].copy()
@@ -90,7 +90,7 @@ def test_detached_at_the_moment_it_begins_to_read_it_reads_nothing_and_holds_not
 ) -> None:
     with Pool(tmp_path, limit=EXPERTS) as it:
         attached = attach(it)
-        attached.release(attached.hold(LAYER, ASKED))
+        attached.release(attached.hold(LAYER, ASKED)[0])
         enter = attached._reader.enter
 
         def detached_first() -> None:
@@ -143,7 +143,7 @@ def test_a_lease_that_is_lost_voids_the_step_and_is_loaded_again(
         wait_until(lambda: reader.client.lease_lost, "the step under way finds out", 60)
         reader.client.begin_step()
         assert not reader.client.lease_lost and reader.client.daemon_pid == 0
-        assert reader.ledger.counters.loads == 36, "everything is read again: the daemon may have overwritten it"
+        assert reader.counters.loads == 36, "everything is read again: the daemon may have overwritten it"
         for layer in reader.runtime.layers.values():
             for expert in range(layer.experts):
                 reader.check(layer, expert, layer.first + expert)

@@ -29,7 +29,7 @@ from vllm_moe_offload.daemon.protocol import (
 )
 from vllm_moe_offload.daemon.socket_file import SocketFile
 from vllm_moe_offload.errors import ConfigError
-from vllm_moe_offload.slots import Ledger
+from vllm_moe_offload.observe import Counters
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ class Engine:
     def start(self, setting: str) -> DaemonClient | None:
         store = self.stored.store
         request = Attach(store.path.name, os.getpid(), 1 << 16, False, "g", 0, [2])
-        return join_daemon(setting, request, store, "lfu", 1 << 20, None, Ledger(), self.lines.append)
+        return join_daemon(setting, request, store, "lfu", 1 << 20, None, Counters(), self.lines.append)
 
     def start_alone(self, path: Path) -> str:
         """With ``auto`` it starts and returns the line that says why alone. With ``unix:`` it says so and ends."""

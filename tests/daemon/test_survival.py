@@ -37,7 +37,7 @@ def test_what_a_worker_counts_is_seen_in_the_daemon_s_status(tmp_path: Path) -> 
             reader.step()
         reader.client.pools[ALIGNED].begin_step()  # which shows what was counted before
         (model,) = models.status()
-        counted = reader.ledger.counters
+        counted = reader.counters
         assert counted.tokens >= counted.steps == 10
         for name in ("hits", "misses", "steps", "tokens"):
             assert model.counters[name] == model.workers[0].counters[name] == getattr(counted, name) > 0
@@ -60,7 +60,7 @@ def test_a_daemon_too_small_for_a_lease_is_declined(tmp_path: Path) -> None:
         assert shared_memory_held() == held_by_others + 2
         for _ in range(5):
             reader.step()
-        assert reader.ledger.counters.loads == 0, "what was loaded is still there"
+        assert reader.counters.loads == 0, "what was loaded is still there"
         reader.close()
         assert shared_memory_held() == held_by_others
         daemon.stop()
@@ -77,7 +77,7 @@ def test_a_step_cut_up_before_its_model_shrank_outlives_the_daemon(tmp_path: Pat
         assert layer.pool.capacity > 10
         reader.client._tables[0].limit = 2
         daemon.kill()
-        hold = layer.pool.hold(layer.span, np.arange(10))
+        hold, _ = layer.pool.hold(layer.span, np.arange(10))
         assert not hold.failures and reader.client.daemon_pid == 0
         for expert, slot in enumerate(hold.slots.tolist()):
             reader.check(layer, expert, slot)

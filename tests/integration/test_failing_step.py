@@ -16,8 +16,9 @@ from vllm_moe_offload.integration.report import ChunkReport, StatsReport
 from vllm_moe_offload.integration.serving import ServedModel
 from vllm_moe_offload.integration.step import _attach_failures, _run_step
 from vllm_moe_offload.integration.worker import WorkerOffload
+from vllm_moe_offload.observe import Counters
 from vllm_moe_offload.runtime import OffloadRuntime
-from vllm_moe_offload.slots import Ledger, embedded_pools
+from vllm_moe_offload.slots import embedded_pools
 
 CHOSEN = np.array([[0, 1], [2, 3], [4, 5], [0, 2]], dtype=np.int32)
 """Of four rows, in the order of the batch: two of "b", one of "a", one of "c"."""
@@ -29,10 +30,9 @@ class Worker:
 
     def __init__(self, folder: Path):
         self.made = build_store(folder, [(ODD, 8)])
-        ledger = Ledger()
-        pools = embedded_pools(self.made.store, {ODD: 6}, "lfu", None, ledger)
+        pools = embedded_pools(self.made.store, {ODD: 6}, "lfu", None)
         served = ServedModel.__new__(ServedModel)
-        served.runtime = OffloadRuntime(self.made.store, pools, ledger)
+        served.runtime = OffloadRuntime(self.made.store, pools, Counters())
         served._daemon = served._prediction = served._step = None
         served.drafts = False
         served._report = StatsReport(served.runtime, "")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from vllm_moe_offload.observe import Counters, LoadReport
 from vllm_moe_offload.predict.base import ModelShape, Predictor, Probabilities, Step, TokenContext
 from vllm_moe_offload.prefetch.anticipation import MOST_ROWS, Anticipation
 from vllm_moe_offload.prefetch.estimates import Estimates
@@ -60,10 +61,10 @@ class Slots:
     def passed(self, layer: int) -> None:
         self.expected.pop(layer, None)
 
-    def prefetch(self, layer: int, experts: NDArray[np.int64]) -> int:
+    def prefetch(self, layer: int, experts: NDArray[np.int64]) -> LoadReport:
         self.here[layer, experts] = True
         self.started += [(layer, expert) for expert in experts.tolist()]
-        return len(experts)
+        return LoadReport(started=len(experts))
 
     def queued(self) -> int:
         return 0
@@ -97,7 +98,7 @@ def run_step(anticipation: Anticipation, recorder: Recorder, rows: list[Schedule
 
 def ready(oracle: Oracle, slots: Slots, clock: list[float]) -> Anticipation:
     """One that has seen how long steps of one and two rows take, so that it predicts in the next."""
-    anticipation, recorder = Anticipation(oracle, slots, estimates(), lambda: clock[0]), Recorder(SHAPE)
+    anticipation, recorder = Anticipation(oracle, slots, estimates(), lambda: clock[0], Counters()), Recorder(SHAPE)
     before = slots.here.copy()
     for position, rows in enumerate([1] * 4 + [2] * 4 + [1] * 8):
         parts = [decode_row(f"earlier {row}", token=90 + row, position=10 + position) for row in range(rows)]
@@ -152,12 +153,12 @@ def test_a_step_of_many_rows_is_not_predicted_but_remembered() -> None:
 def test_guesses_that_are_never_used_silence_it_and_it_tries_again() -> None:
     clock, oracle, recorder = [0.0], Oracle(), Recorder(SHAPE)
     slots = Slots(clock)
-    anticipation = Anticipation(oracle, slots, estimates(), lambda: clock[0])
+    anticipation = Anticipation(oracle, slots, estimates(), lambda: clock[0], Counters())
     guessed = []
     for step in range(6000):
         run_step(anticipation, recorder, [decode_row(position=10 + step)], clock)
         if slots.started:
-            anticipation.note_wasted(len(slots.started))
+            anticipation.note(LoadReport(wasted=len(slots.started)))
         guessed.append(bool(slots.started))
         slots.here[:] = False
         slots.started.clear()
@@ -178,12 +179,12 @@ class Machine(Slots):
 
     def next_step(self) -> None:
         if self.arrives and self.anticipation is not None:
-            self.anticipation.note_wasted(len(self.arrives))
+            self.anticipation.note(LoadReport(wasted=len(self.arrives)))
         self.arrives.clear()
         self.here[:] = True
         self.here[:, self.missing] = False
 
-    def prefetch(self, layer: int, experts: NDArray[np.int64]) -> int:
+    def prefetch(self, layer: int, experts: NDArray[np.int64]) -> LoadReport:
         for expert in experts.tolist():
             self.free_at = max(self.clock[0], self.free_at) + self.load_seconds
             self.arrives[layer, expert] = self.free_at
@@ -199,17 +200,15 @@ class Machine(Slots):
         waited = max([at - self.clock[0] for at in late], default=0.0)
         self.clock[0] += waited
         if self.anticipation is not None and guessed:
-            self.anticipation.note_stall(waited)
-            self.anticipation.note_useful(len(guessed) - len(late))
-            if late:
-                self.anticipation.note_late(len(late), waited)
+            useful = len(guessed) - len(late)
+            self.anticipation.note(LoadReport(waited=waited, useful=useful, late=len(late), late_seconds=waited))
         absent = [e for e in experts if not self.here[layer, e]]
         if absent:
             self.free_at = max(self.clock[0], self.free_at) + len(absent) * self.load_seconds
             stalled, self.clock[0] = self.free_at - self.clock[0], self.free_at
             self.here[layer, absent] = True
             if self.anticipation is not None:
-                self.anticipation.note_demand(len(absent), stalled)
+                self.anticipation.note(LoadReport(waited=stalled, demanded=len(absent), demand_seconds=stalled))
 
 
 def seconds_of_run(
@@ -225,7 +224,7 @@ def seconds_of_run(
 
     if predicts:
         begin = Estimates(load_seconds=max(load, 1e-6), layer_seconds=layer, chunk_seconds=max(load, 1e-6))
-        machine.anticipation = Anticipation(Oracle(sure), machine, begin, ticking)
+        machine.anticipation = Anticipation(Oracle(sure), machine, begin, ticking, Counters())
     anticipation = machine.anticipation
     for step in range(steps):
         machine.next_step()

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from tests.prefetch.test_anticipation import SHAPE, Oracle, OracleStep, Slots, decode_row, estimates
 from vllm_moe_offload.chronicle.witness import Witness
+from vllm_moe_offload.observe import Counters, LoadReport
 from vllm_moe_offload.predict.base import Probabilities, RequestState, Step, TokenContext
 from vllm_moe_offload.prefetch.anticipation import Anticipation
 from vllm_moe_offload.prefetch.optional import Switch
@@ -104,7 +105,7 @@ class Worker:
         self.now = [0.0]
         self.slots = RaisingSlots(self.now, self.enter)
         self.anticipation = Anticipation(
-            Raising(self.enter), self.slots, estimates(), self.clock, Switch(self.reports.append)
+            Raising(self.enter), self.slots, estimates(), self.clock, Counters(), Switch(self.reports.append)
         )
         trials = self.anticipation._trials
         trials.begin_step = lambda *_: True  # type: ignore[method-assign]  # whether it pays is not asked
@@ -136,9 +137,9 @@ class Worker:
             self.witness.begin_step(Source(self.enter, position))
             for layer in range(SHAPE.layers):
                 self.witness.routed(layer, np.array([[0, 1]], np.int32), np.full((1, 2), 0.5, np.float32))
-                self.anticipation.note_demand(1, 1e-3)
+                self.anticipation.note(LoadReport(waited=1e-3, demanded=1, demand_seconds=1e-3))
                 self.anticipation.look_ahead()
-                self.anticipation.note_useful(1)
+                self.anticipation.note(LoadReport(useful=1))
             self.witness.end_step()
         self.witness.requests_ended(["a"])
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_moe_offload.observe import LoadReport
 from vllm_moe_offload.prefetch.estimates import Estimates
 from vllm_moe_offload.prefetch.planner import Outlook, Phase, Planner
 
@@ -75,7 +76,7 @@ def test_a_prefill_that_uses_most_of_a_layer_streams_it_in_order():
 def test_it_stops_when_guesses_are_wasted_tries_again_and_stays_when_they_pay():
     which = planner(layer=10)
     for _ in range(64 * 8):
-        which.note_wasted(Phase.DECODE)
+        which.note(Phase.DECODE, LoadReport(wasted=1))
     assert which.is_off(Phase.DECODE) and not which.is_off(Phase.PREFILL)
     assert planned(which, [1.0]) == []
     silent = 0
@@ -85,16 +86,15 @@ def test_it_stops_when_guesses_are_wasted_tries_again_and_stays_when_they_pay():
     assert 100 < silent < 10_000
     assert planned(which, [0.5]) == [] and planned(which, [0.99]) == [0]
     for _ in range(64 * 4):
-        which.note_useful(Phase.DECODE)
+        which.note(Phase.DECODE, LoadReport(useful=1))
     assert planned(which, [0.6]) == [0]
-    assert (which.useful, which.late, which.wasted) == (256, 0, 512)
 
 
 def test_late_arrivals_are_worth_what_they_spared():
     which = planner(layer=10)
     for _ in range(64 * 8):
-        which.note_late(Phase.DECODE, waited_seconds=0.1)
-    assert not which.is_off(Phase.DECODE) and which.late == 512
+        which.note(Phase.DECODE, LoadReport(late=1, late_seconds=0.1))
+    assert not which.is_off(Phase.DECODE)
 
 
 def test_estimates_follow_what_is_measured():
@@ -123,7 +123,7 @@ def lose(which: Planner, steps: int = 4000) -> list[int]:
         which.begin_step(Phase.DECODE)
         planned = which.plan(Phase.DECODE, outlook([1.0] * 8, ahead=2), 0.0)
         for _ in planned:
-            which.note_wasted(Phase.DECODE)
+            which.note(Phase.DECODE, LoadReport(wasted=1))
         admitted.append(len(planned))
     return admitted
 
@@ -153,7 +153,7 @@ def test_caution_never_forbids_what_speeds_allow(estimates: Estimates, queue: fl
     which, nearly = Planner(estimates), outlook([0.96], ahead=ahead)
     allowed = which.plan(Phase.DECODE, nearly, queue).tolist()
     for _ in range(wasted):
-        which.note_wasted(Phase.DECODE)
+        which.note(Phase.DECODE, LoadReport(wasted=1))
     if not which.is_off(Phase.DECODE):
         assert which.plan(Phase.DECODE, nearly, queue).tolist() == allowed
 
@@ -161,11 +161,11 @@ def test_caution_never_forbids_what_speeds_allow(estimates: Estimates, queue: fl
 def test_a_prefetch_that_was_waited_for_as_long_as_a_load_has_saved_nothing():
     which = planner(layer=10)
     for _ in range(32):
-        which.note_late(Phase.DECODE, waited_seconds=1.0)
-        which.note_wasted(Phase.DECODE)
+        which.note(Phase.DECODE, LoadReport(late=1, late_seconds=1.0))
+        which.note(Phase.DECODE, LoadReport(wasted=1))
     assert planned(which, [0.45]) == [], "caution has grown"
     which = planner(layer=10)
     for _ in range(32):
-        which.note_late(Phase.DECODE, waited_seconds=0.0)
-        which.note_wasted(Phase.DECODE)
+        which.note(Phase.DECODE, LoadReport(late=1, late_seconds=0.0))
+        which.note(Phase.DECODE, LoadReport(wasted=1))
     assert planned(which, [0.45]) == [0]

@@ -14,8 +14,9 @@ from vllm_moe_offload import runtime
 from vllm_moe_offload.cache import POLICY_NAMES
 from vllm_moe_offload.cache.cache import FREE
 from vllm_moe_offload.errors import LoadError
+from vllm_moe_offload.observe import NOTHING, Counters, LoadReport
 from vllm_moe_offload.runtime import OffloadRuntime, PooledLayer
-from vllm_moe_offload.slots import Ledger, embedded_pools
+from vllm_moe_offload.slots import embedded_pools
 from vllm_moe_offload.store import RecordLayout, Store
 
 SMALL = layout(4096, 100)
@@ -88,8 +89,8 @@ def scripts(draw: st.DrawFn, damage: bool = False) -> Script:
 
 
 def runtime_of(made: RecordStore, slots: dict[RecordLayout, int], policy: str) -> OffloadRuntime:
-    ledger, store = Ledger(), Store.open(made.store.path)
-    return OffloadRuntime(store, embedded_pools(store, slots, policy, None, ledger), ledger)
+    store = Store.open(made.store.path)
+    return OffloadRuntime(store, embedded_pools(store, slots, policy, None), Counters())
 
 
 class Checked:
@@ -243,37 +244,24 @@ def test_a_budget_for_everything_loads_every_expert_into_its_own_slot(
 
 
 class Guesser:
-    """In place of an anticipation: has anything at all loaded, and keeps the books it is told to keep."""
+    """In place of an anticipation: has anything at all loaded, and adds up the reports of it."""
 
     def __init__(self, runtime: OffloadRuntime, seed: int):
         self.runtime = runtime
         self.draw = np.random.default_rng(seed)
-        self.useful = self.late = self.wasted = 0
-        self.stalled = 0.0
+        self.reports = NOTHING
 
     def look_ahead(self) -> None:
         layer = self.draw.choice(list(self.runtime.layers.values()))
         guesses = self.draw.permutation(layer.experts)[: self.draw.integers(1, 5)]
-        layer.pool.prefetch(layer.span, guesses + layer.first)
+        report = layer.pool.prefetch(layer.span, guesses + layer.first)
+        self.runtime.counters.add(report)
+        self.note(report)
 
-    def note_demand(self, loads: int, seconds: float) -> None:
-        assert loads > 0 and seconds > 0
-        self.stalled += seconds
-
-    def note_loads(self, loads: int, seconds: float) -> None:
-        assert loads > 0 and seconds > 0
-
-    def note_stall(self, seconds: float) -> None:
-        self.stalled += seconds
-
-    def note_useful(self, count: int) -> None:
-        self.useful += count
-
-    def note_late(self, count: int, waited_seconds: float) -> None:
-        self.late += count
-
-    def note_wasted(self, count: int) -> None:
-        self.wasted += count
+    def note(self, report: LoadReport) -> None:
+        assert (report.demand_seconds > 0) == (report.demanded > 0)
+        assert report.late or not report.late_seconds
+        self.reports += report
 
 
 @settings(max_examples=150, deadline=None)
@@ -294,14 +282,14 @@ def test_guesses_do_not_show_in_what_a_wave_finds(stores: dict[str, RecordStore]
         for layer, expert in script.damaged:
             made.flip(layer, expert)
     stalled = checked.runtime.counters.stall_seconds
-    assert guesser.stalled == pytest.approx(stalled), "every wait is told once, whoever began the load"
+    assert guesser.reports.waited == pytest.approx(stalled), "every wait is told once, whoever began the load"
+    counters = checked.runtime.counters
+    told = (counters.prefetch_useful, counters.prefetch_late, counters.prefetch_wasted)
+    assert told == (guesser.reports.useful, guesser.reports.late, guesser.reports.wasted)
+    assert sum(told) <= counters.prefetches
     checked.runtime.anticipation = None
     checked.damaged = set()
     checked.check_contents()
-    counters = checked.runtime.counters
-    told = (counters.prefetch_useful, counters.prefetch_late, counters.prefetch_wasted)
-    assert told == (guesser.useful, guesser.late, guesser.wasted)
-    assert sum(told) <= counters.prefetches
     checked.runtime.close()
 
 

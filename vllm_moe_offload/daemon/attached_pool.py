@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from ..cache.base import IntArray
 from ..errors import LoadError
+from ..observe import NOTHING, Counters, LoadReport
 from ..prefetch.loader import DamagedRecordError
 from ..slots.base import Failure, Hold, SlotPool, Span, guess_room
-from ..slots.ledger import Ledger
 from .arena import Arena
 from .connection import Connection, DaemonGoneError
 from .epochs import Reader
@@ -44,7 +44,7 @@ class AttachedPool(SlotPool):
         number: of the pool in the protocol.
         worker: this worker's entry in the table.
         tickets: rising, for all pools of this worker.
-        ledger: this worker's books.
+        counters: this worker's, for everybody to see.
     """
 
     def __init__(
@@ -55,14 +55,14 @@ class AttachedPool(SlotPool):
         table: ResidencyTable,
         worker: int,
         tickets: Iterator[int],
-        ledger: Ledger,
+        counters: Counters,
     ):
         self.memory = arena
         self.experts = table.experts
         self.table = table
         self._connection = connection
         self._number = number
-        self._ledger = ledger
+        self._counted = counters
         self._record_bytes = arena.layout.payload_bytes
         self._reader = Reader(table, worker)
         self._uses = UseWriter(table, worker)
@@ -70,7 +70,7 @@ class AttachedPool(SlotPool):
         self._admission = self._entry[ATTACHED]
         self._check_attached()
         self._expected = table.expected[worker]
-        self._counters = table.counters[worker]
+        self._shown = table.counters[worker]
         self._foresees = False
         self._tickets = tickets
         self._guessed = np.zeros(self.experts, dtype=bool)
@@ -87,21 +87,22 @@ class AttachedPool(SlotPool):
     def capacity(self) -> int:
         return self.table.limit
 
-    def begin_step(self) -> None:
+    def begin_step(self) -> LoadReport:
         self._uses.note(_STEP)
         self._steps += 1
         self._asked.clear()
-        if self._foresees:
-            self._expected[:] = 0
-            if self._steps % _STEPS_BETWEEN_LOOKS_BACK == 0:
-                self._look_back()
         if self._number == 0:
             self._show_counters()
+        if not self._foresees:
+            return NOTHING
+        self._expected[:] = 0
+        return self._look_back() if self._steps % _STEPS_BETWEEN_LOOKS_BACK == 0 else NOTHING
 
-    def load_all(self) -> None:
+    def load_all(self) -> LoadReport:
         """The daemon has done it, or it would not have granted the lease."""
+        return NOTHING
 
-    def hold(self, layer: Span, experts: IntArray) -> Hold:
+    def hold(self, layer: Span, experts: IntArray) -> tuple[Hold, LoadReport]:
         self._check_attached()
         self._reader.enter()
         # detached in between, its epoch is heeded by nobody, and another worker's entry must not be touched
@@ -111,33 +112,34 @@ class AttachedPool(SlotPool):
             self._reader.leave()
             return self._demand(experts, stream=False)
         self._uses.note(experts)
-        self._ledger.counters.hits += len(experts)
-        self._note_used(experts, slots, waited=0.0)
-        return _TicketHold(experts, slots, ticket=0)
+        report = self._used(experts, slots, waited=0.0)._replace(hits=len(experts))
+        return _TicketHold(experts, slots, ticket=0), report
 
-    def hold_streaming(self, layer: Span, experts: IntArray) -> Hold:
+    def hold_streaming(self, layer: Span, experts: IntArray) -> tuple[Hold, LoadReport]:
         return self._demand(experts, stream=True)
 
-    def stream_ahead(self, layer: Span) -> None:
+    def stream_ahead(self, layer: Span) -> LoadReport:
         absent = layer.start + np.flatnonzero(self.absent(layer))
         if len(absent):
-            self._ledger.counters.streamed += len(absent)
             self._hint(absent, stream=True)
+        return LoadReport(streamed=len(absent))
 
-    def settle(self, layer: Span) -> None:
+    def settle(self, layer: Span) -> LoadReport:
         """The daemon minds its own slots."""
+        return NOTHING
 
-    def start_hold(self, layer: Span, experts: IntArray) -> Hold:
+    def start_hold(self, layer: Span, experts: IntArray) -> tuple[Hold, LoadReport]:
         absent = experts[self.table.slot_of[experts] == ABSENT]
         if len(absent):
             self._hint(absent, stream=False)
-        return Hold(experts, np.empty(0, np.int32))
+        return Hold(experts, np.empty(0, np.int32)), NOTHING
 
-    def finish_hold(self, layer: Span, hold: Hold) -> Hold:
+    def finish_hold(self, layer: Span, hold: Hold) -> tuple[Hold, LoadReport]:
         return self._demand(hold.experts, stream=False)
 
-    def abandon(self, hold: Hold) -> None:
+    def abandon(self, hold: Hold) -> LoadReport:
         """It was only a hint."""
+        return NOTHING
 
     def release(self, hold: Hold) -> None:
         assert isinstance(hold, _TicketHold)
@@ -163,14 +165,13 @@ class AttachedPool(SlotPool):
     def expect(self, layer: Span, probabilities: NDArray[np.float32] | float) -> None:
         self._expected[layer.start : layer.stop] = probabilities
 
-    def prefetch(self, layer: Span, experts: IntArray) -> int:
+    def prefetch(self, layer: Span, experts: IntArray) -> LoadReport:
         wanted = experts[: guess_room(self.capacity, len(layer), len(self._asked))]
         if len(wanted):
             self._hint(wanted, stream=False)
             self._guessed[wanted] = True
             self._asked.update(wanted.tolist())
-            self._ledger.counters.prefetches += len(wanted)
-        return len(wanted)
+        return LoadReport(started=len(wanted))
 
     def queued(self) -> int:
         return int(np.count_nonzero(self.table.loading))
@@ -182,7 +183,7 @@ class AttachedPool(SlotPool):
         if not self.minded:
             raise DaemonGoneError("the daemon has detached this worker")
 
-    def _demand(self, experts: IntArray, stream: bool) -> Hold:
+    def _demand(self, experts: IntArray, stream: bool) -> tuple[Hold, LoadReport]:
         ticket = next(self._tickets)
         before = self.table.slot_of[experts]
         started = time.perf_counter()
@@ -192,42 +193,45 @@ class AttachedPool(SlotPool):
         if reply.ticket != ticket or len(slots) != len(experts):
             raise DaemonGoneError(f"the daemon answered ticket {reply.ticket} instead of {ticket}")
         self._uses.note(experts)
-        self._count(len(experts), reply, waited)
-        self._note_used(experts, before, waited)
         hold = _TicketHold(experts, np.maximum(slots, 0), ticket)
         hold.failures = [Failure(f.expert, _error(f.reason, f.damaged)) for f in reply.failed]
-        return hold
+        return hold, self._demanded(len(experts), reply, waited) + self._used(experts, before, waited)
 
-    def _count(self, experts: int, reply: Supplied, waited: float) -> None:
+    def _demanded(self, experts: int, reply: Supplied, waited: float) -> LoadReport:
         missed = reply.loaded + reply.joined
-        self._ledger.counters.hits += experts - missed
-        self._ledger.counters.misses += missed
-        self._ledger.loaded(reply.loaded, self._record_bytes, len(reply.failed))
-        if reply.loaded:
-            self._ledger.demanded(reply.loaded, waited)
-        else:
-            self._ledger.waited(waited)
+        return LoadReport(
+            hits=experts - missed,
+            misses=missed,
+            loads=reply.loaded,
+            loaded_bytes=reply.loaded * self._record_bytes,
+            failed=len(reply.failed),
+            waited=waited,
+            demanded=reply.loaded,
+            demand_seconds=waited if reply.loaded else 0.0,
+        )
 
-    def _note_used(self, experts: IntArray, slots: NDArray[np.int32], waited: float) -> None:
+    def _used(self, experts: IntArray, slots: NDArray[np.int32], waited: float) -> LoadReport:
         """``slots``: where the experts were when they were asked for. Guesses that were not there yet were late."""
-        if self._foresees:
-            guessed = self._guessed[experts]
-            self._guessed[experts] = False
-            late = int(np.count_nonzero(guessed & (slots == ABSENT)))
-            self._ledger.guesses_used(int(np.count_nonzero(guessed)) - late, late, waited)
+        if not self._foresees:
+            return NOTHING
+        guessed = self._guessed[experts]
+        self._guessed[experts] = False
+        late = int(np.count_nonzero(guessed & (slots == ABSENT)))
+        useful = int(np.count_nonzero(guessed)) - late
+        return LoadReport(useful=useful, late=late, late_seconds=waited if late else 0.0)
 
-    def _look_back(self) -> None:
+    def _look_back(self) -> LoadReport:
         """Guesses that are neither there nor on their way have been evicted unused."""
         guessed = np.flatnonzero(self._guessed)
         lost = guessed[(self.table.slot_of[guessed] == ABSENT) & (self.table.loading[guessed] == 0)]
         self._guessed[lost] = False
-        self._ledger.guesses_wasted(len(lost))
+        return LoadReport(wasted=len(lost))
 
     def _hint(self, experts: IntArray, stream: bool) -> None:
         self._connection.send(Hint(self._number, pack_ids(experts), stream))
 
     def _show_counters(self) -> None:
-        counters = self._ledger.counters
+        counters = self._counted
         shown = {
             "hits": counters.hits,
             "misses": counters.misses,
@@ -238,7 +242,7 @@ class AttachedPool(SlotPool):
             "steps": counters.steps,
             "tokens": counters.tokens,
         }
-        self._counters[:] = [shown[name] for name in COUNTERS]
+        self._shown[:] = [shown[name] for name in COUNTERS]
 
 
 def slots_taken_back() -> LoadError:

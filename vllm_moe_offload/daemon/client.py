@@ -14,10 +14,10 @@ import numpy as np
 from ..cache import ExpertCache, create_policy
 from ..cache.cache import ABSENT
 from ..errors import OffloadError
+from ..observe import Counters
 from ..prefetch.loader import RecordLoader
 from ..slots.base import SlotPool
 from ..slots.embedded import EmbeddedPool
-from ..slots.ledger import Ledger
 from ..slots.operations import Operations
 from ..store.layout import RecordLayout
 from ..store.pools import PoolMembers, pools_of
@@ -46,7 +46,7 @@ class DaemonClient:
         store: of the model; read from when the daemon is gone, and not closed here.
         policy: name of the eviction policy while there is no daemon.
         io_cpus: where loader threads may run then; None leaves them where the process runs.
-        ledger: the worker's books.
+        counters: the worker's.
         say: told in a sentence what an operator would want to know.
 
     Raises:
@@ -62,12 +62,12 @@ class DaemonClient:
         store: Store,
         policy: str,
         io_cpus: set[int] | None,
-        ledger: Ledger,
+        counters: Counters,
         say: Callable[[str], None],
     ):
         membarrier.register()
         self.path, self._request, self._store = path, request, store
-        self._policy, self._io_cpus, self._ledger, self._say = policy, io_cpus, ledger, say
+        self._policy, self._io_cpus, self._counters, self._say = policy, io_cpus, counters, say
         self._members = pools_of(store.layers)
         """Of the pools, as the protocol numbers them."""
         self._closing = threading.Event()
@@ -76,7 +76,7 @@ class DaemonClient:
         try:
             for members in self._members:
                 self._arenas.append(Arena.attach(attachment.take_arena(), members.layout, members.experts))
-            self._attached = attachment.pools(self._arenas, ledger)
+            self._attached = attachment.pools(self._arenas, counters)
             """Pools of the daemon attached to last."""
         except BaseException:
             self._close_arenas()
@@ -160,14 +160,14 @@ class DaemonClient:
                 experts = np.flatnonzero(table.slot_of != ABSENT)
                 cache.adopt(experts, table.slot_of[experts])
                 kept += len(experts)
-            pool.keep(EmbeddedPool(members, arena, cache, operations, self._ledger))
+            pool.keep(EmbeddedPool(members, arena, cache, operations))
         return kept
 
     def _restore_lease(self) -> None:
         """Layers that compute without looking need every expert where the daemon had promised it."""
         if self.lease and not self._trusted:
             for pool in self._pools:
-                pool.load_all()
+                self._counters.add(pool.load_all())
 
     def _own_cache(self, members: PoolMembers, limit: int) -> ExpertCache:
         policy = create_policy(self._policy, members.layer_of)
@@ -178,7 +178,7 @@ class DaemonClient:
     def _come_back(self, attachment: WorkerAttachment) -> None:
         """Serve from the memory of another daemon, if it still keeps it for this worker. Nothing may be held."""
         try:
-            attached = attachment.pools(self._arenas, self._ledger)
+            attached = attachment.pools(self._arenas, self._counters)
         except OffloadError as error:
             attachment.close()
             self._leave_alone(error)

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import ConfigError, OffloadError
-from ..slots.ledger import Ledger
+from ..observe import Counters
 from ..store.reader import Store
 from .client import DaemonClient
 from .connection import DaemonGoneError
@@ -33,7 +33,7 @@ def join_daemon(
     policy: str,
     daemon_bytes: int,
     io_cpus: set[int] | None,
-    ledger: Ledger,
+    counters: Counters,
     say: Callable[[str], None],
 ) -> DaemonClient | None:
     """The daemon that the setting ``daemon`` asks for, or None where this worker keeps its own slots.
@@ -44,7 +44,7 @@ def join_daemon(
         policy: name of the eviction policy while there is no daemon, and of a daemon that is started.
         daemon_bytes: size of a daemon that is started, whole pages of slots included (``bytes_with_pages``).
         io_cpus: where a daemon that is started, and loader threads while there is none, may run; None for anywhere.
-        ledger: the worker's books.
+        counters: the worker's.
         say: told in a sentence what an operator would want to know.
 
     Raises:
@@ -52,7 +52,7 @@ def join_daemon(
     """
 
     def join(path: Path) -> DaemonClient:
-        return DaemonClient(path, request, store, policy, io_cpus, ledger, say)
+        return DaemonClient(path, request, store, policy, io_cpus, counters, say)
 
     if setting == "off":
         return None

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..cache.base import IntArray
 from ..errors import OffloadError
+from ..observe import NOTHING, LoadReport
 from ..slots.base import Hold, SlotPool, Span
 from .arena import Arena
 from .connection import DaemonGoneError, RefusedError
@@ -59,48 +60,49 @@ class SurvivingPool(SlotPool):
     def capacity(self) -> int:
         return self.behind.capacity
 
-    def begin_step(self) -> None:
-        self.behind.begin_step()
+    def begin_step(self) -> LoadReport:
+        return self.behind.begin_step()
 
-    def load_all(self) -> None:
-        self.behind.load_all()
+    def load_all(self) -> LoadReport:
+        return self.behind.load_all()
 
-    def hold(self, layer: Span, experts: IntArray) -> Hold:
+    def hold(self, layer: Span, experts: IntArray) -> tuple[Hold, LoadReport]:
         try:
             return self.behind.hold(layer, experts)
         except _GONE as error:
             self._fail_over(error)
             return self.behind.hold(layer, experts)
 
-    def hold_streaming(self, layer: Span, experts: IntArray) -> Hold:
+    def hold_streaming(self, layer: Span, experts: IntArray) -> tuple[Hold, LoadReport]:
         try:
             return self.behind.hold_streaming(layer, experts)
         except _GONE as error:
             self._fail_over(error)
             return self.behind.hold_streaming(layer, experts)
 
-    def stream_ahead(self, layer: Span) -> None:
+    def stream_ahead(self, layer: Span) -> LoadReport:
         with suppress(DaemonGoneError):  # whoever waits for the experts finds out as well
-            self.behind.stream_ahead(layer)
+            return self.behind.stream_ahead(layer)
+        return NOTHING
 
-    def settle(self, layer: Span) -> None:
-        self.behind.settle(layer)
+    def settle(self, layer: Span) -> LoadReport:
+        return self.behind.settle(layer)
 
-    def start_hold(self, layer: Span, experts: IntArray) -> Hold:
+    def start_hold(self, layer: Span, experts: IntArray) -> tuple[Hold, LoadReport]:
         try:
             return self.behind.start_hold(layer, experts)
         except DaemonGoneError:  # so does finish_hold
-            return Hold(experts, np.empty(0, np.int32))
+            return Hold(experts, np.empty(0, np.int32)), NOTHING
 
-    def finish_hold(self, layer: Span, hold: Hold) -> Hold:
+    def finish_hold(self, layer: Span, hold: Hold) -> tuple[Hold, LoadReport]:
         try:
             return self.behind.finish_hold(layer, hold)
         except _GONE as error:
             self._fail_over(error)
             return self.behind.hold(layer, hold.experts)
 
-    def abandon(self, hold: Hold) -> None:
-        self.behind.abandon(hold)
+    def abandon(self, hold: Hold) -> LoadReport:
+        return self.behind.abandon(hold)
 
     def release(self, hold: Hold) -> None:
         self.behind.release(hold)
@@ -115,10 +117,10 @@ class SurvivingPool(SlotPool):
     def expect(self, layer: Span, probabilities: NDArray[np.float32] | float) -> None:
         self.behind.expect(layer, probabilities)
 
-    def prefetch(self, layer: Span, experts: IntArray) -> int:
+    def prefetch(self, layer: Span, experts: IntArray) -> LoadReport:
         with suppress(DaemonGoneError):  # a guess that did not get through
             return self.behind.prefetch(layer, experts)
-        return 0
+        return NOTHING
 
     def queued(self) -> int:
         return self.behind.queued()

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..slots.ledger import Ledger
+from ..observe import Counters
 from ..store.pools import PoolMembers
 from .arena import Arena, arena_bytes
 from .attached_pool import AttachedPool
@@ -81,7 +81,7 @@ class WorkerAttachment:
         """The descriptor of the next pool's arena, the caller's now."""
         return self._arenas.popleft()
 
-    def pools(self, arenas: Sequence[Arena], ledger: Ledger) -> list[AttachedPool]:
+    def pools(self, arenas: Sequence[Arena], counters: Counters) -> list[AttachedPool]:
         """What serves from ``arenas`` once they show this daemon's memory.
 
         Raises:
@@ -90,7 +90,7 @@ class WorkerAttachment:
         """
         tickets = itertools.count(1)
         return [
-            AttachedPool(self.connection, number, arena, table, self._worker, tickets, ledger)
+            AttachedPool(self.connection, number, arena, table, self._worker, tickets, counters)
             for number, (arena, table) in enumerate(zip(arenas, self.tables, strict=True))
         ]
 

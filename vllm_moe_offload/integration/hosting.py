@@ -11,7 +11,7 @@ from ..config import OffloadConfig
 from ..daemon.client import DaemonClient
 from ..daemon.joining import join_daemon, socket_of
 from ..daemon.protocol import Attach
-from ..slots import Ledger
+from ..observe import Counters
 from ..store.reader import Store
 
 logger = init_logger("vllm.moe_offload")
@@ -25,7 +25,7 @@ def attach_to_daemon(
     wants_all: bool,
     least_slots: list[int],
     io_cpus: set[int],
-    ledger: Ledger,
+    counters: Counters,
     model: int,
     daemon_bytes: int,
 ) -> DaemonClient | None:
@@ -50,7 +50,7 @@ def attach_to_daemon(
         rank=get_tensor_model_parallel_rank(),
         least_slots=least_slots,
     )
-    client = join_daemon(config.daemon, request, store, config.policy, daemon_bytes, io_cpus, ledger, _say)
+    client = join_daemon(config.daemon, request, store, config.policy, daemon_bytes, io_cpus, counters, _say)
     if client is not None:
         logger.info("moe-offload: experts are kept by the daemon (pid %d) at %s", client.daemon_pid, client.path)
         if "policy" in config.model_fields_set and config.daemon != "start":

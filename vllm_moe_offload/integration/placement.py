@@ -15,7 +15,8 @@ from ..config import OffloadConfig
 from ..daemon.client import DaemonClient
 from ..daemon.joining import bytes_with_pages
 from ..devices.memory import Limits, equal_share, memory_limits
-from ..slots import Ledger, SlotPool, embedded_pools
+from ..observe import Counters
+from ..slots import SlotPool, embedded_pools
 from ..store.files import size_text
 from ..store.layout import RecordLayout
 from ..store.reader import Store
@@ -61,7 +62,7 @@ class ModelSlots(NamedTuple):
     """The pools of one model."""
 
     pools: Mapping[RecordLayout, SlotPool]
-    ledger: Ledger
+    counters: Counters
     resident: bool
     """Whether every expert is to stay in the slot of its own number."""
     daemon: DaemonClient | None
@@ -119,7 +120,7 @@ def slots_of_models(
     shares = [budget.nbytes * model.expert_bytes // total for model in models]
     with_pages = [bytes_with_pages(share, model.store) for share, model in zip(shares, models, strict=True)]
     daemon_bytes = vllm_config.parallel_config.world_size * sum(with_pages)
-    ledgers = [Ledger() for _ in models]
+    counters = [Counters() for _ in models]
     daemons = [
         attach_to_daemon(
             vllm_config,
@@ -129,7 +130,7 @@ def slots_of_models(
             budget.nbytes >= total,
             [need.minimum for need in model.needs().values()],
             io_cpus,
-            ledgers[number],
+            counters[number],
             number,
             daemon_bytes,
         )
@@ -139,14 +140,14 @@ def slots_of_models(
     needs = {(number, layout): need for number in own for layout, need in models[number].needs().items()}
     slots = slots_for_budget(needs, sum(shares[number] for number in own), f"{config.cache!r}{budget.reason}")
     found = []
-    for number, (model, ledger, daemon) in enumerate(zip(models, ledgers, daemons, strict=True)):
+    for number, (model, daemon) in enumerate(zip(models, daemons, strict=True)):
         if daemon is not None:
-            found.append(ModelSlots(daemon.pools, ledger, daemon.lease, daemon))
+            found.append(ModelSlots(daemon.pools, counters[number], daemon.lease, daemon))
             continue
         of_model = {layout: count for (owner, layout), count in slots.items() if owner == number}
         resident = all(count == needs[number, layout].experts for layout, count in of_model.items())
-        pools = embedded_pools(model.store, of_model, config.policy, io_cpus, ledger)
-        found.append(ModelSlots(pools, ledger, resident, None))
+        pools = embedded_pools(model.store, of_model, config.policy, io_cpus)
+        found.append(ModelSlots(pools, counters[number], resident, None))
     return found
 
 

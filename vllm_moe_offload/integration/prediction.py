@@ -124,7 +124,7 @@ def _look_ahead(
     load_seconds = 1e-4 + record / 2e9
     in_the_way = load_seconds * min(1.0, CHUNK_BYTES / record)
     estimates = Estimates(load_seconds, layer_seconds=1e-3, chunk_seconds=in_the_way)
-    runtime.anticipation = Anticipation(predictor, slots, estimates, time.perf_counter, switch)
+    runtime.anticipation = Anticipation(predictor, slots, estimates, time.perf_counter, runtime.counters, switch)
     return runtime.anticipation
 
 

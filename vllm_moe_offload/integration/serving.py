@@ -45,7 +45,7 @@ class ServedModel:
         self._expert_bytes = model.expert_bytes
         self._daemon = slots.daemon
         self._resident = slots.resident
-        self.runtime = OffloadRuntime(model.store, slots.pools, slots.ledger)
+        self.runtime = OffloadRuntime(model.store, slots.pools, slots.counters)
         for name, (layer, method) in model.layers.items():
             self._attach(name, layer, method)
         if self._resident:

@@ -1,6 +1,8 @@
-"""Counters of one worker since its start. Whoever does a thing adds to its number."""
+"""Counters of one worker since its start."""
 
 from dataclasses import asdict, dataclass
+
+from .load_report import LoadReport
 
 
 @dataclass
@@ -31,6 +33,20 @@ class Counters:
     """Scheduled in these steps, those of prompts included."""
     waves: int = 0
     """Kernel calls beyond the first of a layer, made because its experts did not fit in the slots together."""
+
+    def add(self, report: LoadReport) -> None:
+        """Count what a pool has done."""
+        self.hits += report.hits
+        self.misses += report.misses
+        self.streamed += report.streamed
+        self.loads += report.loads
+        self.loaded_bytes += report.loaded_bytes
+        self.failed_loads += report.failed
+        self.stall_seconds += report.waited
+        self.prefetches += report.started - report.withdrawn
+        self.prefetch_useful += report.useful
+        self.prefetch_late += report.late
+        self.prefetch_wasted += report.wasted
 
     def as_dict(self) -> dict[str, int | float]:
         return asdict(self)

@@ -28,14 +28,14 @@ class LoadsAhead:
 
     def __init__(self, cache: ExpertCache):
         self._cache = cache
-        self._unused = np.zeros(len(cache.layer_of), dtype=bool)
+        self._unused: set[int] = set()
         self.under_way: list[Started] = []
 
     def add(self, loads: Sequence[Load], experts: IntArray, slots: IntArray, guess: bool) -> None:
         """``loads`` bring ``experts`` into ``slots``, which are pinned for them."""
         self.under_way += map(Started, loads, experts.tolist(), slots.tolist(), [guess] * len(loads))
         if guess:
-            self._unused[experts] = True
+            self._unused.update(experts.tolist())
 
     def reap(self) -> list[Load]:
         """Unpin what has arrived; what failed gives its slot back. Returns the finished loads."""
@@ -51,7 +51,7 @@ class LoadsAhead:
         for _, expert, slot, _ in started:
             self._cache.release(np.array([slot]))
             self._cache.forget(np.array([expert]))
-            self._unused[expert] = False
+            self._unused.discard(expert)
 
     def withdrawn(self, started: Sequence[Started]) -> None:
         """``started`` will not be loaded after all."""
@@ -61,12 +61,15 @@ class LoadsAhead:
 
     def use(self, experts: IntArray) -> int:
         """A layer reads these distinct experts: how many of them are there by a guess, for the first time."""
-        guessed = experts[self._unused[experts]]
-        self._unused[guessed] = False
-        return len(guessed)
+        return self._forget(experts)
 
     def evict(self, experts: IntArray) -> int:
         """These experts have lost their slots: how many of them were guesses that nobody has used."""
-        wasted = experts[self._unused[experts]]
-        self._unused[wasted] = False
-        return len(wasted)
+        return self._forget(experts)
+
+    def _forget(self, experts: IntArray) -> int:
+        if not self._unused:
+            return 0
+        guessed = self._unused.intersection(experts.tolist())
+        self._unused -= guessed
+        return len(guessed)

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..observe import Counters, LoadReport
 from ..predict.base import Predictor, RequestState, Step, TokenContext, TokenMap, union_probability
 from ..trace.recorder import RequestMaps, ScheduledTokens
 from .estimates import Estimates
@@ -35,8 +36,8 @@ class Residency(Protocol):
     def passed(self, layer: int) -> None:
         """The layer is being computed: the running step has no further use for it."""
 
-    def prefetch(self, layer: int, experts: NDArray[np.int64]) -> int:
-        """Start loading ``experts``, best first, as far as there is room. Returns how many were started."""
+    def prefetch(self, layer: int, experts: NDArray[np.int64]) -> LoadReport:
+        """Start loading ``experts``, best first, as far as there is room."""
 
     def queued(self) -> int:
         """Loads under way that nobody waits for."""
@@ -48,6 +49,7 @@ class Anticipation:
     Args:
         estimates: what is known of this machine; kept up to date here.
         clock: seconds.
+        counters: count the loads that are started here; others report to ``note``.
         switch: turned off by what raises.
     """
 
@@ -57,6 +59,7 @@ class Anticipation:
         residency: Residency,
         estimates: Estimates,
         clock: Callable[[], float],
+        counters: Counters,
         switch: Switch | None = None,
     ):
         self.switch = switch or Switch()
@@ -64,8 +67,8 @@ class Anticipation:
         self.planner = Planner(estimates)
         self._residency = residency
         self._clock = clock
+        self._counters = counters
         self._trials = Trials()
-        self._chunk_share = estimates.chunk_seconds / estimates.load_seconds
         self._states: dict[str, RequestState] = {}
         self._num_rows = 0
         self._step: Step | None = None
@@ -150,41 +153,12 @@ class Anticipation:
         return self._states.pop(request, None)
 
     @optional
-    def note_demand(self, loads: int, seconds: float) -> None:
-        """The step has waited for ``loads`` that nobody had started."""
-        self.note_loads(loads, seconds)
-        self.note_stall(seconds)
-
-    @optional
-    def note_loads(self, loads: int, seconds: float) -> None:
-        """The loader took ``seconds`` for ``loads`` that the step needed and nobody had started."""
-        estimates = self.planner.estimates
-        estimates.note_load(seconds / loads)
-        estimates.chunk_seconds = estimates.load_seconds * self._chunk_share
-        self._demands += loads
-
-    @optional
-    def note_useful(self, count: int) -> None:
-        """``count`` prefetches were there when they were needed."""
-        for _ in range(count):
-            self.planner.note_useful(self._phase)
-
-    @optional
-    def note_late(self, count: int, waited_seconds: float) -> None:
-        """``count`` prefetches were waited for, together for ``waited_seconds``, which ``note_stall`` hears of too."""
-        for _ in range(count):
-            self.planner.note_late(self._phase, waited_seconds / count)
-
-    @optional
-    def note_wasted(self, count: int) -> None:
-        """``count`` prefetches were evicted unused."""
-        for _ in range(count):
-            self.planner.note_wasted(self._phase)
-
-    def note_stall(self, seconds: float) -> None:
-        """The step has waited for loads, whoever had started them. ``note_demand`` implies it."""
-        self._stalled += seconds
-        self._step_stalled += seconds
+    def note(self, report: LoadReport) -> None:
+        """What the forward pass needed of a pool, and what became of prefetches."""
+        self._stalled += report.waited
+        self._step_stalled += report.waited
+        self._demands += report.demanded
+        self.planner.note(self._phase, report)
 
     @property
     def _is_small(self) -> bool:
@@ -204,7 +178,10 @@ class Anticipation:
                 outlook = Outlook(target - layer, probabilities, absent)
                 wanted = self.planner.plan(self._phase, outlook, self._residency.queued() * estimates.load_seconds)
                 if len(wanted):
-                    self._prefetches += self._residency.prefetch(target, wanted)
+                    report = self._residency.prefetch(target, wanted)
+                    self._counters.add(report)
+                    self._prefetches += report.started
+                    self.planner.note(self._phase, report)
             now = self._clock()
             self._ask_seconds += 0.05 * (now - began - self._ask_seconds)
             began = now

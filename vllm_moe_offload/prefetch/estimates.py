@@ -31,7 +31,9 @@ class Estimates:
 
     def note_load(self, seconds: float) -> None:
         """A record took ``seconds`` of the link's time."""
+        share = self.chunk_seconds / self.load_seconds
         self.load_seconds = blend(self.load_seconds, seconds)
+        self.chunk_seconds = self.load_seconds * share
 
     def note_layer(self, seconds: float, link_seconds: float, demands: int) -> None:
         """A layer computed for ``seconds`` without stalls; the link was busy for ``link_seconds`` of layer and stall.

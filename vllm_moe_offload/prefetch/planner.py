@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..observe import LoadReport
 from .estimates import Estimates
 from .restraint import Restraint
 
@@ -43,9 +44,6 @@ class Planner:
 
     def __init__(self, estimates: Estimates):
         self.estimates = estimates
-        self.useful = 0
-        self.late = 0
-        self.wasted = 0
         self._restraint = {phase: Restraint() for phase in Phase}
 
     def begin_step(self, phase: Phase) -> None:
@@ -78,20 +76,20 @@ class Planner:
                 return ranked[:place]
         return ranked
 
-    def note_useful(self, phase: Phase) -> None:
-        """A prefetch was there when it was needed."""
-        self.useful += 1
-        self._restraint[phase].note(self.estimates.load_seconds, 0.0)
+    def note(self, phase: Phase, report: LoadReport) -> None:
+        """What became of prefetches, and what loads took that the step demanded."""
+        self._note_outcomes(phase, report)
+        if report.demanded:
+            self.estimates.note_load(report.demand_seconds / report.demanded)
 
-    def note_late(self, phase: Phase, waited_seconds: float) -> None:
-        """A prefetch was still under way when it was needed, and was waited for."""
-        self.late += 1
-        self._restraint[phase].note(max(0.0, self.estimates.load_seconds - waited_seconds), 0.0)
-
-    def note_wasted(self, phase: Phase) -> None:
-        """A prefetch was evicted unused."""
-        self.wasted += 1
-        self._restraint[phase].note(0.0, self.estimates.load_seconds * self.estimates.busy)
+    def _note_outcomes(self, phase: Phase, report: LoadReport) -> None:
+        load, restraint = self.estimates.load_seconds, self._restraint[phase]
+        for _ in range(report.useful):
+            restraint.note(load, 0.0)
+        for _ in range(report.late):
+            restraint.note(max(0.0, load - report.late_seconds / report.late), 0.0)
+        for _ in range(report.wasted):
+            restraint.note(0.0, load * self.estimates.busy)
 
     def _least_probability(self, layers_ahead: int, queue_seconds: float, caution: float) -> float:
         """In [0, 1]: an expert given more than this is worth loading behind ``queue_seconds`` of other loads.

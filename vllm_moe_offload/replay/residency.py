@@ -1,14 +1,15 @@
-"""The cache during a replay, and what became of every load: demanded, useful, late or wasted."""
+"""The cache during a replay. It reports what became of loads as the pools of an engine do."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cache import EvictionPolicy, ExpertCache
+from ..cache import Acquisition, EvictionPolicy, ExpertCache
 from ..cache.base import IntArray
 from ..cache.cache import ABSENT
 from ..errors import ConfigError
+from ..observe import NOTHING, LoadReport
 from ..prefetch.foresight import ForesightPolicy
 from ..slots.base import guess_room, stream_share
 
@@ -24,6 +25,14 @@ class Tally:
     late: int = 0
     wasted: int = 0
 
+    def add(self, report: LoadReport) -> None:
+        self.accesses += report.hits + report.misses
+        self.demand_loads += report.misses
+        self.prefetch_loads += report.started - report.withdrawn
+        self.useful += report.useful
+        self.late += report.late
+        self.wasted += report.wasted
+
     @property
     def demand_miss_rate(self) -> float:
         """Share of uses that waited for a load nobody had started in time."""
@@ -36,13 +45,15 @@ class Tally:
 
 
 class Residency:
-    """An ``ExpertCache`` whose prefetches stay pinned until their layer has run, with the books kept."""
+    """An ``ExpertCache`` whose prefetches stay pinned until their layer has run.
+
+    It has no clock: that a prefetch is late, and what loads take, is added to its reports by whoever has one.
+    """
 
     def __init__(self, layers: int, experts: int, slots: int, policy: EvictionPolicy):
         self.experts = experts
         self.foresight = ForesightPolicy(policy, layers * experts)
         self.cache = ExpertCache(np.repeat(np.arange(layers), experts), slots, self.foresight)
-        self.tally = Tally()
         self._speculative = np.zeros(layers * experts, bool)
         self._pinned: list[list[NDArray[np.int32]]] = [[] for _ in range(layers)]
         self._num_pinned = 0
@@ -50,7 +61,7 @@ class Residency:
     def begin_step(self) -> None:
         self.cache.begin_step()
 
-    def use(self, layer: int, ids: IntArray) -> tuple[IntArray, NDArray[np.int32]]:
+    def use(self, layer: int, ids: IntArray) -> tuple[IntArray, NDArray[np.int32], LoadReport]:
         """The running layer reads ``ids``: returns those that must be loaded now, and all pinned slots.
 
         Prefetches for this layer are unpinned; the caller releases the slots when the layer has run.
@@ -67,13 +78,8 @@ class Residency:
                 f"slots: {self.cache.num_slots} are too few for one step of this trace ({error}); give more slots or a "
                 "smaller batch"
             ) from error
-        self._note_evicted(acquired.evicted)
-        self.tally.accesses += len(ids)
-        self.tally.demand_loads += len(acquired.missing)
-        first_use = ids[self._speculative[ids]]
-        self.tally.useful += len(first_use)
-        self._speculative[first_use] = False
-        return acquired.missing, acquired.slots
+        wasted = self._forget(acquired.evicted)
+        return acquired.missing, acquired.slots, _read(ids, acquired, self._forget(ids), wasted)
 
     def release(self, slots: NDArray[np.int32]) -> None:
         self.cache.release(slots)
@@ -82,35 +88,33 @@ class Residency:
         """Which experts of a layer have no slot, ``[E]``."""
         return self.cache.slot_of[layer * self.experts : (layer + 1) * self.experts] == ABSENT
 
-    def prefetch(self, layer: int, ids: IntArray) -> IntArray:
+    def prefetch(self, layer: int, ids: IntArray) -> tuple[IntArray, LoadReport]:
         """Give slots to guesses for ``layer``, best first; returns those that got one and are to be loaded.
 
         As in the engine, guesses hold at most half of what a whole layer leaves.
         """
         room = guess_room(self.cache.num_slots, self.experts, self._num_pinned)
         if room == 0 or not len(ids):
-            return ids[:0]
+            return ids[:0], NOTHING
         admitted = self.cache.admit(ids[:room])
-        self._note_evicted(admitted.evicted)
+        report = LoadReport(started=len(admitted.missing), wasted=self._forget(admitted.evicted))
         self._speculative[admitted.missing] = True
-        self.tally.prefetch_loads += len(admitted.missing)
         self._pinned[layer].append(admitted.missing_slots)
         self._num_pinned += len(admitted.missing_slots)
-        return admitted.missing
+        return admitted.missing, report
 
-    def stream(self, layer: int, ids: IntArray) -> tuple[IntArray, NDArray[np.int32]]:
+    def stream(self, layer: int, ids: IntArray) -> tuple[IntArray, NDArray[np.int32], LoadReport]:
         """As ``use``, in a long prefill: what is missing passes through a share of the slots."""
         streamed = self.cache.stream(ids, stream_share(self.cache.num_slots, self.experts))
-        self._note_evicted(streamed.evicted)
+        wasted = self._forget(streamed.evicted)
         if (streamed.slots == ABSENT).any():
             self.cache.release(streamed.slots[streamed.slots != ABSENT])
             self.cache.forget(streamed.missing)
-            return self.use(layer, ids)
-        self.tally.accesses += len(ids)
-        self.tally.demand_loads += len(streamed.missing)
-        return streamed.missing, streamed.slots
+            missing, pinned, report = self.use(layer, ids)
+            return missing, pinned, report + LoadReport(wasted=wasted)
+        return streamed.missing, streamed.slots, _read(ids, streamed, useful=0, wasted=wasted)
 
-    def withdraw(self, layer: int, ids: list[int]) -> None:
+    def withdraw(self, layer: int, ids: list[int]) -> LoadReport:
         """Guesses for ``layer``, which is about to run, were wrong and have not begun to load: they never will."""
         gone = np.array(ids, np.int64)
         slots = self.cache.slot_of[gone]
@@ -120,20 +124,21 @@ class Residency:
         self.cache.release(slots)
         self.cache.forget(gone)
         self._speculative[gone] = False
-        self.tally.prefetch_loads -= len(gone)
+        return LoadReport(withdrawn=len(gone))
 
-    def was_late(self, count: int) -> None:
-        """``count`` prefetches counted as useful when used had in fact not arrived."""
-        self.tally.useful -= count
-        self.tally.late += count
-
-    def finish(self) -> Tally:
-        """Close the books: what was never used is wasted."""
-        self.tally.wasted += int(self._speculative.sum())
+    def finish(self) -> LoadReport:
+        """The replay is over: what was never used is wasted."""
+        wasted = int(self._speculative.sum())
         self._speculative[:] = False
-        return self.tally
+        return LoadReport(wasted=wasted)
 
-    def _note_evicted(self, evicted: IntArray) -> None:
-        if len(evicted):
-            self.tally.wasted += int(self._speculative[evicted].sum())
-            self._speculative[evicted] = False
+    def _forget(self, ids: IntArray) -> int:
+        """How many of ``ids`` are unused guesses, which they no longer are."""
+        guessed = ids[self._speculative[ids]]
+        self._speculative[guessed] = False
+        return len(guessed)
+
+
+def _read(ids: IntArray, acquired: Acquisition, useful: int, wasted: int) -> LoadReport:
+    misses = len(acquired.missing)
+    return LoadReport(hits=len(ids) - misses, misses=misses, useful=useful, wasted=wasted)

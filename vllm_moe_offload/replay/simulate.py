@@ -27,25 +27,34 @@ def simulate(
         ConfigError: the slots cannot hold the experts of one layer of one step.
     """
     layers, experts, _ = trace.shape
-    residency = Residency(layers, experts, slots, policy)
+    residency, tally = Residency(layers, experts, slots, policy), Tally()
     chosen = trace.experts.astype(np.int64) + (np.arange(layers) * experts)[None, :, None]
     for rows in schedule:
         residency.begin_step()
-        guesses = _Guesses(residency, forecast, rows, threshold)
+        guesses = _Guesses(residency, tally, forecast, rows, threshold)
         guesses.prefetch_from(-1)
         for layer in range(layers):
             ids = chosen[rows[0], layer] if len(rows) == 1 else np.unique(chosen[rows, layer])
-            _, pinned = residency.use(layer, ids)
+            _, pinned, report = residency.use(layer, ids)
+            tally.add(report)
             guesses.prefetch_from(layer)
             residency.release(pinned)
-    return residency.finish()
+    tally.add(residency.finish())
+    return tally
 
 
 class _Guesses:
     """What one step prefetches, layer by layer."""
 
-    def __init__(self, residency: Residency, forecast: Forecast | None, rows: NDArray[np.int64], threshold: float):
-        self._residency = residency
+    def __init__(
+        self,
+        residency: Residency,
+        tally: Tally,
+        forecast: Forecast | None,
+        rows: NDArray[np.int64],
+        threshold: float,
+    ):
+        self._residency, self._tally = residency, tally
         self._distances = forecast.distances if forecast is not None else ()
         if forecast is not None:
             self._probabilities = forecast.of_step(rows)
@@ -65,4 +74,6 @@ class _Guesses:
             if self._any_likely[slot, target]:
                 wanted = np.flatnonzero(self._likely[slot, target] & residency.absent(target))
                 if len(wanted):
-                    residency.prefetch(target, first + wanted[np.argsort(-probabilities[wanted], kind="stable")])
+                    ranked = wanted[np.argsort(-probabilities[wanted], kind="stable")]
+                    _, report = residency.prefetch(target, first + ranked)
+                    self._tally.add(report)

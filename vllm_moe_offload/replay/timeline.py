@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache import EvictionPolicy
+from ..observe import LoadReport
 from ..prefetch.anticipation import MOST_ROWS
 from ..prefetch.estimates import Estimates
 from ..prefetch.planner import Outlook, Phase, Planner
@@ -77,13 +78,12 @@ class Timeline:
         known = hardware.model is not None and hardware.model.record_bytes == model.record_bytes
         self._trace, self._forecast = trace, forecast
         self._hardware, self._model = hardware, hardware.model if known and hardware.model else model
-        self._residency = Residency(layers, experts, slots, policy)
+        self._residency, self._tally = Residency(layers, experts, slots, policy), Tally()
         loads = hardware.load_seconds(model.record_bytes)
         chunk = min(loads[0], hardware.load_latency_seconds + hardware.chunk_bytes / hardware.bytes_per_second)
         self._link = Link(loads, chunk)
-        self._chunk_share = chunk / loads[0] if len(loads) == 1 else 1.0
         layer_seconds = self._layer_seconds(trace.top_k, 1)
-        self._planner = Planner(Estimates(loads[0], layer_seconds, loads[0] * self._chunk_share))
+        self._planner = Planner(Estimates(loads[0], layer_seconds, chunk if len(loads) == 1 else loads[0]))
         self._trials = Trials()
         self._chosen = trace.experts.astype(np.int64) + (np.arange(layers) * experts)[None, :, None]
         self._under_way: list[list[int]] = [[] for _ in range(layers)]
@@ -101,17 +101,18 @@ class Timeline:
             prefill = 0 if self._trace.phase is None else int((self._trace.phase[rows] == PREFILL).sum())
             self._phase = Phase.PREFILL if prefill else Phase.DECODE
             self._seconds = self._stalled = self._thought = 0.0
-            tally = self._residency.tally
+            tally = self._tally
             uses, waited = tally.accesses, tally.demand_loads + tally.late
             self._step(rows)
             taken = self._seconds, self._stalled, tally.accesses - uses, tally.demand_loads + tally.late - waited
             self._everything.add(len(rows), *taken)
             if prefill < len(rows):
                 self._decoding.add(len(rows) - prefill, *taken)
-        tally, done = self._residency.finish(), self._everything
+        self._tally.add(self._residency.finish())
+        done = self._everything
         decoding = self._decoding if self._decoding.steps else done
         return TimelineReport(
-            tally, done.tokens, done.steps, done.seconds, done.stalled, self._link.busy_seconds, decoding
+            self._tally, done.tokens, done.steps, done.seconds, done.stalled, self._link.busy_seconds, decoding
         )
 
     def _step(self, rows: NDArray[np.int64]) -> None:
@@ -138,15 +139,15 @@ class Timeline:
         self, layer: int, ids: NDArray[np.int64], rows: int, merged: NDArray[np.float32] | None, streaming: bool
     ) -> None:
         computing = self._layer_seconds(len(ids), rows)
-        busy_before, wasted_before = self._link.busy_seconds, self._residency.tally.wasted
+        busy_before = self._link.busy_seconds
         self._pass(computing / 2)
-        pinned, demands = self._stream(layer, ids, computing) if streaming else self._serve(layer, ids)
+        pinned, report = self._stream(layer, ids, computing) if streaming else self._serve(layer, ids)
+        self._note(report)
+        self._stall(report.waited)
         self._plan(merged, layer)
         self._pass(computing / 2)
         self._residency.release(pinned)
-        for _ in range(self._residency.tally.wasted - wasted_before):
-            self._planner.note_wasted(self._phase)
-        self._planner.estimates.note_layer(computing, self._link.busy_seconds - busy_before, demands)
+        self._planner.estimates.note_layer(computing, self._link.busy_seconds - busy_before, report.misses)
 
     def _pass(self, seconds: float) -> None:
         self._link.pass_time(seconds)
@@ -156,38 +157,35 @@ class Timeline:
         self._seconds += seconds
         self._stalled += seconds
 
-    def _serve(self, layer: int, ids: NDArray[np.int64]) -> tuple[NDArray[np.int32], int]:
-        """Bring the layer's experts in: pinned slots, demand loads."""
+    def _note(self, report: LoadReport) -> None:
+        self._tally.add(report)
+        self._planner.note(self._phase, report)
+
+    def _serve(self, layer: int, ids: NDArray[np.int64]) -> tuple[NDArray[np.int32], LoadReport]:
+        """Bring the layer's experts in: pinned slots."""
         ahead = self._under_way[layer]
         needed = set(ids.tolist())
-        self._residency.withdraw(layer, self._link.cancel([expert for expert in ahead if expert not in needed]))
-        missing, pinned = self._residency.use(layer, ids)
-        used = [expert for expert in ahead if expert in needed]
+        self._note(self._residency.withdraw(layer, self._link.cancel([e for e in ahead if e not in needed])))
+        missing, pinned, report = self._residency.use(layer, ids)
+        late = self._link.still_loading([expert for expert in ahead if expert in needed])
         ahead.clear()
-        late = self._link.still_loading(used)
         joining = self._link.demand(0, late)
-        self._residency.was_late(len(late))
-        self._note_guesses(len(used) - len(late), len(late), joining)
         self._pass(len(missing) * self._hardware.demand_overhead_seconds)
-        waited = self._link.demand(len(missing), [])
-        if len(missing):
-            estimates = self._planner.estimates
-            estimates.note_load(waited / len(missing))
-            estimates.chunk_seconds = estimates.load_seconds * self._chunk_share
-        self._stall(joining + waited)
-        return pinned, len(missing)
+        loading = self._link.demand(len(missing), [])
+        return pinned, report._replace(
+            waited=joining + loading,
+            demanded=len(missing),
+            demand_seconds=loading,
+            useful=report.useful - len(late),
+            late=len(late),
+            late_seconds=joining,
+        )
 
-    def _stream(self, layer: int, ids: NDArray[np.int64], computing: float) -> tuple[NDArray[np.int32], int]:
+    def _stream(self, layer: int, ids: NDArray[np.int64], computing: float) -> tuple[NDArray[np.int32], LoadReport]:
         """As ``_serve`` in a long prefill: most of a layer's loads run while the layer before computes."""
-        missing, pinned = self._residency.stream(layer, ids)
-        self._stall(max(0.0, self._link.demand(len(missing), []) - (computing if layer else 0.0)))
-        return pinned, len(missing)
-
-    def _note_guesses(self, useful: int, late: int, waited: float) -> None:
-        for _ in range(useful):
-            self._planner.note_useful(self._phase)
-        for _ in range(late):
-            self._planner.note_late(self._phase, waited / late)
+        missing, pinned, report = self._residency.stream(layer, ids)
+        waited = self._link.demand(len(missing), []) - (computing if layer else 0.0)
+        return pinned, report._replace(waited=max(0.0, waited))
 
     def _plan(self, merged: NDArray[np.float32] | None, layer: int) -> None:
         """``layer`` has been routed, -1 meaning that the step has just started."""
@@ -208,9 +206,10 @@ class Timeline:
             residency.foresight.expected[first : first + residency.experts] = merged[slot, target]
             outlook = Outlook(distance, merged[slot, target], absent)
             wanted = self._planner.plan(self._phase, outlook, self._link.queue_seconds)
-            loading = residency.prefetch(target, first + wanted).tolist()
-            self._under_way[target] += loading
-            self._link.prefetch(loading)
+            loading, report = residency.prefetch(target, first + wanted)
+            self._note(report)
+            self._under_way[target] += loading.tolist()
+            self._link.prefetch(loading.tolist())
 
     def _layer_seconds(self, distinct: int, rows: int) -> float:
         """A layer reads its dense weights and its distinct experts once, or computes for longer than that."""

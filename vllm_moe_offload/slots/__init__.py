@@ -2,6 +2,5 @@
 
 from .base import Hold, SlotPool, Span
 from .embedded import embedded_pools
-from .ledger import Ledger
 
-__all__ = ["Hold", "Ledger", "SlotPool", "Span", "embedded_pools"]
+__all__ = ["Hold", "SlotPool", "Span", "embedded_pools"]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..cache.base import IntArray
 from ..errors import LoadError
+from ..observe import NOTHING, LoadReport
 from ..store.layout import RecordLayout
 
 Span = range
@@ -48,7 +49,10 @@ class Hold:
 
 
 class SlotPool(ABC):
-    """The slots of all layers whose records have one layout, and who is in them."""
+    """The slots of all layers whose records have one layout, and who is in them.
+
+    What a call counts, waits for or starts is in the report that it returns, and in no other.
+    """
 
     memory: SlotMemory
     experts: int
@@ -59,18 +63,19 @@ class SlotPool(ABC):
     def capacity(self) -> int:
         """Slots that may be occupied at a time."""
 
-    def begin_step(self) -> None:  # noqa: B027 - not every pool keeps time
+    def begin_step(self) -> LoadReport:
         """A forward pass over scheduled tokens starts."""
+        return NOTHING
 
     @abstractmethod
-    def load_all(self) -> None:
+    def load_all(self) -> LoadReport:
         """Fill every slot: expert ``i`` goes to slot ``i`` for good. For pools that hold all experts.
 
         Raises:
             LoadError: a record could not be read.
         """
 
-    def find(self, experts: IntArray) -> NDArray[np.int32] | None:
+    def find(self, experts: IntArray) -> tuple[NDArray[np.int32], LoadReport] | None:
         """The slots of ``experts`` (distinct) if all of them can be read at once, else None; nothing is waited for.
 
         They can be read until the pool is next asked to find or to hold experts. A pool may always return None.
@@ -78,23 +83,23 @@ class SlotPool(ABC):
         return None
 
     @abstractmethod
-    def hold(self, layer: Span, experts: IntArray) -> Hold:
+    def hold(self, layer: Span, experts: IntArray) -> tuple[Hold, LoadReport]:
         """Wait until ``experts`` (distinct, of ``layer``, at most ``capacity``) are in slots, and keep them there."""
 
     @abstractmethod
-    def hold_streaming(self, layer: Span, experts: IntArray) -> Hold:
+    def hold_streaming(self, layer: Span, experts: IntArray) -> tuple[Hold, LoadReport]:
         """As ``hold``, for a long prefill: it passes through a share of the slots and leaves the rest alone."""
 
     @abstractmethod
-    def stream_ahead(self, layer: Span) -> None:
+    def stream_ahead(self, layer: Span) -> LoadReport:
         """A long prefill is about to reach ``layer``: start on its experts."""
 
     @abstractmethod
-    def settle(self, layer: Span) -> None:
+    def settle(self, layer: Span) -> LoadReport:
         """``layer`` will be held part by part: wait for what is under way where it could be in the way."""
 
     @abstractmethod
-    def start_hold(self, layer: Span, experts: IntArray) -> Hold:
+    def start_hold(self, layer: Span, experts: IntArray) -> tuple[Hold, LoadReport]:
         """Begin a hold without waiting for it. Two may be open at once if both fit into ``capacity``."""
 
     def seconds_to_load(self, count: int) -> float:
@@ -104,7 +109,7 @@ class SlotPool(ABC):
         """
         return 0.0
 
-    def wait_for(self, hold: Hold, count: int) -> None:
+    def wait_for(self, hold: Hold, count: int) -> LoadReport:
         """Wait until the first ``count`` experts of a started hold are there: their ``slots`` may be read then.
 
         Only ``finish_hold`` tells which could not be loaded.
@@ -112,11 +117,11 @@ class SlotPool(ABC):
         raise NotImplementedError
 
     @abstractmethod
-    def finish_hold(self, layer: Span, hold: Hold) -> Hold:
+    def finish_hold(self, layer: Span, hold: Hold) -> tuple[Hold, LoadReport]:
         """Wait until the experts of a started hold are there; returns the hold to read, which replaces the other."""
 
     @abstractmethod
-    def abandon(self, hold: Hold) -> None:
+    def abandon(self, hold: Hold) -> LoadReport:
         """A started hold will not be finished: the pass was left early."""
 
     @abstractmethod
@@ -136,8 +141,8 @@ class SlotPool(ABC):
         """With these probabilities ``[len(layer)]`` the running step will use the layer's experts."""
 
     @abstractmethod
-    def prefetch(self, layer: Span, experts: IntArray) -> int:
-        """Start loading experts of ``layer`` on a guess, best first, where slots can be spared. Returns how many."""
+    def prefetch(self, layer: Span, experts: IntArray) -> LoadReport:
+        """Start loading experts of ``layer`` on a guess, best first, as many as slots can be spared for."""
 
     @abstractmethod
     def queued(self) -> int:

@@ -13,14 +13,15 @@ from ..cache import Acquisition, ExpertCache, create_policy
 from ..cache.base import IntArray
 from ..cache.cache import ABSENT
 from ..devices import HostPool
+from ..observe import NOTHING, LoadReport
 from ..prefetch.ahead import LoadsAhead
+from ..prefetch.estimates import blend
 from ..prefetch.foresight import ForesightPolicy
 from ..prefetch.loader import Load, RecordLoader
 from ..store.layout import RecordLayout
 from ..store.pools import PoolMembers
 from ..store.reader import Store
 from .base import Failure, Hold, SlotMemory, SlotPool, Span, guess_room, stream_share
-from .ledger import Ledger
 from .operations import Operations
 
 
@@ -52,7 +53,6 @@ class EmbeddedPool(SlotPool):
         memory: SlotMemory,
         cache: ExpertCache,
         operations: Operations,
-        ledger: Ledger,
     ):
         self.memory = memory
         self.cache = cache
@@ -63,7 +63,8 @@ class EmbeddedPool(SlotPool):
         self._layer_of = members.layer_of.tolist()
         self._number_of = members.number_of.tolist()
         self._record_bytes = memory.layout.payload_bytes
-        self._ledger = ledger
+        self._load_seconds = 0.0
+        """Running mean of what a record takes while others are loaded too."""
         self._expected: NDArray[np.float32] | None = None
         self._void: set[int] = set()
         """Experts whose loads failed and whose slots somebody may still hold."""
@@ -76,91 +77,87 @@ class EmbeddedPool(SlotPool):
     def capacity(self) -> int:
         return self.cache.limit
 
-    def begin_step(self) -> None:
+    def begin_step(self) -> LoadReport:
         self._operations.nothing_is_held()
         with self._operations:
             self.cache.begin_step()
+            return NOTHING
 
-    def load_all(self) -> None:
+    def load_all(self) -> LoadReport:
         with self._operations:
             acquired = self.cache.acquire(np.arange(self.experts))
             loads = self._loads(acquired)
-            self._demand(loads)
-            self._account(loads)
+            report = self._demand(loads)
             for load in loads:
                 if load.error is not None:
                     raise load.error
+            return report
 
-    def find(self, experts: IntArray) -> NDArray[np.int32] | None:
+    def find(self, experts: IntArray) -> tuple[NDArray[np.int32], LoadReport] | None:
         if self.ahead.under_way or self._void or self._operations.interrupted:
             return None
         slots = self.cache.find(experts)
-        if slots is not None:
-            self._ledger.counters.hits += len(experts)
-            if self._ledger.anticipation is not None:
-                self._ledger.guesses_used(self.ahead.use(experts), late=0, waited_seconds=0.0)
-        return slots
+        return None if slots is None else (slots, LoadReport(hits=len(experts), useful=self.ahead.use(experts)))
 
-    def hold(self, layer: Span, experts: IntArray) -> Hold:
+    def hold(self, layer: Span, experts: IntArray) -> tuple[Hold, LoadReport]:
         with self._operations:
-            self._await_under_way(layer, experts)
-            return self._hold_acquired(experts, self.cache.acquire(experts))
+            awaited = self._await_under_way(layer, experts)
+            hold, loaded = self._hold_acquired(experts, self.cache.acquire(experts))
+            return hold, awaited + loaded
 
-    def hold_streaming(self, layer: Span, experts: IntArray) -> Hold:
+    def hold_streaming(self, layer: Span, experts: IntArray) -> tuple[Hold, LoadReport]:
         with self._operations:
-            self._await_under_way(layer, experts)
+            awaited = self._await_under_way(layer, experts)
             acquired = self.cache.stream(experts, self._share(layer))
-            self._note_evicted(acquired.evicted)
             if (acquired.slots == ABSENT).any():
                 self.cache.release(acquired.slots[acquired.slots != ABSENT])
                 self.cache.forget(acquired.missing)
-                self._await_under_way(layer, experts)
+                awaited += self._evicted(acquired) + self._await_under_way(layer, experts)
                 acquired = self.cache.acquire(experts)
-            return self._hold_acquired(experts, acquired)
+            hold, loaded = self._hold_acquired(experts, acquired)
+            return hold, awaited + loaded
 
-    def stream_ahead(self, layer: Span) -> None:
+    def stream_ahead(self, layer: Span) -> LoadReport:
         with self._operations:
             absent = layer.start + np.flatnonzero(self.absent(layer))
             ahead = self.cache.stream(absent, self._share(layer))
-            self._note_evicted(ahead.evicted)
-            self._ledger.counters.streamed += len(ahead.missing)
             self._start_ahead(ahead, guess=False)
+            return self._evicted(ahead) + LoadReport(streamed=len(ahead.missing))
 
-    def settle(self, layer: Span) -> None:
+    def settle(self, layer: Span) -> LoadReport:
         with self._operations:
-            self._await_under_way(layer, np.arange(layer.start, layer.stop))
+            return self._await_under_way(layer, np.arange(layer.start, layer.stop))
 
-    def start_hold(self, layer: Span, experts: IntArray) -> Hold:
+    def start_hold(self, layer: Span, experts: IntArray) -> tuple[Hold, LoadReport]:
         with self._operations:
-            self._await_under_way(layer, experts)
-            acquired = self.cache.acquire(experts)
-            self._count(experts, acquired)
-            hold = self._new_hold(experts, acquired)
+            awaited = self._await_under_way(layer, experts)
+            hold, acquired = self._new_hold(experts, self.cache.acquire(experts))
             self.loader.start(hold.loads)
-            return hold
+            return hold, awaited + acquired
 
     def seconds_to_load(self, count: int) -> float:
-        return count * self._ledger.load_seconds
+        return count * self._load_seconds
 
-    def wait_for(self, hold: Hold, count: int) -> None:
+    def wait_for(self, hold: Hold, count: int) -> LoadReport:
         assert isinstance(hold, _LoadingHold)
         with self._operations:
             first = hold.experts[:count]
-            self._join(hold.loads[: int(np.isin(hold.missing, first).sum())])
+            return LoadReport(waited=self._join(hold.loads[: int(np.isin(hold.missing, first).sum())]))
 
-    def finish_hold(self, layer: Span, hold: Hold) -> Hold:
+    def finish_hold(self, layer: Span, hold: Hold) -> tuple[Hold, LoadReport]:
         assert isinstance(hold, _LoadingHold)
         with self._operations:
             assert hold.generation == self._operations.generation
-            self._finish(hold)
-            return hold
+            return hold, self._finish(hold)
 
-    def abandon(self, hold: Hold) -> None:
+    def abandon(self, hold: Hold) -> LoadReport:
         assert isinstance(hold, _LoadingHold)
         with self._operations:
-            if hold.generation == self._operations.generation:
-                self._finish(hold)
-                self._let_go(hold)
+            if hold.generation != self._operations.generation:
+                return NOTHING
+            report = self._finish(hold)
+            self._let_go(hold)
+            return report
 
     def release(self, hold: Hold) -> None:
         assert isinstance(hold, _LoadingHold)
@@ -185,16 +182,15 @@ class EmbeddedPool(SlotPool):
         assert self._expected is not None, "nobody announced to foresee anything"
         self._expected[layer.start : layer.stop] = probabilities
 
-    def prefetch(self, layer: Span, experts: IntArray) -> int:
+    def prefetch(self, layer: Span, experts: IntArray) -> LoadReport:
         with self._operations:
             room = guess_room(self.capacity, len(layer), len(self.ahead.under_way))
             if room == 0:
-                return 0
+                return NOTHING
             admitted = self.cache.admit(experts[:room])
-            self._note_evicted(admitted.evicted)
+            evicted = self._evicted(admitted)
             self._start_ahead(admitted, guess=True)
-            self._ledger.counters.prefetches += len(admitted.missing)
-            return len(admitted.missing)
+            return evicted + LoadReport(started=len(admitted.missing))
 
     def queued(self) -> int:
         return sum(not started.load.finished for started in self.ahead.under_way)
@@ -205,19 +201,19 @@ class EmbeddedPool(SlotPool):
     def _share(self, layer: Span) -> int:
         return stream_share(self.capacity, len(layer))
 
-    def _hold_acquired(self, experts: IntArray, acquired: Acquisition) -> Hold:
-        self._count(experts, acquired)
-        hold = self._new_hold(experts, acquired)
+    def _hold_acquired(self, experts: IntArray, acquired: Acquisition) -> tuple[Hold, LoadReport]:
+        hold, report = self._new_hold(experts, acquired)
         if hold.loads:
-            self._demand(hold.loads)
-            self._conclude(hold)
-        return hold
+            report += self._demand(hold.loads)
+            self._note_failures(hold)
+        return hold, report
 
-    def _finish(self, hold: _LoadingHold) -> None:
-        self._join(hold.loads)
+    def _finish(self, hold: _LoadingHold) -> LoadReport:
+        report = LoadReport(waited=self._join(hold.loads))
         if hold.loads:
-            self._ledger.loaded_meanwhile(len(hold.loads), max(load.ended for load in hold.loads) - hold.started)
-        self._conclude(hold)
+            report += self._demanded(hold.loads, max(load.ended for load in hold.loads) - hold.started)
+            self._note_failures(hold)
+        return report
 
     def _let_go(self, hold: _LoadingHold) -> None:
         self._operations.held -= 1
@@ -227,17 +223,13 @@ class EmbeddedPool(SlotPool):
         if self._void:
             self._forget_void()
 
-    def _new_hold(self, experts: IntArray, acquired: Acquisition) -> _LoadingHold:
+    def _new_hold(self, experts: IntArray, acquired: Acquisition) -> tuple[_LoadingHold, LoadReport]:
         self._operations.held += 1
-        return _LoadingHold(acquired, experts, self._loads(acquired), self._operations.generation)
+        hold = _LoadingHold(acquired, experts, self._loads(acquired), self._operations.generation)
+        misses = len(acquired.missing)
+        return hold, self._evicted(acquired) + LoadReport(hits=len(experts) - misses, misses=misses)
 
-    def _count(self, experts: IntArray, acquired: Acquisition) -> None:
-        self._note_evicted(acquired.evicted)
-        self._ledger.counters.hits += len(experts) - len(acquired.missing)
-        self._ledger.counters.misses += len(acquired.missing)
-
-    def _conclude(self, hold: _LoadingHold) -> None:
-        self._account(hold.loads)
+    def _note_failures(self, hold: _LoadingHold) -> None:
         failed = {(load.layer, load.expert): load.error for load in hold.loads if load.error is not None}
         if failed:
             keys = ((int(e), (self._layer_of[e], self._number_of[e])) for e in hold.experts)
@@ -256,31 +248,36 @@ class EmbeddedPool(SlotPool):
         self.ahead.add(loads, ahead.missing, ahead.missing_slots, guess)
         self.loader.start(loads, guesses=guess)
 
-    def _await_under_way(self, layer: Span, needed: IntArray) -> None:
+    def _await_under_way(self, layer: Span, needed: IntArray) -> LoadReport:
         """Wait for those of ``needed`` that are still being loaded, and unpin whatever has arrived.
 
         Waits for all that is under way where the pins of the rest could leave too few slots. Guesses at this layer
         that were wrong and have not begun to load are taken back.
         """
-        late, waited = 0, 0.0
-        if under_way := self.ahead.under_way:
-            crowded = len(under_way) + len(needed) > self.capacity
-            wanted = set(needed.tolist())
-            wrong = [s for s in under_way if s.guess and s.expert not in wanted and s.expert in layer]
-            if wrong:
-                taken = {id(load) for load in self.loader.withdraw([started.load for started in wrong])}
-                self.ahead.withdrawn([started for started in wrong if id(started.load) in taken])
-                self._ledger.counters.prefetches -= len(taken)
-            awaited = [s for s in self.ahead.under_way if crowded or s.expert in wanted]
-            late = sum(s.guess and s.expert in wanted and not s.load.finished for s in awaited)
-            waited = self._join([started.load for started in awaited])
-            self._account(self.ahead.reap())
-        if self._ledger.anticipation is not None:
-            self._ledger.guesses_used(self.ahead.use(needed) - late, late, waited)
+        under_way = self.ahead.under_way
+        if not under_way:
+            return LoadReport(useful=self.ahead.use(needed))
+        crowded = len(under_way) + len(needed) > self.capacity
+        wanted = set(needed.tolist())
+        taken: set[int] = set()
+        wrong = [s for s in under_way if s.guess and s.expert not in wanted and s.expert in layer]
+        if wrong:
+            taken = {id(load) for load in self.loader.withdraw([started.load for started in wrong])}
+            self.ahead.withdrawn([started for started in wrong if id(started.load) in taken])
+        awaited = [s for s in self.ahead.under_way if crowded or s.expert in wanted]
+        late = sum(s.guess and s.expert in wanted and not s.load.finished for s in awaited)
+        waited = self._join([started.load for started in awaited])
+        ended = self._ended(self.ahead.reap())
+        return ended + LoadReport(
+            waited=waited,
+            withdrawn=len(taken),
+            useful=max(0, self.ahead.use(needed) - late),
+            late=late,
+            late_seconds=waited if late else 0.0,
+        )
 
-    def _note_evicted(self, evicted: IntArray) -> None:
-        if len(evicted) and self._ledger.anticipation is not None:
-            self._ledger.guesses_wasted(self.ahead.evict(evicted))
+    def _evicted(self, acquired: Acquisition) -> LoadReport:
+        return LoadReport(wasted=self.ahead.evict(acquired.evicted)) if len(acquired.evicted) else NOTHING
 
     def _loads(self, acquired: Acquisition) -> list[Load]:
         pairs = zip(acquired.missing.tolist(), acquired.missing_slots.tolist(), strict=True)
@@ -290,24 +287,30 @@ class EmbeddedPool(SlotPool):
         parts = [component[slot] for component in self.memory.components]
         return Load(self._layer_of[expert], self._number_of[expert], parts)
 
-    def _demand(self, loads: Sequence[Load]) -> None:
+    def _demand(self, loads: Sequence[Load]) -> LoadReport:
         started = time.perf_counter()
         self.loader.demand(loads)
-        self._ledger.demanded(len(loads), time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return LoadReport(waited=seconds) + self._demanded(loads, seconds)
+
+    def _demanded(self, loads: Sequence[Load], seconds: float) -> LoadReport:
+        """The loader took ``seconds`` for ``loads``, which nobody had started ahead."""
+        mean = seconds / len(loads)
+        self._load_seconds = blend(self._load_seconds, mean) if self._load_seconds else mean
+        return LoadReport(demanded=len(loads), demand_seconds=seconds) + self._ended(loads)
 
     def _join(self, loads: Sequence[Load]) -> float:
         started = time.perf_counter()
         self.loader.join(loads)
-        waited = time.perf_counter() - started
-        self._ledger.waited(waited)
-        return waited
+        return time.perf_counter() - started
 
-    def _account(self, loads: Sequence[Load]) -> None:
-        self._ledger.loaded(len(loads), self._record_bytes, sum(load.error is not None for load in loads))
+    def _ended(self, loads: Sequence[Load]) -> LoadReport:
+        failed = sum(load.error is not None for load in loads)
+        return LoadReport(loads=len(loads), loaded_bytes=len(loads) * self._record_bytes, failed=failed)
 
 
 def embedded_pools(
-    store: Store, slots: Mapping[RecordLayout, int], policy: str, io_cpus: set[int] | None, ledger: Ledger
+    store: Store, slots: Mapping[RecordLayout, int], policy: str, io_cpus: set[int] | None
 ) -> dict[RecordLayout, SlotPool]:
     """One pool per record layout, all fed by one loader.
 
@@ -321,5 +324,5 @@ def embedded_pools(
     for layout, count in slots.items():
         members = PoolMembers.of(store.layers, layout)
         cache = ExpertCache(members.layer_of, count, create_policy(policy, members.layer_of))
-        pools[layout] = EmbeddedPool(members, HostPool(layout, count), cache, operations, ledger)
+        pools[layout] = EmbeddedPool(members, HostPool(layout, count), cache, operations)
     return pools

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ..observe import LoadReport
 from ..prefetch.anticipation import Residency
 from .base import SlotPool, Span
 
@@ -46,7 +47,7 @@ class SlotsAhead(Residency):
         pool, span = self._layers[layer]
         pool.expect(span, 0.0)
 
-    def prefetch(self, layer: int, experts: NDArray[np.int64]) -> int:
+    def prefetch(self, layer: int, experts: NDArray[np.int64]) -> LoadReport:
         (pool, span), held = self._layers[layer], self._held[layer]
         own = experts if held is None else np.searchsorted(held, experts)
         return pool.prefetch(span, own + span.start)
