@@ -2,14 +2,15 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from vllm_moe_offload.cache import POLICY_NAMES, ExpertCache, create_policy
-from vllm_moe_offload.cache.cache import ABSENT
+from vllm_moe_offload.cache.cache import ABSENT, FREE
 from vllm_moe_offload.errors import ConfigError
 
 LAYERS, EXPERTS = 4, 8
+N = LAYERS * EXPERTS
 LAYER_OF = np.repeat(np.arange(LAYERS), EXPERTS)
 expert_sets = st.lists(st.integers(0, LAYERS * EXPERTS - 1), min_size=1, max_size=6, unique=True)
 operations = st.lists(
@@ -46,9 +47,12 @@ def test_residency_keeps_its_invariants(policy: str, slots: int, script: list) -
             assert (cache.slot_of[experts] == got.slots).all()
             held.append(got.slots)
         elif operation == "stream":
-            already_transient = np.count_nonzero(cache.transient)
+            transient, free = np.count_nonzero(cache.transient), np.count_nonzero(cache.expert_of == FREE)
+            kept = cache.expert_of[(cache.expert_of != FREE) & ~cache.transient]
             got = cache.stream(experts, share)
-            assert np.count_nonzero(cache.transient) <= max(share, already_transient)
+            assert np.count_nonzero(cache.transient) <= max(share, transient + min(free, len(got.missing)))
+            lost = np.count_nonzero(cache.slot_of[kept] == ABSENT)
+            assert lost <= max(0, share - transient - free), "free slots count towards the share of what may be evicted"
             held.append(got.slots[got.slots != ABSENT])
         else:
             protect = np.array(ids[:1])
@@ -74,6 +78,47 @@ def test_streaming_leaves_the_decode_working_set_in_place() -> None:
         cache.release(got.slots)
     assert (cache.slot_of[working_set] != ABSENT).all()
     assert len(cache.acquire(working_set).missing) == 0
+
+
+def stream_all(cache: ExpertCache, share: int) -> int:
+    """A long prefill: every expert of every layer, one layer ahead of the one that computes. Returns the loads."""
+    loads, ahead = 0, np.empty(0, dtype=np.int32)
+    for layer in range(LAYERS):
+        got = cache.stream(np.arange(layer * EXPERTS, (layer + 1) * EXPERTS), share)
+        assert (got.slots != ABSENT).all()
+        cache.release(ahead)
+        following = np.arange((layer + 1) * EXPERTS, min(layer + 2, LAYERS) * EXPERTS)
+        started = cache.stream(following[cache.slot_of[following] == ABSENT], share)
+        ahead = started.missing_slots
+        loads += len(got.missing) + len(started.missing)
+        cache.release(got.slots)
+        cache.check_integrity()
+    return loads
+
+
+@given(slots=st.integers(2 * EXPERTS, LAYERS * EXPERTS), working_set=st.sets(st.integers(0, N - 1), max_size=EXPERTS))
+def test_prefills_keep_what_they_read_in_slots_that_are_free(slots: int, working_set: set[int]) -> None:
+    cache = ExpertCache(LAYER_OF, slots, create_policy("lfu", LAYER_OF))
+    kept = np.array(sorted(working_set), dtype=np.int64)
+    cache.release(cache.acquire(kept).slots)
+    share = 2 * EXPERTS
+    assume(slots >= share + len(kept))
+    stream_all(cache, share)
+    assert cache.occupied == slots
+    again = stream_all(cache, share)
+    assert again <= N - slots + (2 * EXPERTS if slots < N else 0), "a second one reads what is not there"
+    assert (cache.slot_of[kept] != ABSENT).all(), "and decoding keeps what it uses"
+
+
+def test_decoding_takes_back_the_slots_that_a_prefill_found_free() -> None:
+    cache = ExpertCache(LAYER_OF, 24, create_policy("lfu", LAYER_OF))
+    working_set = np.arange(0, N, 4)
+    cache.begin_step()
+    cache.release(cache.acquire(working_set).slots)
+    stream_all(cache, share=16)
+    others = np.arange(1, N, 4)
+    cache.release(cache.acquire(others).slots)
+    assert (cache.slot_of[working_set] != ABSENT).all()
 
 
 def test_a_forgotten_expert_is_missing_again() -> None:

@@ -137,9 +137,10 @@ class ExpertCache:
     def stream(self, experts: IntArray, share: int) -> Acquisition:
         """Pin ``experts`` (distinct) for a pass that will not come back to them soon, such as a long prefill.
 
-        Resident ones are used where they are. The missing ones become transient and never occupy more than ``share``
-        slots, so the rest of the pool keeps what decoding needs; they leave no mark in the policy. When fewer can be
-        placed than are missing, the tail is left out (``slots`` is ABSENT there).
+        Resident ones are used where they are. The missing ones become transient and leave no mark in the policy. They
+        take free slots, then those of other transient experts, and only then others: no more of these than leave
+        ``share`` slots transient, so what decoding uses is kept but for its share. When fewer can be placed than are
+        missing, the tail is left out (``slots`` is ABSENT there).
         """
         self.found = _NO_SLOTS
         slots = self.slot_of[experts]
@@ -147,17 +148,10 @@ class ExpertCache:
         resident = slots[slots != ABSENT]
         self.pins[resident] += 1
         self._unretire(resident)
-        room = max(0, share - int(np.count_nonzero(self.transient)))
-        reusable = self.transient & (self.pins == 0) & ~self.exposed
-        taken = np.flatnonzero(reusable)[: len(absent)].astype(np.int32)
-        if len(taken) < len(absent) and room:
-            self.pins[taken] += 1
-            rest = np.asarray(experts, dtype=np.int64)[absent[len(taken) :]]
-            further = self._cheapest_slots(rest[:room])
-            self.pins[taken] -= 1
-            taken = np.concatenate([taken, further])
+        missing = np.asarray(experts, dtype=np.int64)[absent]
+        taken = self._slots_to_stream(missing, share)
         placed = absent[: len(taken)]
-        missing = np.asarray(experts, dtype=np.int64)[placed]
+        missing = missing[: len(taken)]
         evicted = self._place(missing, taken)
         self.transient[taken] = True
         self.pins[taken] += 1
@@ -244,13 +238,14 @@ class ExpertCache:
         leaving = ~self.exposed
         leaving[list(self.retired)] = True
         leaving &= unpinned
-        free = self._free_room
         short = len(experts) - len(resident)
+        free = min(short, self._free_room)
+        short -= free
         if share is None:
-            short -= free + int(np.count_nonzero(leaving))
+            short -= int(np.count_nonzero(leaving))
         else:
-            room = max(0, share - int(np.count_nonzero(self.transient)))
-            others = free + int(np.count_nonzero(leaving & ~self.transient))
+            room = self._room_to_stream(share, free)
+            others = int(np.count_nonzero(leaving & ~self.transient))
             staying = int(np.count_nonzero(self.transient & unpinned & ~leaving))
             short -= int(np.count_nonzero(leaving & self.transient)) + min(room, others)
             short = min(short, staying + max(0, room - others))
@@ -302,11 +297,31 @@ class ExpertCache:
         Free ones first, then those retired, then the least worth keeping.
         """
         free = self._free_slots(experts, self._room)
+        victims = self._victims(len(experts) - len(free))
+        return np.concatenate([free, victims], dtype=np.int32, casting="unsafe")
+
+    def _slots_to_stream(self, experts: NDArray[np.int64], share: int) -> NDArray[np.int32]:
+        """Unpinned slots for up to all of ``experts`` (absent ones), in their order, as ``stream`` takes them."""
+        free = self._free_slots(experts, self._room)
         wanted = len(experts) - len(free)
+        passed = np.flatnonzero(self.transient & (self.pins == 0) & ~self.exposed)[:wanted]
+        wanted = min(wanted - len(passed), self._room_to_stream(share, len(free)))
+        self.pins[passed] += 1
+        victims = self._victims(wanted)
+        self.pins[passed] -= 1
+        return np.concatenate([free, passed, victims], dtype=np.int32, casting="unsafe")
+
+    def _room_to_stream(self, share: int, free: int) -> int:
+        """How many slots that are not transient a stream may take beside ``free`` ones."""
+        return max(0, share - int(np.count_nonzero(self.transient)) - free)
+
+    def _victims(self, count: int) -> NDArray[np.integer]:
+        """Up to ``count`` slots to give away: first those retired, then the least worth keeping."""
+        if not self.retired:
+            return self._least_worth(count, exposed=False)
         available = (slot for slot in self.retired if self.pins[slot] == 0 and not self.exposed[slot])
-        retired = list(islice(available, wanted))
-        least = self._least_worth(wanted - len(retired), exposed=False)
-        return np.concatenate([free, retired, least], dtype=np.int32, casting="unsafe")
+        retired = np.fromiter(islice(available, max(0, count)), dtype=np.int32)
+        return np.concatenate([retired, self._least_worth(count - len(retired), exposed=False)])
 
     @property
     def _room(self) -> int:
