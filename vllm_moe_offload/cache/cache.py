@@ -202,6 +202,8 @@ class ExpertCache:
     def forget(self, experts: IntArray) -> None:
         """Empty the slots of ``experts`` (resident, distinct): what was to be loaded into them never arrived."""
         slots = self.slot_of[experts]
+        assert slots.min(initial=0) >= 0, "an absent expert is forgotten"
+        assert not self.pins[slots].any(), "a pinned slot is emptied"
         assert not self.exposed[slots].any(), "a slot is emptied that somebody may be reading"
         self.slot_of[experts] = ABSENT
         self.expert_of[slots] = FREE
@@ -255,7 +257,9 @@ class ExpertCache:
 
     def keep(self, experts: IntArray) -> None:
         """``experts`` (resident) shall not leave after all."""
-        self._unretire(self.slot_of[experts])
+        slots = self.slot_of[experts]
+        assert slots.min(initial=0) >= 0, "an absent expert is kept"
+        self._unretire(slots)
 
     def cancel(self, experts: IntArray) -> None:
         """As ``forget``, whoever has pinned them: their pins are void."""
@@ -268,6 +272,7 @@ class ExpertCache:
         self.slot_of[experts] = slots
         self.expert_of[slots] = experts
         self.occupied += len(slots)
+        assert (self.expert_of[slots] == experts).all(), "two experts are said to be in one slot"
 
     def move(self, expert: int, slot: int) -> None:
         """``expert`` (resident, unpinned) changes to a free slot."""
@@ -368,10 +373,14 @@ class ExpertCache:
             return candidates
         residents = self.expert_of[candidates]
         scores = self.policy.keep_scores(residents)
+        assert scores.shape == residents.shape, "a policy must score every resident it is asked about"
         scores[self.transient[candidates]] = -np.inf
         return candidates[scores.argpartition(count - 1)[:count]]
 
     def _place(self, experts: NDArray[np.int64], slots: NDArray[np.int32]) -> NDArray[np.int64]:
+        assert len(experts) == len(slots)
+        assert not self.pins[slots].any() and not self.exposed[slots].any(), "a slot in use is given away"
+        assert (self.slot_of[experts] == ABSENT).all(), "an expert gets a second slot"
         evicted = self.expert_of[slots]
         evicted = evicted[evicted != FREE].astype(np.int64)
         self.transient[slots] = False
@@ -381,6 +390,7 @@ class ExpertCache:
         self.slot_of[experts] = slots
         self.expert_of[slots] = experts
         self.policy.load(experts)
+        assert self.occupied <= self.num_slots
         return evicted
 
     def _unretire(self, slots: IntArray) -> None:

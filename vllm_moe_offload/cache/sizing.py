@@ -50,11 +50,14 @@ def slots_for_budget(needs: Mapping[Layout, LayoutNeeds], budget_bytes: int, set
         shares = {key: min(need.experts, need.experts * rest // total) for key, need in sharing.items()}
         short = [key for key, need in sharing.items() if shares[key] < need.minimum]
         if not short:
-            return {key: (slots | shares)[key] for key in needs}
+            slots |= shares
+            break
         for key in short:
             need = sharing.pop(key)
             slots[key] = need.minimum
             rest -= need.minimum_bytes
+    assert sum(slots[key] * need.record_bytes for key, need in needs.items()) <= budget_bytes
+    assert all(need.minimum <= slots[key] <= need.experts for key, need in needs.items())
     return {key: slots[key] for key in needs}
 
 
