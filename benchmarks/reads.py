@@ -21,7 +21,7 @@ from report import Spread
 from rich.console import Console
 from rich.table import Table
 
-from vllm_moe_offload.store.files import aligned_buffer
+from vllm_moe_offload.store.direct import aligned_buffer
 from vllm_moe_offload.store.reader import Store
 
 LOADER_THREADS = 4

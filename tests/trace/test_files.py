@@ -16,9 +16,9 @@ import pytest
 from test_trace_file import make_trace
 
 from vllm_moe_offload.learning.temporary_folder import TemporaryFolder
+from vllm_moe_offload.store.files import locked, remove_leftovers, write_atomically
 from vllm_moe_offload.trace import archive as archive_module
 from vllm_moe_offload.trace.archive import HistoryArchive
-from vllm_moe_offload.trace.files import locked, remove_leftovers, write_atomically
 from vllm_moe_offload.trace.history import HistoryStore
 from vllm_moe_offload.trace.persistence import LocalHistory
 
@@ -151,7 +151,7 @@ def test_a_lock_whose_file_was_removed_is_taken_anew(tmp_path: Path) -> None:
 KILLED_WRITER = """
 import sys
 from pathlib import Path
-from vllm_moe_offload.trace.files import write_atomically
+from vllm_moe_offload.store.files import write_atomically
 def write(file):
     file.write(b"x" * 100000)
     file.flush()

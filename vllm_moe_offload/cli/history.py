@@ -16,9 +16,8 @@ from rich.table import Table
 from vllm_moe_offload.errors import TraceError
 from vllm_moe_offload.learning.heads_file import LEARNED_FILES
 from vllm_moe_offload.store import default_root
-from vllm_moe_offload.store.files import named_path
+from vllm_moe_offload.store.files import named_path, remove_leftovers
 from vllm_moe_offload.trace.archive import HISTORY_FILE, HISTORY_LOCK_FILE, HistoryArchive
-from vllm_moe_offload.trace.files import remove_leftovers
 from vllm_moe_offload.trace.history import HistoryStore
 from vllm_moe_offload.trace.trace import Trace
 from vllm_moe_offload.trace.trace_file import read_trace, write_trace

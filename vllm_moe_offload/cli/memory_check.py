@@ -8,7 +8,8 @@ import numpy as np
 from ..daemon.mapping import Mapping
 from ..devices.huge_pages import HUGE_PAGE_BYTES, LARGE_PAGE_BYTES, SETTINGS, private_huge_pages, shared_page_bytes
 from ..errors import OffloadError
-from ..store.files import aligned_buffer, size_text
+from ..store.direct import aligned_buffer
+from ..store.files import size_text
 
 _TRIED_BYTES = 4 * HUGE_PAGE_BYTES
 _FREE_SOME = "the kernel had none free: as root, echo 1 > /proc/sys/vm/compact_memory"

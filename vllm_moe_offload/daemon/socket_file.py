@@ -5,7 +5,6 @@ and never removed. Only its holder may touch the socket, and only one that is a 
 """
 
 import errno
-import fcntl
 import grp
 import os
 import socket
@@ -15,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..store.files import try_lock
 from .trust import writable_by_others
 
 BACKLOG = 128
@@ -198,15 +198,6 @@ def _lock(path: Path, patience: float, say: Callable[[str], None]) -> int:
     os.ftruncate(lock, 0)
     os.pwrite(lock, str(os.getpid()).encode(), 0)
     return lock
-
-
-def try_lock(lock: int) -> bool:
-    """Lock an open file for this descriptor alone, if nobody else has; until it is closed everywhere."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _someone_listens(path: Path) -> bool:

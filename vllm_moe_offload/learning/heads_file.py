@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..errors import TraceError, TraceReadError
 from ..predict.network import NetworkSize, Parameters
 from ..predict.token_vectors import LearnedVectors, TokenVectors
-from ..trace.files import write_atomically
+from ..store.files import write_atomically
 from ..trace.npz import read_arrays
 from ..trace.trace import Trace
 

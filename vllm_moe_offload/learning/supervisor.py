@@ -19,9 +19,9 @@ from ..predict.heads import HeadsPredictor
 from ..predict.history import HistoryPredictor
 from ..predict.network import NetworkSize
 from ..predict.token_vectors import TokenVectors
+from ..store.files import FileVersion, file_version, make_private_folder, set_aside
 from ..store.lock import BuildLock
 from ..threads import bind_to
-from ..trace.files import FileVersion, file_version, make_private_folder, set_aside
 from ..trace.persistence import PersistentHistory
 from .heads_file import HEADS_FILE, LEARNED_VECTORS_HEADS_FILE, LOCK_FILE, read_heads
 from .process import TrainingJob

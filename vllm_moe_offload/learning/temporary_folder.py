@@ -1,11 +1,12 @@
 """A folder for the life of one process. What a killed process has left is removed by the next that makes one."""
 
 import contextlib
-import fcntl
 import os
 import shutil
 import tempfile
 from pathlib import Path
+
+from ..store.files import try_lock, wait_for_lock
 
 _LOCK = "in-use.lock"
 
@@ -23,7 +24,7 @@ class TemporaryFolder:
             self.path = Path(tempfile.mkdtemp(prefix=prefix))
             lock = self.path / _LOCK
             self._lock = lock.open("xb")
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            wait_for_lock(self._lock.fileno())
             if lock.exists():  # another process that makes one may have taken it for a leftover
                 return
             self._lock.close()
@@ -40,5 +41,5 @@ def _remove_leftovers(prefix: str) -> None:
             if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
                 continue
             with (folder / _LOCK).open("rb") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
+                if try_lock(lock.fileno()):
+                    shutil.rmtree(folder, ignore_errors=True)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import LoadError
-from ..store.files import aligned_buffer
+from ..store.direct import aligned_buffer
 from ..store.layout import ALIGNMENT, align
 from ..store.reader import Store
 from ..threads import ReportedThread, bind_to

@@ -6,7 +6,6 @@ Must never call two files the same because they merely look alike, nor believe w
 import hashlib
 import os
 import re
-import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from vllm_moe_offload.store.files import explained, size_text
+from vllm_moe_offload.store.files import explained, size_text, write_atomically
 from vllm_moe_offload.store.lock import BuildLock
 
 SAMPLES = 32
@@ -89,15 +88,9 @@ class FileDigests:
         return {}
 
     def _save(self, known: dict[str, str]) -> None:
-        draft = self._path.with_name(f"{self._path.name}.{os.getpid()}-{secrets.token_hex(4)}")
         try:
-            fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            with os.fdopen(fd, "wb") as file:
-                file.write(msgspec.json.encode(known))
-            draft.rename(self._path)
+            write_atomically(self._path, lambda file: file.write(msgspec.json.encode(known)))
         except OSError as error:
-            with suppress(OSError):
-                draft.unlink()
             self._say(f"the next start reads the checkpoint again: {self._path} cannot be written ({error.strerror})")
 
 

@@ -1,16 +1,23 @@
-"""Files that bypass the page cache, and system errors put into words. Must never leave an OSError unexplained."""
+"""Files written whole, replaced whole, locked, and system errors put into words.
+
+Must never leave an OSError unexplained that ``explained`` was put around, nor half a file where a whole one was.
+"""
 
 import errno
-import mmap
+import fcntl
 import os
-from collections.abc import Iterator
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, NamedTuple
 
 from vllm_moe_offload.errors import ConfigError, StoreError
-from vllm_moe_offload.store.layout import ALIGNMENT
 
 ROOT_SETTING = "VLLM_MOE_OFFLOAD_STORE_ROOT"
+
+_RETRY_SECONDS = 0.02
 
 _CAUSES = {
     errno.ENOSPC: "the disk is full",
@@ -88,42 +95,6 @@ def size_text(nbytes: int) -> str:
     return f"{nbytes} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
-def aligned_buffer(nbytes: int) -> mmap.mmap:
-    """Page-aligned, zeroed, private memory, in huge pages where the kernel has them (filling it is 2.5 x as fast)."""
-    buffer = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):
-        buffer.madvise(mmap.MADV_HUGEPAGE)
-    return buffer
-
-
-def open_direct(path: Path, flags: int) -> tuple[int, bool]:
-    """Open `path` with O_DIRECT, or without where the file system refuses it; returns (fd, direct).
-
-    Some file systems accept the flag and refuse the first transfer, so one aligned block is tried: read, or
-    written as zeros when `flags` has O_WRONLY (the file must then have nothing to lose).
-    """
-    flags |= os.O_CLOEXEC
-    try:
-        fd = os.open(path, flags | os.O_DIRECT, 0o666)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return os.open(path, flags, 0o666), False
-    transfer = os.pwrite if flags & os.O_WRONLY else _pread
-    try:
-        transfer(fd, memoryview(aligned_buffer(ALIGNMENT)), 0)
-    except OSError as error:
-        os.close(fd)
-        if error.errno != errno.EINVAL:
-            raise
-        return os.open(path, flags, 0o666), False
-    return fd, True
-
-
-def _pread(fd: int, buffer: memoryview, offset: int) -> int:
-    return os.preadv(fd, [buffer], offset)
-
-
 def write_synced(path: Path, data: bytes) -> None:
     with path.open("xb") as file:
         file.write(data)
@@ -137,3 +108,157 @@ def sync_folder(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+class FileVersion(NamedTuple):
+    """Changes whenever a file is replaced or written."""
+
+    device: int
+    inode: int
+    nbytes: int
+    modified_ns: int
+
+
+def file_version(path: Path) -> FileVersion | None:
+    """Of the file that is at ``path`` now; None if there is none. Raises OSError if that cannot be found out."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return FileVersion(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def make_private_folder(path: Path) -> None:
+    """Have a folder that only this user can enter; one of this user's that others can enter is closed to them."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = path.stat()
+    if status.st_uid == os.geteuid() and status.st_mode & 0o077:
+        path.chmod(0o700)
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, flush it to the disk, and rename it over ``path``.
+
+    A crash at any byte leaves the old file or the whole new one. The temporary file of a writer that was killed is
+    removed by the next.
+    """
+    remove_leftovers(path)
+    with _temporary_file(path) as (file, temporary):
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+        temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove temporary files for ``path`` that nobody is writing any more."""
+    for leftover in (*path.parent.glob(f".{path.name}.*.tmp"), *path.parent.glob(f"{path.name}.*.tmp")):
+        with suppress(OSError), leftover.open("rb") as file:
+            if try_lock(file.fileno()):
+                leftover.unlink()
+
+
+def set_aside(path: Path, seen: FileVersion | None) -> Path | None:
+    """Rename what cannot be used and return its new path; None if it is not the file that was ``seen`` any more."""
+    if seen is None or file_version(path) != seen:
+        return None
+    number = 0
+    while (aside := path.with_name(f"{path.name}.unusable-{os.getpid()}-{number}")).exists():
+        number += 1
+    try:
+        return path.rename(aside)
+    except FileNotFoundError:
+        return None
+
+
+@contextmanager
+def locked(path: Path, seconds: float) -> Iterator[None]:
+    """Hold the lock that the file ``path`` stands for, made if need be; the kernel drops it with its owner.
+
+    Raises:
+        TimeoutError: another process holds it and does not let go of it in ``seconds``.
+        OSError: the file cannot be made or locked.
+    """
+    deadline = time.monotonic() + seconds
+    while (descriptor := try_lock_at(path, _open_private)) is None:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{path} has been locked by another process for {seconds:g} s")
+        time.sleep(_RETRY_SECONDS)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def try_lock_at(path: Path, open_file: Callable[[Path], int]) -> int | None:
+    """Lock the file at ``path``. Returns its descriptor, which holds the lock, or None while another process has it.
+
+    Args:
+        open_file: opens it, made if it is missing. Called again where the file was removed before it was locked: such a
+            lock excludes nobody.
+    """
+    while True:
+        descriptor = open_file(path)
+        ours = False
+        try:
+            if not try_lock(descriptor):
+                return None
+            ours = _is_at(descriptor, path)
+            if ours:
+                return descriptor
+        finally:
+            if not ours:
+                os.close(descriptor)
+
+
+def try_lock(descriptor: int, shared: bool = False) -> bool:
+    """Lock an open file (flock) if nobody else has: for this descriptor, until it is closed in every process.
+
+    Args:
+        shared: only an exclusive lock of somebody else is in the way.
+
+    Raises:
+        OSError: the file system has no locks.
+    """
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def wait_for_lock(descriptor: int) -> None:
+    """As ``try_lock``, waiting until nobody else has it."""
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+def _open_private(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def _temporary_file(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
+    """A new file that only this user can read, removed at the end if it is still there.
+
+    It is locked while it is written, which keeps ``remove_leftovers`` off it.
+    """
+    while True:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        temporary = Path(name)
+        with open(descriptor, "wb") as file:  # noqa: PTH123 - of a descriptor
+            try:
+                with suppress(OSError):  # a file system without locks: leftovers stay there
+                    wait_for_lock(descriptor)
+                if _is_at(descriptor, temporary):
+                    yield file, temporary
+                    return
+            finally:
+                temporary.unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 flock with its owner.
 """
 
-import fcntl
 import os
 import socket
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
+from vllm_moe_offload.store.files import try_lock, try_lock_at, wait_for_lock
 from vllm_moe_offload.store.ownership import require_trusted
 
 
@@ -33,25 +33,18 @@ class BuildLock:
             fd = _open(path)
             try:
                 on_wait(os.pread(fd, 200, 0).decode(errors="replace").strip() or "another process")
-                fcntl.flock(fd, fcntl.LOCK_EX)
+                wait_for_lock(fd)
             finally:
                 os.close(fd)
 
     @classmethod
     def try_acquire(cls, path: Path) -> "BuildLock | None":
         """The lock, or None while another process has it."""
-        while True:
-            fd = _open(path)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(fd)
-                return None
-            # `store prune` may have unlinked the file between open and flock: such a lock excludes nobody
-            if _is_at(fd, path):
-                _sign(fd)
-                return cls(fd)
-            os.close(fd)
+        fd = try_lock_at(path, _open)  # `store prune` may unlink the file between open and flock
+        if fd is None:
+            return None
+        _sign(fd)
+        return cls(fd)
 
     @staticmethod
     def held(path: Path) -> bool:
@@ -63,12 +56,9 @@ class BuildLock:
         except OSError:
             return True
         try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+            return not try_lock(fd, shared=True)
         finally:
             os.close(fd)
-        return False
 
     def release(self) -> None:
         """Let go, once or more often."""
@@ -103,10 +93,3 @@ def _sign(fd: int) -> None:
     with suppress(OSError):
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%H:%M:%S}\n".encode(), 0)
-
-
-def _is_at(fd: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), path.stat())
-    except FileNotFoundError:
-        return False

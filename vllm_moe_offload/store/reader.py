@@ -9,7 +9,8 @@ from pathlib import Path
 
 from vllm_moe_offload.errors import StoreError
 from vllm_moe_offload.store import manifest
-from vllm_moe_offload.store.files import aligned_buffer, explained, open_direct
+from vllm_moe_offload.store.direct import aligned_buffer, open_direct
+from vllm_moe_offload.store.files import explained
 from vllm_moe_offload.store.identity import StoreIdentity
 from vllm_moe_offload.store.layout import record_digest
 from vllm_moe_offload.store.manifest import LayerEntry

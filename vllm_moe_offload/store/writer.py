@@ -1,8 +1,10 @@
 """Builds a store beside its final place and moves it there when every byte is on disk.
 
-Must never leave anything at the final path that is not complete, nor fill the page cache on the way.
+Must never leave anything at the final path that is not complete, fill the page cache on the way, nor hold more than one
+layer.
 """
 
+import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -10,20 +12,49 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from numpy import uint8
 from numpy.typing import NDArray
 
 from vllm_moe_offload.errors import StoreError
 from vllm_moe_offload.store import manifest
-from vllm_moe_offload.store.files import explained, open_direct, require_space, sync_folder, write_synced
+from vllm_moe_offload.store.direct import aligned_buffer, open_direct
+from vllm_moe_offload.store.files import explained, require_space, sync_folder, write_synced
 from vllm_moe_offload.store.identity import StoreIdentity
-from vllm_moe_offload.store.layout import RecordLayout
+from vllm_moe_offload.store.layout import RecordLayout, record_digest
 from vllm_moe_offload.store.lock import BuildLock
 from vllm_moe_offload.store.manifest import LayerEntry
 from vllm_moe_offload.store.reader import Store
-from vllm_moe_offload.store.staging import Stage, check_components, digests
 
 CHUNK_BYTES = 8 << 20
+
+
+class _LayerBuffer:
+    """Page-aligned memory for the records of one layer at a time, as they will lie on disk; zero where nothing was put.
+
+    It is given back as it is written.
+    """
+
+    def __init__(self) -> None:
+        self._buffer: mmap.mmap | None = None
+        self._capacity = 0
+
+    def put(self, layout: RecordLayout, components: Sequence[NDArray[uint8]]) -> memoryview:
+        """Copy the `[experts, nbytes]` components into place; returns the layer's `experts * record_bytes` bytes."""
+        experts = len(components[0])
+        needed = experts * layout.record_bytes
+        if self._buffer is None or needed > self._capacity:
+            self._buffer = aligned_buffer(needed)
+            self._capacity = needed
+        records = np.frombuffer(self._buffer, uint8, needed).reshape(experts, layout.record_bytes)
+        for start, component, data in zip(layout.offsets, layout.components, components, strict=True):
+            records[:, start : start + component.nbytes] = data
+        return memoryview(self._buffer)[:needed]
+
+    def give_back(self, start: int, stop: int) -> None:
+        """Return the pages of bytes `start` to `stop` to the system; they read as zero from now on."""
+        assert self._buffer is not None
+        self._buffer.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
 
 class StoreWriter:
@@ -44,7 +75,7 @@ class StoreWriter:
         self._total = 0
         self._end = 0
         self._layers: list[LayerEntry] = []
-        self._stage = Stage()
+        self._buffer = _LayerBuffer()
         self._thread = ThreadPoolExecutor(1, "store-writer")
         self._in_flight: Future[None] | None = None
         self._open = True
@@ -65,11 +96,11 @@ class StoreWriter:
         """
         self._check_open()
         with self._or_abort():
-            check_components(name, layout, components)
+            _check_components(name, layout, components)
             if any(layer.name == name for layer in self._layers):
                 raise StoreError(f"layer {name} was added to the store before")
             self._wait()
-            records = self._stage.put(layout, components)
+            records = self._buffer.put(layout, components)
             experts, first = len(components[0]), sum(layer.experts for layer in self._layers)
             entry = LayerEntry(name, experts, layout, first, self._end, [])
             self._layers.append(entry)
@@ -119,12 +150,12 @@ class StoreWriter:
             written.result()
 
     def _write(self, entry: LayerEntry, records: memoryview) -> None:
-        entry.checksums.extend(digests(entry.layout, records))
+        entry.checksums.extend(_digests(entry.layout, records))
         for start in range(0, len(records), CHUNK_BYTES):
             stop = min(start + CHUNK_BYTES, len(records))
             with explained("build the store", self._building, need=max(self._total, self._end) - entry.offset - start):
                 self._write_all(records[start:stop], entry.offset + start)
-            self._stage.give_back(start, stop)
+            self._buffer.give_back(start, stop)
             self.progress(entry.offset + stop)
         if not self.direct:
             os.fdatasync(self._fd)
@@ -141,3 +172,22 @@ class StoreWriter:
         if self._fd >= 0:
             os.close(self._fd)
         self._lock.release()
+
+
+def _check_components(name: str, layout: RecordLayout, components: Sequence[NDArray[uint8]]) -> None:
+    """Raises StoreError unless there is one `[experts, nbytes]` uint8 array per component of `layout`."""
+    if len(components) != len(layout.components):
+        raise StoreError(f"layer {name}: {len(components)} arrays for {len(layout.components)} components")
+    experts = len(components[0])
+    for component, data in zip(layout.components, components, strict=True):
+        if data.dtype != uint8 or data.shape != (experts, component.nbytes) or experts == 0:
+            raise StoreError(
+                f"layer {name}, component {component.name}: got {data.dtype} {data.shape}, "
+                f"expected uint8 ({experts or '1 or more experts'}, {component.nbytes})"
+            )
+
+
+def _digests(layout: RecordLayout, records: memoryview) -> list[int]:
+    """`record_digest` of each record in `records`."""
+    size = layout.record_bytes
+    return [record_digest(layout.parts(records[at : at + size])) for at in range(0, len(records), size)]

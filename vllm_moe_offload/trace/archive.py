@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import TraceError, TraceReadError
-from .files import FileVersion, file_version, locked, make_private_folder, remove_leftovers, set_aside
+from ..store.files import FileVersion, file_version, locked, make_private_folder, remove_leftovers, set_aside
 from .history import DEFAULT_BUDGET_BYTES, HistoryStore
 from .npz import NpzReader
 from .trace import Trace

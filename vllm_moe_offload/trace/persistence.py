@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import TraceError
+from ..store.files import FileVersion
 from .archive import HistoryArchive
-from .files import FileVersion
 from .history import HistoryStore
 from .trace import Trace
 

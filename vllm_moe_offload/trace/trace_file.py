@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import TraceError, TraceReadError
-from .files import write_atomically
+from ..store.files import write_atomically
 from .npz import NpzReader
 from .trace import COLUMNS, MOST_EXPERTS, PREFILL, Trace, concat, names_each_once, sums_to_one
 from .trace_log import is_log, read_frames

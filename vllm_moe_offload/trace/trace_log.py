@@ -5,13 +5,14 @@ What payloads are is the matter of ``trace_file``.
 """
 
 import contextlib
-import fcntl
 import os
 import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
+
+from ..store.files import try_lock
 
 MAGIC = b"\x93moe-offload trace 1\n"
 _HEAD = struct.Struct("<QI")
@@ -82,7 +83,8 @@ class LogWriter:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._file = open(descriptor, "r+b", buffering=0)  # noqa: PTH123, SIM115 - of a descriptor, until ``close``
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not try_lock(descriptor):
+                raise BlockingIOError(f"{path} is being written by another process")
             size = os.fstat(descriptor).st_size
             self.first: bytes | None = None
             """The first payload, if there are any."""
