@@ -1,5 +1,7 @@
 """Residency under arbitrary sequences of acquisitions, streams, guesses and releases."""
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -16,6 +18,12 @@ expert_sets = st.lists(st.integers(0, LAYERS * EXPERTS - 1), min_size=1, max_siz
 operations = st.lists(
     st.tuples(st.sampled_from(["acquire", "stream", "admit", "step"]), expert_sets, st.integers(0, 3)), max_size=40
 )
+
+
+def vars_of(cache: ExpertCache) -> list[object]:
+    """Everything but what is learned of uses."""
+    arrays = (cache.slot_of, cache.expert_of, cache.pins, cache.transient, cache.exposed)
+    return [*(array.tolist() for array in arrays), list(cache.retired), cache.occupied]
 
 
 @settings(max_examples=150, deadline=None)
@@ -49,7 +57,12 @@ def test_residency_keeps_its_invariants(policy: str, slots: int, script: list) -
         elif operation == "stream":
             transient, free = np.count_nonzero(cache.transient), np.count_nonzero(cache.expert_of == FREE)
             kept = cache.expert_of[(cache.expert_of != FREE) & ~cache.transient]
-            got = cache.stream(experts, share)
+            before = deepcopy(cache)
+            whole = cache.stream(experts, share)
+            if whole is None:
+                assert vars_of(cache) == vars_of(before), "nothing has changed"
+            got = whole or cache.stream_ahead(experts, share)
+            assert (whole is not None) == ((before.stream_ahead(experts, share).slots != ABSENT).all())
             assert np.count_nonzero(cache.transient) <= max(share, transient + min(free, len(got.missing)))
             lost = np.count_nonzero(cache.slot_of[kept] == ABSENT)
             assert lost <= max(0, share - transient - free), "free slots count towards the share of what may be evicted"
@@ -74,7 +87,7 @@ def test_streaming_leaves_the_decode_working_set_in_place() -> None:
         cache.release(cache.acquire(working_set).slots)
     for layer in range(LAYERS):
         got = cache.stream(np.arange(layer * EXPERTS, (layer + 1) * EXPERTS), share=8)
-        assert (got.slots != ABSENT).all()
+        assert got is not None and (got.slots != ABSENT).all()
         cache.release(got.slots)
     assert (cache.slot_of[working_set] != ABSENT).all()
     assert len(cache.acquire(working_set).missing) == 0
@@ -85,10 +98,10 @@ def stream_all(cache: ExpertCache, share: int) -> int:
     loads, ahead = 0, np.empty(0, dtype=np.int32)
     for layer in range(LAYERS):
         got = cache.stream(np.arange(layer * EXPERTS, (layer + 1) * EXPERTS), share)
-        assert (got.slots != ABSENT).all()
+        assert got is not None and (got.slots != ABSENT).all()
         cache.release(ahead)
         following = np.arange((layer + 1) * EXPERTS, min(layer + 2, LAYERS) * EXPERTS)
-        started = cache.stream(following[cache.slot_of[following] == ABSENT], share)
+        started = cache.stream_ahead(following[cache.slot_of[following] == ABSENT], share)
         ahead = started.missing_slots
         loads += len(got.missing) + len(started.missing)
         cache.release(got.slots)
@@ -96,6 +109,7 @@ def stream_all(cache: ExpertCache, share: int) -> int:
     return loads
 
 
+@settings(deadline=None)
 @given(slots=st.integers(2 * EXPERTS, LAYERS * EXPERTS), working_set=st.sets(st.integers(0, N - 1), max_size=EXPERTS))
 def test_prefills_keep_what_they_read_in_slots_that_are_free(slots: int, working_set: set[int]) -> None:
     cache = ExpertCache(LAYER_OF, slots, create_policy("lfu", LAYER_OF))
@@ -133,7 +147,7 @@ def test_a_forgotten_expert_is_missing_again() -> None:
 @pytest.mark.parametrize("asked", [[0], [0, 3]])
 def test_a_streamed_expert_that_is_used_is_no_longer_the_first_to_go(asked: list[int]) -> None:
     cache = ExpertCache(LAYER_OF, 2 + len(asked), create_policy("lru", LAYER_OF))
-    cache.release(cache.stream(np.array([0, 1]), share=2).slots)
+    cache.release(cache.stream_ahead(np.array([0, 1]), share=2).slots)
     for experts in ([2], asked):
         cache.release(cache.acquire(np.array(experts)).slots)
     evicted = [cache.acquire(np.array([expert])).evicted.tolist() for expert in (5, 6)]

@@ -24,7 +24,7 @@ def caches(draw: st.DrawFn) -> ExpertCache:
     cache.limit = draw(st.integers(1, N))
     for experts in draw(st.lists(of_a_layer, max_size=6)):
         if draw(st.booleans()):
-            cache.release((got := cache.stream(experts, 2 * EXPERTS)).slots[got.slots != ABSENT])
+            cache.release((got := cache.stream_ahead(experts, 2 * EXPERTS)).slots[got.slots != ABSENT])
         elif len(experts) <= cache.limit:
             cache.release(cache.acquire(experts).slots)
     cache.retire(draw(st.integers(0, 6)))
@@ -43,7 +43,7 @@ def test_no_exposed_slot_is_given_away(cache: ExpertCache, experts: np.ndarray, 
     try:
         got = {
             "acquire": lambda: cache.acquire(experts, use=False),
-            "stream": lambda: cache.stream(experts, EXPERTS),
+            "stream": lambda: cache.stream_ahead(experts, EXPERTS),
             "admit": lambda: cache.admit(experts),
         }[how]()
     except ValueError:
@@ -96,8 +96,8 @@ def test_a_prefill_lets_its_own_leave_first_and_no_more_than_it_can_use(
     cache.exposed[list(cache.retired)] = False
     unread = deepcopy(cache)
     unread.exposed[:] = False
-    placed = cache.stream(experts, share).slots != ABSENT
-    assert (placed == (unread.stream(experts, share).slots != ABSENT)).all(), "enough were told to leave"
+    placed = cache.stream_ahead(experts, share).slots != ABSENT
+    assert (placed == (unread.stream_ahead(experts, share).slots != ABSENT)).all(), "enough were told to leave"
     assert np.count_nonzero(cache.transient) <= max(share, transient + free)
     cache.check_integrity()
 

@@ -70,7 +70,7 @@ def test_no_more_slots_are_occupied_than_the_limit_and_pinned_ones_stay(
                 assert (got.slots != ABSENT).all()
                 held.append(got.slots)
             elif operation == "stream":
-                got = cache.stream(experts, share=6)
+                got = cache.stream_ahead(experts, share=6)
                 held.append(got.slots[got.slots != ABSENT])
             else:
                 got = cache.admit(experts)
@@ -83,6 +83,7 @@ def test_no_more_slots_are_occupied_than_the_limit_and_pinned_ones_stay(
         cache.check_integrity()
 
 
+@settings(deadline=None)
 @given(st.lists(expert_sets, max_size=30), st.sampled_from(POLICY_NAMES))
 def test_with_room_for_all_every_expert_sits_in_its_own_slot(script: list, policy: str) -> None:
     cache = new_cache(N, policy)
@@ -97,6 +98,7 @@ def test_with_room_for_all_every_expert_sits_in_its_own_slot(script: list, polic
         cache.check_integrity()
 
 
+@settings(deadline=None)
 @given(expert_sets, expert_sets)
 def test_an_expert_goes_home_whenever_its_slot_is_free(first: list, second: list) -> None:
     cache = new_cache(6)

@@ -166,7 +166,7 @@ def test_a_kernel_that_raises(made: RecordStore, left_at: int, slots: int) -> No
     except RuntimeError:
         checked.check_residency()
         (pool,) = checked.runtime.pools
-        under_way = {started.slot for started in pool.ahead.under_way}
+        under_way = {started.slot for started in pool.in_flight.loads}
         assert set(np.flatnonzero(pool.cache.pins).tolist()) <= under_way
         assert pool.cache.occupied
     check_as_if_nothing_had_happened(checked)

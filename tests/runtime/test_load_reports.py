@@ -101,7 +101,7 @@ class Audit:
         total = self.total
         assert (total.hits + total.misses, total.misses) == (self.needed, self.missing)
         assert total.started - total.withdrawn == total.useful + total.late + total.wasted + len(self.unused)
-        assert total.loads + len(self.pool.ahead.under_way) == self.submitted - total.withdrawn
+        assert total.loads + len(self.pool.in_flight.loads) == self.submitted - total.withdrawn
         assert total.loaded_bytes == total.loads * ODD.payload_bytes
         assert total.misses == total.demanded and total.failed == 0
         added = Counters(steps=counters.steps, tokens=counters.tokens, waves=counters.waves)

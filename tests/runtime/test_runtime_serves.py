@@ -221,7 +221,7 @@ def test_damaged_records_void_the_rows_that_need_them_and_nothing_else(
 def settle(checked: Checked) -> None:
     """Loads that were started ahead may still have read the damaged bytes."""
     for pool in checked.runtime.pools:
-        pool.loader.join([started.load for started in pool.ahead.under_way])
+        pool.loader.join([started.load for started in pool.in_flight.loads])
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -134,29 +134,22 @@ class ExpertCache:
             self.policy.use(experts)
         return Acquisition(slots, missing, taken, evicted)
 
-    def stream(self, experts: IntArray, share: int) -> Acquisition:
+    def stream(self, experts: IntArray, share: int) -> Acquisition | None:
         """Pin ``experts`` (distinct) for a pass that will not come back to them soon, such as a long prefill.
 
         Resident ones are used where they are. The missing ones become transient and leave no mark in the policy. They
         take free slots, then those of other transient experts, and only then others: no more of these than leave
-        ``share`` slots transient, so what decoding uses is kept but for its share. When fewer can be placed than are
-        missing, the tail is left out (``slots`` is ABSENT there).
+        ``share`` slots transient, so what decoding uses is kept but for its share.
+
+        Returns None where not all of them can be placed: nothing has changed then, and ``acquire`` may find slots.
         """
-        self.found = _NO_SLOTS
-        slots = self.slot_of[experts]
-        absent = np.flatnonzero(slots == ABSENT)
-        resident = slots[slots != ABSENT]
-        self.pins[resident] += 1
-        self._unretire(resident)
-        missing = np.asarray(experts, dtype=np.int64)[absent]
-        taken = self._slots_to_stream(missing, share)
-        placed = absent[: len(taken)]
-        missing = missing[: len(taken)]
-        evicted = self._place(missing, taken)
-        self.transient[taken] = True
-        self.pins[taken] += 1
-        slots[placed] = taken
-        return Acquisition(slots, missing, taken, evicted)
+        return self._stream(experts, share, whole=True)
+
+    def stream_ahead(self, experts: IntArray, share: int) -> Acquisition:
+        """As ``stream``, of as many as can be placed: the tail is left out (``slots`` is ABSENT there)."""
+        acquired = self._stream(experts, share, whole=False)
+        assert acquired is not None
+        return acquired
 
     def release(self, slots: IntArray) -> None:
         """Take one pin off each of ``slots`` (distinct)."""
@@ -304,6 +297,25 @@ class ExpertCache:
         free = self._free_slots(experts, self._room)
         victims = self._victims(len(experts) - len(free))
         return np.concatenate([free, victims], dtype=np.int32, casting="unsafe")
+
+    def _stream(self, experts: IntArray, share: int, whole: bool) -> Acquisition | None:
+        self.found = _NO_SLOTS
+        slots = self.slot_of[experts]
+        absent = np.flatnonzero(slots == ABSENT)
+        resident = slots[slots != ABSENT]
+        missing = np.asarray(experts, dtype=np.int64)[absent]
+        self.pins[resident] += 1
+        taken = self._slots_to_stream(missing, share)
+        if whole and len(taken) < len(missing):
+            self.pins[resident] -= 1
+            return None
+        self._unretire(resident)
+        missing = missing[: len(taken)]
+        evicted = self._place(missing, taken)
+        self.transient[taken] = True
+        self.pins[taken] += 1
+        slots[absent[: len(taken)]] = taken
+        return Acquisition(slots, missing, taken, evicted)
 
     def _slots_to_stream(self, experts: NDArray[np.int64], share: int) -> NDArray[np.int32]:
         """Unpinned slots for up to all of ``experts`` (absent ones), in their order, as ``stream`` takes them."""

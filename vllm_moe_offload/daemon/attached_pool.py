@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache.base import IntArray
+from ..cache.outcomes import SpeculativeLoads, speculative_room
 from ..errors import LoadError
 from ..observe import NOTHING, Counters, LoadReport
 from ..prefetch.loader import DamagedRecordError
-from ..slots.base import Failure, Hold, SlotPool, Span, guess_room
+from ..slots.base import Failure, Hold, SlotPool, Span
 from .arena import Arena
 from .connection import Connection, DaemonGoneError
 from .epochs import Reader
@@ -73,7 +74,7 @@ class AttachedPool(SlotPool):
         self._shown = table.counters[worker]
         self._foresees = False
         self._tickets = tickets
-        self._guessed = np.zeros(self.experts, dtype=bool)
+        self._speculative = SpeculativeLoads()
         self._asked: set[int] = set()
         """Guesses of the running step: the daemon may not have taken notice of them yet."""
         self._steps = 0
@@ -166,10 +167,10 @@ class AttachedPool(SlotPool):
         self._expected[layer.start : layer.stop] = probabilities
 
     def prefetch(self, layer: Span, experts: IntArray) -> LoadReport:
-        wanted = experts[: guess_room(self.capacity, len(layer), len(self._asked))]
+        wanted = experts[: speculative_room(self.capacity, len(layer), len(self._asked))]
         if len(wanted):
             self._hint(wanted, stream=False)
-            self._guessed[wanted] = True
+            self._speculative.start(wanted)
             self._asked.update(wanted.tolist())
         return LoadReport(started=len(wanted))
 
@@ -214,18 +215,15 @@ class AttachedPool(SlotPool):
         """``slots``: where the experts were when they were asked for. Guesses that were not there yet were late."""
         if not self._foresees:
             return NOTHING
-        guessed = self._guessed[experts]
-        self._guessed[experts] = False
-        late = int(np.count_nonzero(guessed & (slots == ABSENT)))
-        useful = int(np.count_nonzero(guessed)) - late
+        late = self._speculative.use(experts[slots == ABSENT])
+        useful = self._speculative.use(experts)
         return LoadReport(useful=useful, late=late, late_seconds=waited if late else 0.0)
 
     def _look_back(self) -> LoadReport:
         """Guesses that are neither there nor on their way have been evicted unused."""
-        guessed = np.flatnonzero(self._guessed)
-        lost = guessed[(self.table.slot_of[guessed] == ABSENT) & (self.table.loading[guessed] == 0)]
-        self._guessed[lost] = False
-        return LoadReport(wasted=len(lost))
+        unused = self._speculative.unused
+        lost = unused[(self.table.slot_of[unused] == ABSENT) & (self.table.loading[unused] == 0)]
+        return LoadReport(wasted=self._speculative.evict(lost))
 
     def _hint(self, experts: IntArray, stream: bool) -> None:
         self._connection.send(Hint(self._number, pack_ids(experts), stream))

@@ -256,7 +256,7 @@ class HostedPool:
                 self.under_way.take_back(load)
 
     def _note_evicted(self, experts: IntArray) -> None:
-        if self.under_way.any_unused(experts):
+        if self.under_way.speculative.includes_any(experts):
             self._collect_uses()
             self.under_way.note_evicted(experts)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from ..cache import Acquisition, ExpertCache
 from ..cache.base import IntArray
 from ..cache.cache import ABSENT
-from ..slots.base import guess_room, stream_share
+from ..cache.outcomes import speculative_room, stream_share
 from .pins import WorkerPins
 from .reclaim import SlotReclaimer
 
@@ -87,7 +87,7 @@ class Placement:
             else:
                 share = self._share(absent)
                 self._retire_for(absent, share)
-                yield self._take(self._cache.stream(absent, share))
+                yield self._take(self._cache.stream_ahead(absent, share))
             if not self._some_are_leaving():
                 return
 
@@ -101,7 +101,7 @@ class Placement:
         if len(absent) == 0:
             return self._cache.admit(absent)
         self._reclaimer.reclaim()
-        room = guess_room(self._cache.limit, self._layer_size(absent), under_way)
+        room = speculative_room(self._cache.limit, self._layer_size(absent), under_way)
         # half of the reserve is left to demands
         room = max(0, min(room, self._cache.available - self._reclaimer.reserve // 2))
         return self._take(self._cache.admit(absent[:room], protect=resident))
@@ -139,12 +139,8 @@ class Placement:
         if stream and len(experts) and self._cache.limit < self._cache.num_slots:
             share = self._share(experts)
             self._retire_for(experts, share)
-            streamed = self._take(self._cache.stream(experts, share))
-            if (streamed.slots != ABSENT).all():
-                return streamed
-            self._cache.release(streamed.slots[streamed.slots != ABSENT])
-            self._cache.forget(streamed.missing)
-            self._reclaimer.mark_dirty(streamed.missing_slots)
+            if (streamed := self._cache.stream(experts, share)) is not None:
+                return self._take(streamed)
         self._retire_for(experts)
         try:
             return self._take(self._cache.acquire(experts, use=False))

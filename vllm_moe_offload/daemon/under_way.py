@@ -10,6 +10,7 @@ import numpy as np
 
 from ..cache import Acquisition, ExpertCache
 from ..cache.base import IntArray
+from ..cache.outcomes import SpeculativeLoads
 from ..errors import ConfigError, LoadError
 from ..store.layout import ALIGNMENT
 from ..store.pools import PoolMembers
@@ -51,8 +52,7 @@ class UnderWay:
         self._record_bytes = arena.layout.payload_bytes
         # parts that are no whole blocks are read aside and copied; large pages have to be taken before anything is read
         self._allocates = arena.takes_large_pages or any(part.nbytes % ALIGNMENT for part in arena.layout.components)
-        self._unused: set[int] = set()
-        """Guesses that nobody has used yet."""
+        self.speculative = SpeculativeLoads()
 
     def begin(self, acquired: Acquisition, guess_of: int | None = None, pinned: bool = False) -> list[HostedLoad]:
         """The loads that an acquisition asks for; see ``HostedLoad`` for the arguments."""
@@ -64,7 +64,7 @@ class UnderWay:
         assert not self._cache.exposed[acquired.missing_slots].any(), "a slot would be written that may be read"
         self._table.loading[acquired.missing] = 1
         if guess_of is not None:
-            self._unused.update(load.flat for load in begun)
+            self.speculative.start(acquired.missing)
             self.counters.prefetches += len(begun)
         return begun
 
@@ -89,7 +89,7 @@ class UnderWay:
         self._end(load)
         self._cache.cancel(np.array([load.flat]))
         self._reclaimer.mark_dirty(np.array([load.slot]))
-        self._unused.discard(load.flat)
+        self.speculative.cancel(load.flat)
 
     def take_back(self, load: HostedLoad) -> None:
         """As ``forget``, for a guess that turned out wrong before it was read."""
@@ -99,9 +99,7 @@ class UnderWay:
     def wait_for(self, experts: IntArray) -> list[HostedLoad]:
         """The loads of ``experts`` that are under way; guesses among them come late."""
         awaited = [self.loads[expert] for expert in experts.tolist() if expert in self.loads]
-        for load in awaited:
-            self.counters.late += load.flat in self._unused
-            self._unused.discard(load.flat)
+        self.counters.late += self.speculative.use(np.array([load.flat for load in awaited], dtype=np.int64))
         return awaited
 
     def wrong_guesses(self, worker: int, experts: IntArray) -> list[HostedLoad]:
@@ -118,19 +116,11 @@ class UnderWay:
 
     def note_used(self, experts: IntArray) -> None:
         """Somebody used ``experts``, as far as they were there."""
-        if self._unused:
-            found = {one for one in self._unused.intersection(experts.tolist()) if one not in self.loads}
-            self._unused -= found
-            self.counters.useful += len(found)
-
-    def any_unused(self, experts: IntArray) -> bool:
-        """Whether there are guesses among ``experts`` that nobody is known to have used."""
-        return bool(self._unused) and not self._unused.isdisjoint(experts.tolist())
+        self.counters.useful += self.speculative.use(experts, but=self.loads)
 
     def note_evicted(self, experts: IntArray) -> None:
-        wasted = self._unused.intersection(experts.tolist())
-        self._unused -= wasted
-        self.counters.wasted += len(wasted)
+        """``experts`` have lost their slots."""
+        self.counters.wasted += self.speculative.evict(experts)
 
     def has(self, load: HostedLoad) -> bool:
         """Whether a load has not ended."""

@@ -19,7 +19,7 @@ from .bounds import access_sequence, belady_miss_rate, lru_per_layer_miss_rate, 
 from .forecast import Forecast, forecast
 from .hardware import HardwareProfile, ModelProfile
 from .parallel import run_all
-from .residency import Tally
+from .replay_cache import Tally
 from .schedule import steps
 from .simulate import simulate
 from .timeline import Timeline, TimelineReport

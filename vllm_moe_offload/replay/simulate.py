@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from ..cache import EvictionPolicy
 from ..trace.trace import Trace
 from .forecast import Forecast
-from .residency import Residency, Tally
+from .replay_cache import ReplayCache, Tally
 
 
 def simulate(
@@ -27,19 +27,19 @@ def simulate(
         ConfigError: the slots cannot hold the experts of one layer of one step.
     """
     layers, experts, _ = trace.shape
-    residency, tally = Residency(layers, experts, slots, policy), Tally()
+    cache, tally = ReplayCache(layers, experts, slots, policy), Tally()
     chosen = trace.experts.astype(np.int64) + (np.arange(layers) * experts)[None, :, None]
     for rows in schedule:
-        residency.begin_step()
-        guesses = _Guesses(residency, tally, forecast, rows, threshold)
+        cache.begin_step()
+        guesses = _Guesses(cache, tally, forecast, rows, threshold)
         guesses.prefetch_from(-1)
         for layer in range(layers):
             ids = chosen[rows[0], layer] if len(rows) == 1 else np.unique(chosen[rows, layer])
-            _, pinned, report = residency.use(layer, ids)
+            _, pinned, report = cache.use(layer, ids)
             tally.add(report)
             guesses.prefetch_from(layer)
-            residency.release(pinned)
-    tally.add(residency.finish())
+            cache.release(pinned)
+    tally.add(cache.finish())
     return tally
 
 
@@ -48,13 +48,13 @@ class _Guesses:
 
     def __init__(
         self,
-        residency: Residency,
+        cache: ReplayCache,
         tally: Tally,
         forecast: Forecast | None,
         rows: NDArray[np.int64],
         threshold: float,
     ):
-        self._residency, self._tally = residency, tally
+        self._cache, self._tally = cache, tally
         self._distances = forecast.distances if forecast is not None else ()
         if forecast is not None:
             self._probabilities = forecast.of_step(rows)
@@ -63,17 +63,17 @@ class _Guesses:
 
     def prefetch_from(self, layer: int) -> None:
         """``layer`` has been routed; -1 is the step's start, when nothing can still be in time for layer 0."""
-        residency, experts = self._residency, self._residency.experts
+        cache, experts = self._cache, self._cache.experts
         for slot, distance in enumerate(self._distances):
             target = layer + distance
             if target == 0 or target >= self._any_likely.shape[1]:
                 continue
             first = target * experts
             probabilities = self._probabilities[slot, target]
-            residency.foresight.expected[first : first + experts] = probabilities
+            cache.foresight.expected[first : first + experts] = probabilities
             if self._any_likely[slot, target]:
-                wanted = np.flatnonzero(self._likely[slot, target] & residency.absent(target))
+                wanted = np.flatnonzero(self._likely[slot, target] & cache.absent(target))
                 if len(wanted):
                     ranked = wanted[np.argsort(-probabilities[wanted], kind="stable")]
-                    _, report = residency.prefetch(target, first + ranked)
+                    _, report = cache.prefetch(target, first + ranked)
                     self._tally.add(report)

@@ -17,7 +17,7 @@ from ..trace.trace import PREFILL, Trace
 from .forecast import Forecast
 from .hardware import HardwareProfile, ModelProfile
 from .link import Link
-from .residency import Residency, Tally
+from .replay_cache import ReplayCache, Tally
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Timeline:
         known = hardware.model is not None and hardware.model.record_bytes == model.record_bytes
         self._trace, self._forecast = trace, forecast
         self._hardware, self._model = hardware, hardware.model if known and hardware.model else model
-        self._residency, self._tally = Residency(layers, experts, slots, policy), Tally()
+        self._cache, self._tally = ReplayCache(layers, experts, slots, policy), Tally()
         loads = hardware.load_seconds(model.record_bytes)
         chunk = min(loads[0], hardware.load_latency_seconds + hardware.chunk_bytes / hardware.bytes_per_second)
         self._link = Link(loads, chunk)
@@ -108,7 +108,7 @@ class Timeline:
             self._everything.add(len(rows), *taken)
             if prefill < len(rows):
                 self._decoding.add(len(rows) - prefill, *taken)
-        self._tally.add(self._residency.finish())
+        self._tally.add(self._cache.finish())
         done = self._everything
         decoding = self._decoding if self._decoding.steps else done
         return TimelineReport(
@@ -117,13 +117,13 @@ class Timeline:
 
     def _step(self, rows: NDArray[np.int64]) -> None:
         self._pass(self._hardware.step_overhead_seconds)
-        self._residency.begin_step()
+        self._cache.begin_step()
         self._planner.begin_step(self._phase)
         began, predicts = self._seconds, self._predicts(len(rows))
         merged = self._forecast.of_step(rows) if self._forecast is not None and predicts else None
         self._plan(merged, -1)
         _, experts, top_k = self._trace.shape
-        streaming = streams(len(rows) * top_k, experts, self._residency.cache.num_slots)
+        streaming = streams(len(rows) * top_k, experts, self._cache.cache.num_slots)
         for layer in range(self._trace.num_layers):
             ids = self._chosen[rows[0], layer] if len(rows) == 1 else np.unique(self._chosen[rows, layer])
             self._layer(layer, ids, len(rows), merged, streaming)
@@ -146,7 +146,7 @@ class Timeline:
         self._stall(report.waited)
         self._plan(merged, layer)
         self._pass(computing / 2)
-        self._residency.release(pinned)
+        self._cache.release(pinned)
         self._planner.estimates.note_layer(computing, self._link.busy_seconds - busy_before, report.misses)
 
     def _pass(self, seconds: float) -> None:
@@ -165,8 +165,8 @@ class Timeline:
         """Bring the layer's experts in: pinned slots."""
         ahead = self._under_way[layer]
         needed = set(ids.tolist())
-        self._note(self._residency.withdraw(layer, self._link.cancel([e for e in ahead if e not in needed])))
-        missing, pinned, report = self._residency.use(layer, ids)
+        self._note(self._cache.withdraw(layer, self._link.cancel([e for e in ahead if e not in needed])))
+        missing, pinned, report = self._cache.use(layer, ids)
         late = self._link.still_loading([expert for expert in ahead if expert in needed])
         ahead.clear()
         joining = self._link.demand(0, late)
@@ -183,7 +183,7 @@ class Timeline:
 
     def _stream(self, layer: int, ids: NDArray[np.int64], computing: float) -> tuple[NDArray[np.int32], LoadReport]:
         """As ``_serve`` in a long prefill: most of a layer's loads run while the layer before computes."""
-        missing, pinned, report = self._residency.stream(layer, ids)
+        missing, pinned, report = self._cache.stream(layer, ids)
         waited = self._link.demand(len(missing), []) - (computing if layer else 0.0)
         return pinned, report._replace(waited=max(0.0, waited))
 
@@ -191,22 +191,22 @@ class Timeline:
         """``layer`` has been routed, -1 meaning that the step has just started."""
         if self._forecast is None or merged is None:
             return
-        residency = self._residency
+        cache = self._cache
         farthest = self._planner.estimates.layers_worth_asking(self._hardware.thinking_seconds)
         for slot, distance in enumerate(self._forecast.distances):
             target = layer + distance
             if target >= self._trace.num_layers or distance > farthest:
                 continue
-            absent = residency.absent(target)
+            absent = cache.absent(target)
             if not absent.any():
                 continue
             self._pass(self._hardware.thinking_seconds)
             self._thought += self._hardware.thinking_seconds
-            first = target * residency.experts
-            residency.foresight.expected[first : first + residency.experts] = merged[slot, target]
+            first = target * cache.experts
+            cache.foresight.expected[first : first + cache.experts] = merged[slot, target]
             outlook = Outlook(distance, merged[slot, target], absent)
             wanted = self._planner.plan(self._phase, outlook, self._link.queue_seconds)
-            loading, report = residency.prefetch(target, first + wanted)
+            loading, report = cache.prefetch(target, first + wanted)
             self._note(report)
             self._under_way[target] += loading.tolist()
             self._link.prefetch(loading.tolist())

@@ -151,17 +151,3 @@ class SlotPool(ABC):
     @abstractmethod
     def close(self) -> None:
         """Nothing will be asked any more."""
-
-
-def stream_share(capacity: int, experts: int) -> int:
-    """Slots a long prefill may use: those of two layers of ``experts``, so that one is read while the other computes.
-
-    Where the pool is smaller than that, decoding loads its experts again afterwards: once, for what reading beside the
-    computing of every layer saves.
-    """
-    return min(2 * experts, capacity)
-
-
-def guess_room(capacity: int, experts: int, under_way: int) -> int:
-    """How many more guesses at layers of ``experts`` experts the slots have room for."""
-    return max(0, (capacity - experts) // 2 - under_way)

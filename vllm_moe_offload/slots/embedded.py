@@ -12,16 +12,17 @@ from numpy.typing import NDArray
 from ..cache import Acquisition, ExpertCache, create_policy
 from ..cache.base import IntArray
 from ..cache.cache import ABSENT
+from ..cache.outcomes import SpeculativeLoads, speculative_room, stream_share
 from ..devices import HostPool
 from ..observe import NOTHING, LoadReport
-from ..prefetch.ahead import LoadsAhead
+from ..prefetch.ahead import InFlightLoads
 from ..prefetch.estimates import blend
 from ..prefetch.foresight import ForesightPolicy
 from ..prefetch.loader import Load, RecordLoader
 from ..store.layout import RecordLayout
 from ..store.pools import PoolMembers
 from ..store.reader import Store
-from .base import Failure, Hold, SlotMemory, SlotPool, Span, guess_room, stream_share
+from .base import Failure, Hold, SlotMemory, SlotPool, Span
 from .operations import Operations
 
 
@@ -56,7 +57,8 @@ class EmbeddedPool(SlotPool):
     ):
         self.memory = memory
         self.cache = cache
-        self.ahead = LoadsAhead(cache)
+        self.speculative = SpeculativeLoads()
+        self.in_flight = InFlightLoads(cache, self.speculative)
         self._operations = operations
         operations.pools.append(self)
         self.experts = members.experts
@@ -94,25 +96,22 @@ class EmbeddedPool(SlotPool):
             return report
 
     def find(self, experts: IntArray) -> tuple[NDArray[np.int32], LoadReport] | None:
-        if self.ahead.under_way or self._void or self._operations.interrupted:
+        if self.in_flight.loads or self._void or self._operations.interrupted:
             return None
         slots = self.cache.find(experts)
-        return None if slots is None else (slots, LoadReport(hits=len(experts), useful=self.ahead.use(experts)))
+        return None if slots is None else (slots, LoadReport(hits=len(experts), useful=self.speculative.use(experts)))
 
     def hold(self, layer: Span, experts: IntArray) -> tuple[Hold, LoadReport]:
         with self._operations:
-            awaited = self._await_under_way(layer, experts)
+            awaited = self._await_in_flight(layer, experts)
             hold, loaded = self._hold_acquired(experts, self.cache.acquire(experts))
             return hold, awaited + loaded
 
     def hold_streaming(self, layer: Span, experts: IntArray) -> tuple[Hold, LoadReport]:
         with self._operations:
-            awaited = self._await_under_way(layer, experts)
+            awaited = self._await_in_flight(layer, experts)
             acquired = self.cache.stream(experts, self._share(layer))
-            if (acquired.slots == ABSENT).any():
-                self.cache.release(acquired.slots[acquired.slots != ABSENT])
-                self.cache.forget(acquired.missing)
-                awaited += self._evicted(acquired) + self._await_under_way(layer, experts)
+            if acquired is None:
                 acquired = self.cache.acquire(experts)
             hold, loaded = self._hold_acquired(experts, acquired)
             return hold, awaited + loaded
@@ -120,17 +119,17 @@ class EmbeddedPool(SlotPool):
     def stream_ahead(self, layer: Span) -> LoadReport:
         with self._operations:
             absent = layer.start + np.flatnonzero(self.absent(layer))
-            ahead = self.cache.stream(absent, self._share(layer))
+            ahead = self.cache.stream_ahead(absent, self._share(layer))
             self._start_ahead(ahead, guess=False)
             return self._evicted(ahead) + LoadReport(streamed=len(ahead.missing))
 
     def settle(self, layer: Span) -> LoadReport:
         with self._operations:
-            return self._await_under_way(layer, np.arange(layer.start, layer.stop))
+            return self._await_in_flight(layer, np.arange(layer.start, layer.stop))
 
     def start_hold(self, layer: Span, experts: IntArray) -> tuple[Hold, LoadReport]:
         with self._operations:
-            awaited = self._await_under_way(layer, experts)
+            awaited = self._await_in_flight(layer, experts)
             hold, acquired = self._new_hold(experts, self.cache.acquire(experts))
             self.loader.start(hold.loads)
             return hold, awaited + acquired
@@ -168,7 +167,8 @@ class EmbeddedPool(SlotPool):
     def empty(self) -> None:
         """Nothing is resident, under way or held any more. Whoever calls it has ended all reads."""
         self.cache.clear()
-        self.ahead = LoadsAhead(self.cache)
+        self.speculative = SpeculativeLoads()
+        self.in_flight = InFlightLoads(self.cache, self.speculative)
         self._void.clear()
 
     def absent(self, layer: Span) -> NDArray[np.bool_]:
@@ -184,7 +184,7 @@ class EmbeddedPool(SlotPool):
 
     def prefetch(self, layer: Span, experts: IntArray) -> LoadReport:
         with self._operations:
-            room = guess_room(self.capacity, len(layer), len(self.ahead.under_way))
+            room = speculative_room(self.capacity, len(layer), len(self.in_flight.loads))
             if room == 0:
                 return NOTHING
             admitted = self.cache.admit(experts[:room])
@@ -193,7 +193,7 @@ class EmbeddedPool(SlotPool):
             return evicted + LoadReport(started=len(admitted.missing))
 
     def queued(self) -> int:
-        return sum(not started.load.finished for started in self.ahead.under_way)
+        return sum(not started.load.finished for started in self.in_flight.loads)
 
     def close(self) -> None:
         self._operations.close()
@@ -245,39 +245,40 @@ class EmbeddedPool(SlotPool):
 
     def _start_ahead(self, ahead: Acquisition, guess: bool) -> None:
         loads = self._loads(ahead)
-        self.ahead.add(loads, ahead.missing, ahead.missing_slots, guess)
+        self.in_flight.add(loads, ahead.missing, ahead.missing_slots, guess)
         self.loader.start(loads, guesses=guess)
 
-    def _await_under_way(self, layer: Span, needed: IntArray) -> LoadReport:
+    def _await_in_flight(self, layer: Span, needed: IntArray) -> LoadReport:
         """Wait for those of ``needed`` that are still being loaded, and unpin whatever has arrived.
 
         Waits for all that is under way where the pins of the rest could leave too few slots. Guesses at this layer
         that were wrong and have not begun to load are taken back.
         """
-        under_way = self.ahead.under_way
-        if not under_way:
-            return LoadReport(useful=self.ahead.use(needed))
-        crowded = len(under_way) + len(needed) > self.capacity
+        in_flight = self.in_flight.loads
+        if not in_flight:
+            return LoadReport(useful=self.speculative.use(needed))
+        crowded = len(in_flight) + len(needed) > self.capacity
         wanted = set(needed.tolist())
         taken: set[int] = set()
-        wrong = [s for s in under_way if s.guess and s.expert not in wanted and s.expert in layer]
+        wrong = [s for s in in_flight if s.guess and s.expert not in wanted and s.expert in layer]
         if wrong:
             taken = {id(load) for load in self.loader.withdraw([started.load for started in wrong])}
-            self.ahead.withdrawn([started for started in wrong if id(started.load) in taken])
-        awaited = [s for s in self.ahead.under_way if crowded or s.expert in wanted]
-        late = sum(s.guess and s.expert in wanted and not s.load.finished for s in awaited)
+            self.in_flight.withdrawn([started for started in wrong if id(started.load) in taken])
+        awaited = [s for s in self.in_flight.loads if crowded or s.expert in wanted]
+        arriving = [s.expert for s in awaited if s.guess and s.expert in wanted and not s.load.finished]
+        late = self.speculative.use(np.array(arriving, dtype=np.int64))
         waited = self._join([started.load for started in awaited])
-        ended = self._ended(self.ahead.reap())
+        ended = self._ended(self.in_flight.reap())
         return ended + LoadReport(
             waited=waited,
             withdrawn=len(taken),
-            useful=max(0, self.ahead.use(needed) - late),
+            useful=self.speculative.use(needed),
             late=late,
             late_seconds=waited if late else 0.0,
         )
 
     def _evicted(self, acquired: Acquisition) -> LoadReport:
-        return LoadReport(wasted=self.ahead.evict(acquired.evicted)) if len(acquired.evicted) else NOTHING
+        return LoadReport(wasted=self.speculative.evict(acquired.evicted)) if len(acquired.evicted) else NOTHING
 
     def _loads(self, acquired: Acquisition) -> list[Load]:
         pairs = zip(acquired.missing.tolist(), acquired.missing_slots.tolist(), strict=True)

@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 from ..cache import Acquisition, EvictionPolicy, ExpertCache
 from ..cache.base import IntArray
 from ..cache.cache import ABSENT
+from ..cache.outcomes import SpeculativeLoads, speculative_room, stream_share
 from ..errors import ConfigError
 from ..observe import NOTHING, LoadReport
 from ..prefetch.foresight import ForesightPolicy
-from ..slots.base import guess_room, stream_share
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Tally:
         return (self.demand_loads + self.prefetch_loads) / self.accesses if self.accesses else 0.0
 
 
-class Residency:
+class ReplayCache:
     """An ``ExpertCache`` whose prefetches stay pinned until their layer has run.
 
     It has no clock: that a prefetch is late, and what loads take, is added to its reports by whoever has one.
@@ -54,7 +54,7 @@ class Residency:
         self.experts = experts
         self.foresight = ForesightPolicy(policy, layers * experts)
         self.cache = ExpertCache(np.repeat(np.arange(layers), experts), slots, self.foresight)
-        self._speculative = np.zeros(layers * experts, bool)
+        self._speculative = SpeculativeLoads()
         self._pinned: list[list[NDArray[np.int32]]] = [[] for _ in range(layers)]
         self._num_pinned = 0
 
@@ -78,8 +78,7 @@ class Residency:
                 f"slots: {self.cache.num_slots} are too few for one step of this trace ({error}); give more slots or a "
                 "smaller batch"
             ) from error
-        wasted = self._forget(acquired.evicted)
-        return acquired.missing, acquired.slots, _read(ids, acquired, self._forget(ids), wasted)
+        return acquired.missing, acquired.slots, self._read(ids, acquired)
 
     def release(self, slots: NDArray[np.int32]) -> None:
         self.cache.release(slots)
@@ -89,16 +88,13 @@ class Residency:
         return self.cache.slot_of[layer * self.experts : (layer + 1) * self.experts] == ABSENT
 
     def prefetch(self, layer: int, ids: IntArray) -> tuple[IntArray, LoadReport]:
-        """Give slots to guesses for ``layer``, best first; returns those that got one and are to be loaded.
-
-        As in the engine, guesses hold at most half of what a whole layer leaves.
-        """
-        room = guess_room(self.cache.num_slots, self.experts, self._num_pinned)
+        """Give slots to guesses for ``layer``, best first; returns those that got one and are to be loaded."""
+        room = speculative_room(self.cache.num_slots, self.experts, self._num_pinned)
         if room == 0 or not len(ids):
             return ids[:0], NOTHING
         admitted = self.cache.admit(ids[:room])
-        report = LoadReport(started=len(admitted.missing), wasted=self._forget(admitted.evicted))
-        self._speculative[admitted.missing] = True
+        report = LoadReport(started=len(admitted.missing), wasted=self._speculative.evict(admitted.evicted))
+        self._speculative.start(admitted.missing)
         self._pinned[layer].append(admitted.missing_slots)
         self._num_pinned += len(admitted.missing_slots)
         return admitted.missing, report
@@ -106,13 +102,9 @@ class Residency:
     def stream(self, layer: int, ids: IntArray) -> tuple[IntArray, NDArray[np.int32], LoadReport]:
         """As ``use``, in a long prefill: what is missing passes through a share of the slots."""
         streamed = self.cache.stream(ids, stream_share(self.cache.num_slots, self.experts))
-        wasted = self._forget(streamed.evicted)
-        if (streamed.slots == ABSENT).any():
-            self.cache.release(streamed.slots[streamed.slots != ABSENT])
-            self.cache.forget(streamed.missing)
-            missing, pinned, report = self.use(layer, ids)
-            return missing, pinned, report + LoadReport(wasted=wasted)
-        return streamed.missing, streamed.slots, _read(ids, streamed, useful=0, wasted=wasted)
+        if streamed is None:
+            return self.use(layer, ids)
+        return streamed.missing, streamed.slots, self._read(ids, streamed)
 
     def withdraw(self, layer: int, ids: list[int]) -> LoadReport:
         """Guesses for ``layer``, which is about to run, were wrong and have not begun to load: they never will."""
@@ -123,22 +115,16 @@ class Residency:
         self._num_pinned -= len(slots)
         self.cache.release(slots)
         self.cache.forget(gone)
-        self._speculative[gone] = False
+        for expert in ids:
+            self._speculative.cancel(expert)
         return LoadReport(withdrawn=len(gone))
 
     def finish(self) -> LoadReport:
         """The replay is over: what was never used is wasted."""
-        wasted = int(self._speculative.sum())
-        self._speculative[:] = False
-        return LoadReport(wasted=wasted)
+        return LoadReport(wasted=self._speculative.finish())
 
-    def _forget(self, ids: IntArray) -> int:
-        """How many of ``ids`` are unused guesses, which they no longer are."""
-        guessed = ids[self._speculative[ids]]
-        self._speculative[guessed] = False
-        return len(guessed)
-
-
-def _read(ids: IntArray, acquired: Acquisition, useful: int, wasted: int) -> LoadReport:
-    misses = len(acquired.missing)
-    return LoadReport(hits=len(ids) - misses, misses=misses, useful=useful, wasted=wasted)
+    def _read(self, ids: IntArray, acquired: Acquisition) -> LoadReport:
+        misses = len(acquired.missing)
+        wasted = self._speculative.evict(acquired.evicted)
+        useful = self._speculative.use(ids)
+        return LoadReport(hits=len(ids) - misses, misses=misses, useful=useful, wasted=wasted)

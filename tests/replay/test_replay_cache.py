@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from vllm_moe_offload.cache import POLICY_NAMES, create_policy
 from vllm_moe_offload.errors import ConfigError
-from vllm_moe_offload.replay.residency import Residency, Tally
+from vllm_moe_offload.replay.replay_cache import ReplayCache, Tally
 
 LAYERS, EXPERTS = 3, 6
 
@@ -23,72 +23,72 @@ LAYERS, EXPERTS = 3, 6
     ),
 )
 def test_the_books_balance_whatever_is_guessed(policy, slots, passes):
-    residency = Residency(LAYERS, EXPERTS, slots, create_policy(policy, np.repeat(np.arange(LAYERS), EXPERTS)))
+    cache = ReplayCache(LAYERS, EXPERTS, slots, create_policy(policy, np.repeat(np.arange(LAYERS), EXPERTS)))
     uses, tally = 0, Tally()
     for used, guessed in passes:
-        residency.begin_step()
+        cache.begin_step()
         for layer in range(LAYERS):
             ids = np.array(sorted(used[layer])) + layer * EXPERTS
-            missing, pinned, report = residency.use(layer, ids)
+            missing, pinned, report = cache.use(layer, ids)
             tally.add(report)
             uses += len(ids)
-            assert not residency.absent(layer)[ids - layer * EXPERTS].any()
+            assert not cache.absent(layer)[ids - layer * EXPERTS].any()
             assert set(missing.tolist()) <= set(ids.tolist())
             if layer + 1 < LAYERS:
                 guess = np.array(sorted(guessed[layer]), np.int64) + (layer + 1) * EXPERTS
-                tally.add(residency.prefetch(layer + 1, guess)[1])
-            residency.cache.check_integrity()
-            residency.release(pinned)
-    assert not residency.cache.pins.any()
-    tally.add(residency.finish())
+                tally.add(cache.prefetch(layer + 1, guess)[1])
+            cache.cache.check_integrity()
+            cache.release(pinned)
+    assert not cache.cache.pins.any()
+    tally.add(cache.finish())
     assert tally.accesses == uses
     assert tally.useful + tally.late + tally.wasted == tally.prefetch_loads
 
 
 def test_a_guess_is_not_lost_before_its_layer_runs():
-    residency = Residency(2, 8, 20, create_policy("lru", np.repeat([0, 1], 8)))
-    residency.begin_step()
-    _, pinned, _ = residency.use(0, np.array([0, 1]))
-    residency.prefetch(1, np.array([8, 9]))
-    residency.release(pinned)
-    _, pinned, _ = residency.use(0, np.arange(2, 8))
-    residency.release(pinned)
-    missing, _, report = residency.use(1, np.array([8, 9]))
+    cache = ReplayCache(2, 8, 20, create_policy("lru", np.repeat([0, 1], 8)))
+    cache.begin_step()
+    _, pinned, _ = cache.use(0, np.array([0, 1]))
+    cache.prefetch(1, np.array([8, 9]))
+    cache.release(pinned)
+    _, pinned, _ = cache.use(0, np.arange(2, 8))
+    cache.release(pinned)
+    missing, _, report = cache.use(1, np.array([8, 9]))
     assert len(missing) == 0 and report.useful == 2
 
 
 def test_too_few_slots_for_a_step_are_refused():
-    residency = Residency(2, 8, 3, create_policy("lfu", np.repeat([0, 1], 8)))
+    cache = ReplayCache(2, 8, 3, create_policy("lfu", np.repeat([0, 1], 8)))
     with pytest.raises(ConfigError, match="slots: 3 are too few"):
-        residency.use(0, np.arange(4))
+        cache.use(0, np.arange(4))
 
 
 def test_a_guess_taken_back_leaves_no_trace():
-    residency = Residency(2, 8, 20, create_policy("lru", np.repeat([0, 1], 8)))
+    cache = ReplayCache(2, 8, 20, create_policy("lru", np.repeat([0, 1], 8)))
     tally = Tally()
-    tally.add(residency.prefetch(1, np.array([8, 9]))[1])
-    tally.add(residency.withdraw(1, [8]))
-    missing, pinned, report = residency.use(1, np.array([8, 9]))
+    tally.add(cache.prefetch(1, np.array([8, 9]))[1])
+    tally.add(cache.withdraw(1, [8]))
+    missing, pinned, report = cache.use(1, np.array([8, 9]))
     tally.add(report)
     assert missing.tolist() == [8]
-    residency.release(pinned)
-    assert not residency.cache.pins.any()
-    tally.add(residency.finish())
+    cache.release(pinned)
+    assert not cache.cache.pins.any()
+    tally.add(cache.finish())
     assert (tally.prefetch_loads, tally.useful, tally.wasted, tally.demand_loads) == (1, 1, 0, 1)
 
 
 def test_a_long_prefill_leaves_alone_what_decoding_keeps():
-    residency = Residency(4, 8, 24, create_policy("lfu", np.repeat(range(4), 8)))
+    cache = ReplayCache(4, 8, 24, create_policy("lfu", np.repeat(range(4), 8)))
     tally = Tally()
     for layer in range(4):
-        _, pinned, report = residency.use(layer, np.array([0, 1]) + 8 * layer)
-        residency.release(pinned)
+        _, pinned, report = cache.use(layer, np.array([0, 1]) + 8 * layer)
+        cache.release(pinned)
         tally.add(report)
     for layer in range(4):
-        _, pinned, report = residency.stream(layer, np.arange(8) + 8 * layer)
-        residency.release(pinned)
+        _, pinned, report = cache.stream(layer, np.arange(8) + 8 * layer)
+        cache.release(pinned)
         tally.add(report)
-    missing, _, report = residency.use(3, np.array([24, 25]))
+    missing, _, report = cache.use(3, np.array([24, 25]))
     tally.add(report)
     assert len(missing) == 0
     assert tally.accesses == 8 + 32 + 2 and tally.demand_loads == 8 + 4 * 6
