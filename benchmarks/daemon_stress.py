@@ -22,14 +22,12 @@ import xxhash
 
 from vllm_moe_offload.daemon.arena import Arena
 from vllm_moe_offload.daemon.epochs import Reader, Reclaimer
-from vllm_moe_offload.daemon.table import ABSENT, GENERATION, ResidencyTable
+from vllm_moe_offload.daemon.table import ABSENT, ResidencyTable
 from vllm_moe_offload.store.layout import Component, RecordLayout
 
 LAYOUT = RecordLayout((Component("payload", "uint8", (2048,), 2048), Component("label", "int64", (2,), 16)))
 RUBBISH = 0xEE
 ENOUGH_WRONG = 10
-ENDED = 1
-"""Generation of the table by which readers know that they may stop."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ def engine(violence: Violence, worker: int, arena_path: str, table_path: str) ->
     reader = Reader(table, worker)
     draw = random.Random(f"{violence.seed} {worker}")
     tally = table.counters[worker, :4]
-    while table.generation != ENDED:
+    while not table.frozen:
         for _ in range(64):
             tally += acquire(reader, arena, table, draw, violence.at_once)
 
@@ -195,7 +193,7 @@ def run(
             if ended or time.monotonic() - started > patience_seconds:
                 raise RuntimeError(f"readers ended: {ended}, after {time.monotonic() - started:.0f} s")
     finally:
-        table.header[GENERATION] = ENDED
+        table.freeze()
         for process in engines:
             process.join()
     seconds = time.monotonic() - started

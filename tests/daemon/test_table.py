@@ -27,9 +27,9 @@ def span(array: np.ndarray) -> range:
 
 
 def test_a_new_table_is_empty_and_seen_by_who_attaches() -> None:
-    table = ResidencyTable.create("test", 100, generation=3)
+    table = ResidencyTable.create("test", 100)
     worker = attach(table)
-    assert (worker.epoch, worker.generation, worker.experts) == (1, 3, 100)
+    assert (worker.epoch, worker.experts) == (1, 100)
     assert (worker.slot_of == ABSENT).all() and len(worker.slot_of) == 100
     for name in ("loading", *PER_WORKER):
         assert not getattr(worker, name).any()
@@ -56,8 +56,8 @@ def test_parts_are_apart_and_workers_share_no_cache_line(experts: int) -> None:
     for column in (table.active, table.done, table.head):
         assert all(np.shares_memory(column[w : w + 1], table.entries[w]) for w in range(MAX_WORKERS))
     assert not np.shares_memory(table.active, table.done) and not np.shares_memory(table.done, table.head)
-    epoch, generation = tables.EPOCH * 8 // LINE, tables.GENERATION * 8 // LINE
-    assert len({0, epoch, generation}) == 3
+    epoch, limit = tables.EPOCH * 8 // LINE, tables.LIMIT * 8 // LINE
+    assert len({0, epoch, limit}) == 3
     table.close()
 
 

@@ -99,15 +99,18 @@ class Reclaimer:
 
     def publish(self, experts: NDArray[np.integer], slots: NDArray[np.integer]) -> None:
         """Let workers find experts whose records are complete in these slots."""
+        assert len(experts) == len(slots)
         self._barrier()
         self._table.slot_of[experts] = slots
 
     def retire(self, experts: NDArray[np.integer], slots: NDArray[np.integer]) -> None:
         """Hide experts; their slots come back from ``reclaim`` when nobody reads them any more."""
+        assert len(experts) == len(slots)
         self._table.slot_of[experts] = ABSENT
         self._barrier()
         self._epoch += 1
         self._table.header[EPOCH] = self._epoch
+        assert not self._retired or self._retired[-1][0] < self._epoch
         self._retired.append((self._epoch, np.array(slots, dtype=np.int32), time.monotonic()))
 
     def reclaim(self) -> NDArray[np.int32]:

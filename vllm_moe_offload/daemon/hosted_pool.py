@@ -6,7 +6,6 @@ record is not complete.
 """
 
 import threading
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -60,7 +59,7 @@ class HostedPool:
         self.loader = loader
         self.lock = threading.Lock()
         self.arena = Arena.create(f"{name} experts", layout, self.experts)
-        self.table = ResidencyTable.create(f"{name} table", self.experts, generation=time.time_ns())
+        self.table = ResidencyTable.create(f"{name} table", self.experts)
         self._policy = SharedForesight(create_policy(policy, members.layer_of), self.table)
         self.cache = ExpertCache(members.layer_of, self.experts, self._policy, at_home=True)
         self.reclaimer = SlotReclaimer(self.cache, self.arena, self.table)

@@ -24,7 +24,6 @@ _MAGIC = int.from_bytes(b"MOEtable", "little")
 _LINE = 64
 # Positions in the header and in a worker's entry, in 8-byte words. What is written often has a cache line of its own.
 EPOCH = 8
-GENERATION = 16
 LIMIT = 24
 ARRIVALS = 25
 FROZEN = 26
@@ -77,7 +76,9 @@ class ResidencyTable:
     """
 
     def __init__(self, mapping: Mapping, experts: int):
+        assert experts > 0
         places = _places(experts)
+        assert places.end <= table_bytes(experts)
         self.mapping = mapping
         self.experts = experts
         self.header: NDArray[np.uint64] = mapping.array(0, np.uint64, (mmap.PAGESIZE // 8,))
@@ -94,7 +95,7 @@ class ResidencyTable:
         self.uses: NDArray[np.int32] = mapping.array(places.uses, np.int32, (MAX_WORKERS, RING))
 
     @classmethod
-    def create(cls, name: str, experts: int, generation: int = 0) -> "ResidencyTable":
+    def create(cls, name: str, experts: int) -> "ResidencyTable":
         """A table of which nothing is resident, nobody reads, and the epoch is 1.
 
         Raises:
@@ -104,7 +105,6 @@ class ResidencyTable:
         table.slot_of[:] = ABSENT
         table.header[: len(_facts(experts))] = _facts(experts)
         table.header[EPOCH] = 1
-        table.header[GENERATION] = generation
         return table
 
     @classmethod
@@ -131,17 +131,13 @@ class ResidencyTable:
         return int(self.header[EPOCH])
 
     @property
-    def generation(self) -> int:
-        """Which life of the daemon made the table."""
-        return int(self.header[GENERATION])
-
-    @property
     def limit(self) -> int:
         """How many slots may be occupied at present. Set by the daemon."""
         return int(self.header[LIMIT])
 
     @limit.setter
     def limit(self, slots: int) -> None:
+        assert slots >= 0
         self.header[LIMIT] = slots
 
     @property
@@ -155,6 +151,7 @@ class ResidencyTable:
 
     def admit(self, worker: int) -> None:
         """A worker comes: its entry is as new, and shows a number no worker had before, for as long as it is minded."""
+        assert 0 <= worker < MAX_WORKERS
         self.clear(worker)
         self.header[ARRIVALS] += 1
         self.entries[worker, ATTACHED] = self.header[ARRIVALS]
