@@ -58,8 +58,9 @@ def test_every_record_comes_back(shapes: list[tuple[RecordLayout, int]]) -> None
         assert isinstance(store, Store)
         first_record = 0
         for index, (layout, experts) in enumerate(shapes):
-            entry = store.layer(f"layer {index}")
-            assert (entry.experts, entry.layout, entry.first_record) == (experts, layout, first_record)
+            entry = store.layers[index]
+            assert (entry.name, entry.experts, entry.layout) == (f"layer {index}", experts, layout)
+            assert entry.first_record == first_record
             first_record += experts
             for expert in range(experts):
                 record = read(store, index, expert)
@@ -139,11 +140,6 @@ def test_a_layer_twice_or_no_layer_at_all_is_refused(root: StoreRoot, identity: 
     assert isinstance(writer, StoreWriter)
     with pytest.raises(StoreError, match="no layers"):
         writer.finish()
-
-
-def test_an_unknown_layer_is_named_with_those_there_are(root: StoreRoot, identity: StoreIdentity) -> None:
-    with pytest.raises(StoreError, match=r"no layer 'nope'.*layers\.0"):
-        build(root, identity).layer("nope")
 
 
 def test_readers_outlive_the_files(root: StoreRoot, identity: StoreIdentity) -> None:

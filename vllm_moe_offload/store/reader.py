@@ -13,7 +13,6 @@ from vllm_moe_offload.store.direct import aligned_buffer, open_direct
 from vllm_moe_offload.store.files import explained
 from vllm_moe_offload.store.identity import StoreIdentity
 from vllm_moe_offload.store.layout import record_digest
-from vllm_moe_offload.store.manifest import LayerEntry
 from vllm_moe_offload.store.ownership import require_trusted
 
 VERIFY_BYTES = 8 << 20
@@ -39,7 +38,6 @@ class Store:
         self.data_bytes = contents.data_bytes
         self.fd = fd
         self.direct = direct
-        self._index = {layer.name: layer for layer in self.layers}
 
     @classmethod
     def open(cls, path: Path, identity: StoreIdentity | None = None) -> "Store":
@@ -66,12 +64,6 @@ class Store:
             os.close(fd)
             raise
         return cls(path, contents, fd, direct)
-
-    def layer(self, name: str) -> LayerEntry:
-        """Raises StoreError for a layer the store does not have."""
-        if name not in self._index:
-            raise StoreError(f"store {self.path} has no layer {name!r}; it has {', '.join(self._index)}")
-        return self._index[name]
 
     def offset(self, layer_index: int, expert: int) -> int:
         """Byte offset of a record in the record file."""
