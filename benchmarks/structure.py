@@ -23,12 +23,16 @@ FLOORS = (
     ("integration",),
     ("replay", "client", "daemon"),
     ("runtime", "learning"),
+    ("chronicle",),
     ("ipc", "pool"),
+    ("slots",),
     ("prefetch", "config"),
+    ("devices",),
     ("predict",),
     ("trace", "cache"),
     ("store",),
-    ("stats", "errors"),
+    ("stats", "observe", "load_report", "sizes", "extensions", "threads", "users"),
+    ("errors",),
 )
 """The rooms of the package, highest first. A room imports from itself and from floors below its own, never sideways."""
 
