@@ -7,7 +7,7 @@ from typing import Self
 import numpy as np
 
 from vllm_moe_offload.observe import Counters
-from vllm_moe_offload.runtime import OffloadRuntime, PooledLayer
+from vllm_moe_offload.runtime import Batch, OffloadRuntime, PooledLayer
 from vllm_moe_offload.slots import embedded_pools
 from vllm_moe_offload.store.pools import pools_of
 from vllm_moe_offload.store.reader import Store
@@ -63,7 +63,7 @@ def _absent(layer: PooledLayer) -> list[int]:
 
 def _serve(runtime: OffloadRuntime, layer: PooledLayer, experts: Sequence[int]) -> None:
     """A step of one row that chooses `experts`, numbers within the layer. Raises LoadError."""
-    runtime.begin_step(1)
+    runtime.begin_step(Batch(1))
     for _ in runtime.serve(layer, np.array([experts], dtype=np.int32)):
         pass
     for failure in runtime.take_failures()[0]:

@@ -38,14 +38,13 @@ class GateScore:
         from vllm_moe_offload.integration.method import OffloadedMoEMethod
 
         model = worker.model_runner.get_model()
-        prediction = model.moe_offload._prediction
-        self._predictor, self._witness = prediction.history.predictor, prediction.witness
+        self._predictor, self._runtime = model.moe_offload._history.predictor, model.moe_offload.runtime
         self.shape = self._predictor.shape
         self.counts = False
         self.accuracy = Accuracy(self.shape.layers, self.shape.top_k, DISTANCES)
-        self._routed, self._witness.routed = self._witness.routed, self.routed
+        self._observe, self._runtime.observe = self._runtime.observe, self.observe
         self._hidden = np.empty(0)
-        model.moe_offload.runtime.anticipation.begin_step = lambda *rows: None
+        self._runtime.anticipation.begin_step = lambda *rows: None
         for module in model.modules():
             if isinstance(method := getattr(module, "quant_method", None), OffloadedMoEMethod):
                 method.show = self._show
@@ -53,11 +52,11 @@ class GateScore:
     def _show(self, read: Any) -> None:
         self._hidden = read()
 
-    def routed(self, layer: int, experts: Any, weights: Any) -> None:
-        self._routed(layer, experts, weights)
-        if not self._witness._watching:
+    def observe(self, layer: int, experts: Any, weights: Any) -> None:
+        self._observe(layer, experts, weights)
+        rows = self._runtime._num_rows
+        if not rows:
             return
-        rows = self._witness._num_rows
         experts, hidden = experts[:rows].astype(np.int64), self._hidden
         if layer == 0:
             self._step, self._said = self._predictor.begin([None] * rows), {}

@@ -30,7 +30,7 @@ from vllm_moe_offload.daemon.connection import Connection
 from vllm_moe_offload.daemon.protocol import Attach, Stop
 from vllm_moe_offload.daemon.start import start_daemon
 from vllm_moe_offload.observe import Counters
-from vllm_moe_offload.runtime import OffloadRuntime
+from vllm_moe_offload.runtime import Batch, OffloadRuntime
 from vllm_moe_offload.slots import embedded_pools
 from vllm_moe_offload.store.pools import pools_of
 from vllm_moe_offload.store.reader import Store
@@ -46,7 +46,7 @@ def serve(runtime: OffloadRuntime, steps: int, top_k: int, seed: int) -> Times:
     preferred = {name: taste.random(layer.experts) ** 2 for name, layer in runtime.layers.items()}
     times: Times = {}
     for _ in range(steps):
-        runtime.begin_step(1)
+        runtime.begin_step(Batch(1))
         for name, layer in runtime.layers.items():
             noise = draw.random(layer.experts) * preferred[name]
             chosen = np.argsort(-noise)[None, :top_k].astype(np.int32)

@@ -12,15 +12,15 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from vllm_moe_offload.chronicle.witness import Witness
-from vllm_moe_offload.observe import Counters, LoadReport
+from vllm_moe_offload.observe import NOTHING, Counters, LoadReport
 from vllm_moe_offload.predict.base import ModelShape, Predictor
 from vllm_moe_offload.predict.heads import HeadsPredictor
 from vllm_moe_offload.predict.history import HistoryPredictor
@@ -29,6 +29,7 @@ from vllm_moe_offload.predict.registry import predictor_for_replay
 from vllm_moe_offload.predict.token_vectors import ModelVectors
 from vllm_moe_offload.prefetch.anticipation import Anticipation
 from vllm_moe_offload.prefetch.estimates import Estimates
+from vllm_moe_offload.runtime import Batch, OffloadRuntime, RoutingTracer
 from vllm_moe_offload.trace.history import HistoryStore
 from vllm_moe_offload.trace.recorder import Recorder, ScheduledTokens
 from vllm_moe_offload.trace.trace import Trace
@@ -36,6 +37,9 @@ from vllm_moe_offload.trace.trace import Trace
 VOCABULARY = 32_000
 WIDTH = 1024
 PROMPT = 4
+NO_STORE: Any = SimpleNamespace(layers=[SimpleNamespace(name="", layout=None, experts=1)])
+NO_POOL: Any = SimpleNamespace(begin_step=lambda: NOTHING)
+"""Of a runtime whose layers are never served."""
 PREDICTORS = ("none", "history", "neighbours", "finemoe", "moe-infinity", "coactivation", "frequency")
 
 
@@ -69,13 +73,15 @@ class Slots:
         return 0
 
 
-class Batch(NamedTuple):
+class OneToken(Batch):
     """What the engine would say of one step: a token of each request."""
 
-    requests: list[ScheduledTokens]
+    def __init__(self, requests: list[ScheduledTokens]):
+        super().__init__(len(requests))
+        self._requests = requests
 
     def rows(self) -> Sequence[ScheduledTokens]:
-        return self.requests
+        return self._requests
 
     def prompt(self, request: str) -> NDArray[np.int32]:
         return np.arange(PROMPT, dtype=np.int32)
@@ -138,7 +144,9 @@ class Bench:
             # by a clock that stands still thinking costs nothing, so nothing silences it for good
             self.anticipation = Anticipation(predictor, self.slots, estimates, lambda: 0.0, Counters())
         closed = (lambda trace, state: predictor.end_request(state, trace)) if predictor else lambda trace, state: None
-        self.witness = Witness(Recorder(shape, 4096), closed, None, self.anticipation)
+        self.runtime = OffloadRuntime(NO_STORE, {None: NO_POOL}, Counters())
+        self.runtime.tracer = RoutingTracer(Recorder(shape, 4096), closed, None)
+        self.runtime.anticipation = self.anticipation
         draw = np.random.default_rng(4)
         self._tokens = draw.integers(0, VOCABULARY, 4096).astype(np.int32)
         choices = draw.random((256, shape.experts), np.float32).argpartition(-shape.top_k, axis=1)
@@ -153,7 +161,7 @@ class Bench:
             if step >= warm_up:
                 for name, seconds in timed.items():
                     times.setdefault(predicted, {}).setdefault(name, []).append(seconds)
-        ended = _seconds(lambda: self.witness.requests_ended([str(r) for r in range(batch)])) / batch
+        ended = _seconds(lambda: self.runtime.end_requests([str(r) for r in range(batch)])) / batch
         return {
             predicted: Cost(
                 **{name: 1e6 * float(np.percentile(seconds, 10)) for name, seconds in parts.items()}, ended=1e6 * ended
@@ -165,20 +173,20 @@ class Bench:
         self.slots.next_step(step)
         tokens = self._tokens[(step * batch) % 2048 :][:batch]
         rows = [ScheduledTokens(str(r), PROMPT + step, tokens[r : r + 1], PROMPT) for r in range(batch)]
-        self.witness.begin_step(Batch(rows))
-        begin = _seconds(self.witness.begin_pass)
+        self.runtime.begin_step(OneToken(rows))
+        begin = _seconds(self.runtime.begin_pass)
         predicted = self.anticipation is not None and self.anticipation.looks_ahead
         routed = look_ahead = 0.0
         for layer in range(self.shape.layers):
             first = (7 * step + 3 * layer) % (256 - batch)
             experts, weights = self._experts[first : first + batch], self._weights[first : first + batch]
             began = time.perf_counter()
-            self.witness.routed(layer, experts, weights)
+            self.runtime.observe(layer, experts, weights)
             between = time.perf_counter()
             if self.anticipation is not None:
                 self.anticipation.look_ahead()
             routed, look_ahead = routed + between - began, look_ahead + time.perf_counter() - between
-        end = _seconds(self.witness.end_step)
+        end = _seconds(self.runtime.end_step)
         layers = self.shape.layers
         timed = {"routed": routed / layers, "look_ahead": look_ahead / layers, "begin": begin, "end": end}
         return predicted, timed

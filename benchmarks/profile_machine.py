@@ -30,7 +30,7 @@ from warm import TINY_MOE
 
 from vllm_moe_offload.observe import Counters
 from vllm_moe_offload.replay.hardware import HardwareProfile, ModelProfile
-from vllm_moe_offload.runtime import OffloadRuntime
+from vllm_moe_offload.runtime import Batch, OffloadRuntime
 from vllm_moe_offload.slots import embedded_pools
 from vllm_moe_offload.store.pools import pools_of
 from vllm_moe_offload.store.reader import Store
@@ -77,7 +77,7 @@ def finding_seconds(store: Store, top_k: int, steps: int = 60, seed: int = 0) ->
     misses, seconds = [], []
     try:
         for _ in range(steps):
-            runtime.begin_step(1)
+            runtime.begin_step(Batch(1))
             for layer in runtime.layers.values():
                 chosen = draw.choice(layer.experts, (1, top_k), replace=False).astype(np.int32)
                 missed, stalled = runtime.counters.misses, runtime.counters.stall_seconds

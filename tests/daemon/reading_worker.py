@@ -20,7 +20,7 @@ from tests.daemon.waits import Waits
 from vllm_moe_offload.daemon.client import DaemonClient
 from vllm_moe_offload.daemon.protocol import Attach
 from vllm_moe_offload.observe import Counters
-from vllm_moe_offload.runtime import OffloadRuntime, PooledLayer
+from vllm_moe_offload.runtime import Batch, OffloadRuntime, PooledLayer
 from vllm_moe_offload.store import Store
 
 TOP_K = 3
@@ -52,7 +52,7 @@ class Reader:
         rows = int(self.random.choice([1, 1, 2, 4, 64]))
         with self._waiting():
             self.client.begin_step()
-        self.runtime.begin_step(rows)
+        self.runtime.begin_step(Batch(rows))
         wrong = []
         for layer in self.runtime.layers.values():
             noise = self.random.random((rows, layer.experts)) * self._preference[layer.name]

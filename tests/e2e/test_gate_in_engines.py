@@ -22,8 +22,8 @@ def watch_own_routers(worker: Any) -> None:
     from vllm_moe_offload.integration.method import OffloadedMoEMethod
 
     model = worker.model_runner.get_model()
-    predictor, witness = model.moe_offload._prediction.history.predictor, model.moe_offload._prediction.witness
-    routed = witness.routed
+    predictor, runtime = model.moe_offload._history.predictor, model.moe_offload.runtime
+    observe = runtime.observe
     shown: list[np.ndarray] = []
     worker.foreseen = worker.chosen = 0
 
@@ -35,9 +35,9 @@ def watch_own_routers(worker: Any) -> None:
         margins = predictor.routers[layer].margins(shown.pop(), predictor.shape.top_k)
         worker.foreseen += int((np.take_along_axis(margins, experts.astype(np.int64), axis=1) >= 0).sum())
         worker.chosen += experts.size
-        routed(layer, experts, weights)
+        observe(layer, experts, weights)
 
-    witness.routed = compare
+    runtime.observe = compare
     for module in model.modules():
         method = getattr(module, "quant_method", None)
         if isinstance(method, OffloadedMoEMethod):

@@ -26,7 +26,7 @@ def lengths(prompt: list[int]) -> list[float]:
 
 
 def embeddings(worker: Any) -> list[list[float]]:
-    history = worker.model_runner.get_model().moe_offload._prediction.history.kept.history
+    history = worker.model_runner.get_model().moe_offload._history.kept.history
     return [past.trace.embeddings[0].tolist() for past in history.requests]
 
 
@@ -35,7 +35,7 @@ def learn_faster(worker: Any) -> None:
     from vllm_moe_offload.learning import supervisor
 
     supervisor.CPU_SHARE = 1.0
-    worker.model_runner.get_model().moe_offload._prediction.history._background._period = 0.2
+    worker.model_runner.get_model().moe_offload._history._background._period = 0.2
 
 
 @pytest.fixture

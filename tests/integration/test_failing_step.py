@@ -33,7 +33,7 @@ class Worker:
         pools = embedded_pools(self.made.store, {ODD: 6}, "lfu", None)
         served = ServedModel.__new__(ServedModel)
         served.runtime = OffloadRuntime(self.made.store, pools, Counters())
-        served._daemon = served._prediction = served._step = None
+        served._daemon = served._history = served._step = None
         served.drafts = False
         served._report = StatsReport(served.runtime, "")
         served._chunks = ChunkReport(served.runtime.counters, most_tokens=8)
@@ -63,7 +63,7 @@ class Worker:
         def sample_tokens(worker: Worker, grammar: Any) -> Any:
             return EMPTY_MODEL_RUNNER_OUTPUT
 
-        step = SimpleNamespace(num_scheduled_tokens=SCHEDULED, total_num_scheduled_tokens=4)
+        step = SimpleNamespace(num_scheduled_tokens=SCHEDULED, total_num_scheduled_tokens=4, finished_req_ids=set())
         output = _run_step(execute_model)(self, step)
         if output is None:
             output = _attach_failures(sample_tokens)(self, None)

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from vllm_moe_offload.integration.batch import StepBatch
 from vllm_moe_offload.integration.failure_board import FailureBoard, board_bytes
 from vllm_moe_offload.integration.failures import StepFailures
 from vllm_moe_offload.integration.report import ChunkReport
-from vllm_moe_offload.integration.serving import ServedModel, _Step
+from vllm_moe_offload.integration.serving import ServedModel
 from vllm_moe_offload.observe import Counters
 
 
@@ -22,10 +23,14 @@ def test_a_lease_lost_within_a_step_fails_its_requests(lost: bool) -> None:
     failures.begin_step(scheduled)
     served = ServedModel.__new__(ServedModel)
     served._daemon = SimpleNamespace(lease_lost=lost)  # type: ignore[assignment]
-    served._prediction = None
+    served._history = None
     served.drafts = False
     served._chunks = ChunkReport(Counters(), most_tokens=8)
-    served._step = _Step(SimpleNamespace(), scheduled, failures)
+    served.runtime = SimpleNamespace(end_step=lambda: None)  # type: ignore[assignment]
+    scheduler_output = SimpleNamespace(
+        num_scheduled_tokens=scheduled, total_num_scheduled_tokens=4, finished_req_ids=set()
+    )
+    served._step = StepBatch(SimpleNamespace(), scheduler_output), failures
     served.end_step()
     output: Any = failures.attach(EMPTY_MODEL_RUNNER_OUTPUT)
     failed: dict[str, str] = getattr(output, "moe_offload_failed", {})

@@ -4,8 +4,8 @@ import threading
 
 import numpy as np
 
-from vllm_moe_offload.chronicle.witness import Witness
 from vllm_moe_offload.learning.background import Background
+from vllm_moe_offload.runtime import Batch, RoutingTracer
 from vllm_moe_offload.trace.recorder import Recorder, ScheduledTokens
 
 SHAPE = (2, 4, 2)
@@ -49,7 +49,7 @@ def test_the_job_comes_again_and_again_also_after_it_failed() -> None:
     assert len(failures) == calls[0]
 
 
-class Source:
+class Prompt(Batch):
     def rows(self) -> list[ScheduledTokens]:
         return [ScheduledTokens("a", 0, np.array([7], np.int32), 1)]
 
@@ -60,14 +60,13 @@ class Source:
 def test_what_becomes_of_a_request_that_ended_is_left_for_later() -> None:
     told: list[int] = []
     jobs: list = []
-    witness = Witness(
-        Recorder(SHAPE), lambda trace, state: told.append(trace.num_tokens), None, None, later=jobs.append
-    )
-    witness.begin_step(Source())
+    tracer = RoutingTracer(Recorder(SHAPE), lambda trace, state: told.append(trace.num_tokens), None, later=jobs.append)
+    tracer.begin_step(Prompt(1))
     for layer in range(SHAPE[0]):
-        witness.routed(layer, np.array([[0, 1]]), np.array([[0.5, 0.5]], np.float32))
-    witness.end_step()
-    witness.requests_ended(["a", "never seen"])
+        tracer.observe(layer, np.array([[0, 1]]), np.array([[0.5, 0.5]], np.float32))
+    tracer.end_step()
+    for request in ("a", "never seen"):
+        tracer.end_request(request, None)
     assert not told and len(jobs) == 1
     jobs[0]()
     assert told == [1]

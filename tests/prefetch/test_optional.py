@@ -1,6 +1,7 @@
 """Prediction that raises, anywhere and anyhow, is switched off; steps go on as if it were not there."""
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -10,18 +11,20 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tests.prefetch.test_anticipation import SHAPE, Oracle, OracleStep, Slots, decode_row, estimates
-from vllm_moe_offload.chronicle.witness import Witness
+from tests.runtime.record_stores import ODD, RecordStore, build_store
+from tests.runtime.test_runtime_serves import runtime_of
 from vllm_moe_offload.observe import Counters, LoadReport
 from vllm_moe_offload.predict.base import Probabilities, RequestState, Step, TokenContext
 from vllm_moe_offload.prefetch.anticipation import Anticipation
 from vllm_moe_offload.prefetch.optional import Switch
+from vllm_moe_offload.runtime import Batch, RoutingTracer
 from vllm_moe_offload.trace.recorder import Recorder, ScheduledTokens
 from vllm_moe_offload.trace.trace import Trace
 
 Failing = Callable[[str], None]
 CALLS = ("predictor.start_request", "predictor.begin", "step.observe", "step.predict")
 CALLS += ("absent", "expect", "passed", "prefetch", "queued", "clock")
-WATCHED = ("source.rows", "source.prompt", "embed", "recorder.note", "recorder.end_step")
+TRACED = ("batch.rows", "batch.prompt", "embed", "recorder.note", "recorder.end_step")
 
 
 class Raising(Oracle):
@@ -68,16 +71,17 @@ class RaisingSlots(Slots):
         return entered
 
 
-class Source:
+class OneToken(Batch):
     def __init__(self, enter: Failing, position: int):
+        super().__init__(tokens=1)
         self.enter, self.position = enter, position
 
     def rows(self) -> Sequence[ScheduledTokens]:
-        self.enter("source.rows")
+        self.enter("batch.rows")
         return [decode_row(position=self.position)]
 
     def prompt(self, request: str) -> NDArray[np.int32]:
-        self.enter("source.prompt")
+        self.enter("batch.prompt")
         return np.arange(3, dtype=np.int32)
 
 
@@ -96,9 +100,9 @@ class RaisingRecorder(Recorder):
 
 
 class Worker:
-    """What of a worker has to do with prediction; enters every call it makes, of which one may raise."""
+    """A worker whose prediction enters every call it makes, of which one may raise. It offloads ``made``."""
 
-    def __init__(self, where: str, left: int, error: type[BaseException]):
+    def __init__(self, made: RecordStore, where: str, left: int, error: type[BaseException]):
         self.where, self.left, self.error = where, left, error
         self.reports: list[str] = []
         self.traces: list[Trace] = []
@@ -109,13 +113,14 @@ class Worker:
         )
         trials = self.anticipation._trials
         trials.begin_step = lambda *_: True  # type: ignore[method-assign]  # whether it pays is not asked
-        self.witness = Witness(
+        self.tracer = RoutingTracer(
             RaisingRecorder(self.enter),
             lambda trace, state: self.traces.append(trace),
             self.embed,
-            self.anticipation,
             switch=Switch(self.reports.append),
         )
+        self.runtime = runtime_of(made, {ODD: SHAPE.layers * SHAPE.experts}, "lfu")
+        self.runtime.tracer, self.runtime.anticipation = self.tracer, self.anticipation
 
     def enter(self, where: str) -> None:
         if where == self.where:
@@ -134,49 +139,56 @@ class Worker:
 
     def run(self, steps: int) -> None:
         for position in range(10, 10 + steps):
-            self.witness.begin_step(Source(self.enter, position))
+            self.runtime.begin_step(OneToken(self.enter, position))
             for layer in range(SHAPE.layers):
-                self.witness.routed(layer, np.array([[0, 1]], np.int32), np.full((1, 2), 0.5, np.float32))
+                self.runtime.observe(layer, np.array([[0, 1]], np.int32), np.full((1, 2), 0.5, np.float32))
                 self.anticipation.note(LoadReport(waited=1e-3, demanded=1, demand_seconds=1e-3))
                 self.anticipation.look_ahead()
                 self.anticipation.note(LoadReport(useful=1))
-            self.witness.end_step()
-        self.witness.requests_ended(["a"])
+            self.runtime.end_step()
+        self.runtime.end_requests(["a"])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> RecordStore:
+    return build_store(tmp_path_factory.mktemp("store"), [(ODD, SHAPE.experts)] * SHAPE.layers)
 
 
 @settings(max_examples=80, deadline=None)
 @given(
-    where=st.sampled_from(CALLS + WATCHED),
+    where=st.sampled_from(CALLS + TRACED),
     nth=st.integers(1, 6),
     error=st.sampled_from([ValueError, IndexError, AssertionError, MemoryError, np.linalg.LinAlgError]),
 )
 def test_whatever_raises_first_is_reported_once_and_called_no_more(
-    where: str, nth: int, error: type[Exception]
+    made: RecordStore, where: str, nth: int, error: type[Exception]
 ) -> None:
-    worker = Worker(where, nth, error)
-    worker.run(steps=8)
+    worker = Worker(made, where, nth, error)
+    with closing(worker.runtime):
+        worker.run(steps=8)
     raised = worker.left <= 0
     assert len(worker.reports) == raised
     assert all(report.startswith(f"{error.__name__}: on purpose (test_optional.py:") for report in worker.reports)
     assert worker.left in (0, *range(1, 7)), "it was called again after it had raised"
     assert worker.anticipation.switch.off == (raised and where in CALLS)
-    assert worker.witness.switch.off == (raised and where in WATCHED)
+    assert worker.tracer.switch.off == (raised and where in TRACED)
     if where in CALLS:
         (trace,) = worker.traces
         assert trace.num_tokens == 8, "what was routed is recorded whether or not prediction lives"
 
 
-@pytest.mark.parametrize("where", CALLS + WATCHED)
+@pytest.mark.parametrize("where", CALLS + TRACED)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-def test_what_is_meant_to_end_the_engine_ends_it(where: str, error: type[BaseException]) -> None:
-    worker = Worker(where, 1, error)
-    with pytest.raises(error):
+def test_what_is_meant_to_end_the_engine_ends_it(made: RecordStore, where: str, error: type[BaseException]) -> None:
+    worker = Worker(made, where, 1, error)
+    with closing(worker.runtime), pytest.raises(error):
         worker.run(steps=8)
 
 
-def test_rows_that_are_missing() -> None:
-    worker = Worker("nowhere", 0, ValueError)
-    worker.run(steps=2)
-    worker.witness.begin_step(Source(worker.enter, 20))
-    worker.witness.routed(0, np.empty((0, 2), np.int32), np.empty((0, 2), np.float32))
-    assert len(worker.reports) == 1 and worker.witness.switch.off
+def test_rows_that_are_missing(made: RecordStore) -> None:
+    worker = Worker(made, "nowhere", 0, ValueError)
+    with closing(worker.runtime):
+        worker.run(steps=2)
+        worker.runtime.begin_step(OneToken(worker.enter, 20))
+        worker.runtime.observe(0, np.empty((0, 2), np.int32), np.empty((0, 2), np.float32))
+    assert len(worker.reports) == 1 and worker.tracer.switch.off

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 import vllm_moe_offload
 from tests.runtime.record_stores import ODD, RecordStore, build_store
 from tests.runtime.test_runtime_serves import Checked, Guesser
-from vllm_moe_offload import runtime
 from vllm_moe_offload.prefetch import loader
+from vllm_moe_offload.runtime import Batch, runtime
 
 EXPERTS, LAYERS = 8, 3
 PACKAGE = str(Path(vllm_moe_offload.__file__).parent)
@@ -53,7 +53,7 @@ def steps() -> list[list[np.ndarray]]:
 def run(checked: Checked) -> None:
     """All steps, with guesses between the layers, as an engine runs them: nothing is looked at meanwhile."""
     for chosen in steps():
-        checked.runtime.begin_step(1)
+        checked.runtime.begin_step(Batch(1))
         for layer in checked.runtime.layers.values():
             with closing(checked.runtime.serve(layer, chosen[layer.index])) as waves:
                 for _ in waves:
@@ -158,7 +158,7 @@ def test_a_kernel_that_raises(made: RecordStore, left_at: int, slots: int) -> No
     compute = Raise(RuntimeError, left_at)
     try:
         for chosen in steps():
-            checked.runtime.begin_step(1)
+            checked.runtime.begin_step(Batch(1))
             for layer in checked.runtime.layers.values():
                 with closing(checked.runtime.serve(layer, chosen[layer.index])) as waves:
                     for _ in waves:
@@ -178,7 +178,7 @@ def test_a_forward_pass_that_is_never_closed(made: RecordStore) -> None:
     checked = Checked(made, {ODD: FEW}, "lfu")
     (first, *_) = checked.runtime.layers.values()
     kept = checked.runtime.serve(first, np.array([[0, 1], [2, 3]], dtype=np.int32))
-    checked.runtime.begin_step(1)
+    checked.runtime.begin_step(Batch(1))
     next(kept)
     check_as_if_nothing_had_happened(checked)
     kept.close()

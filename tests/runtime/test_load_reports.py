@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from tests.runtime.record_stores import ODD, RecordStore, build_store
 from tests.runtime.test_runtime_serves import runtime_of
-from vllm_moe_offload import runtime as runtime_module
 from vllm_moe_offload.cache import POLICY_NAMES
 from vllm_moe_offload.cache.cache import ABSENT
 from vllm_moe_offload.observe import NOTHING, Counters, LoadReport
 from vllm_moe_offload.prefetch.loader import Load
+from vllm_moe_offload.runtime import Batch, OffloadRuntime
+from vllm_moe_offload.runtime import runtime as runtime_module
 from vllm_moe_offload.slots.embedded import EmbeddedPool
 
 EXPERTS, LAYERS, TOP_K = 8, 3, 2
@@ -113,7 +114,7 @@ class Audit:
 class Guesses:
     """In place of a prefetcher: any experts at all, between any two layers."""
 
-    def __init__(self, runtime: runtime_module.OffloadRuntime, seed: int):
+    def __init__(self, runtime: OffloadRuntime, seed: int):
         self._runtime, self._random = runtime, np.random.default_rng(seed)
 
     def look_ahead(self) -> None:
@@ -150,7 +151,7 @@ def test_reports_add_up_to_what_cache_and_loader_did(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runtime_module, "SPLIT_SECONDS", split_seconds)
         for count in rows:
-            runtime.begin_step(count)
+            runtime.begin_step(Batch(count))
             for layer in runtime.layers.values():
                 chosen = np.argsort(random.random((count, EXPERTS)), axis=1)[:, :TOP_K].astype(np.int32)
                 waves = runtime.serve(layer, chosen)

@@ -11,7 +11,6 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.utils.torch_utils import LayerName, direct_register_custom_op
 
-from ..chronicle.witness import Witness
 from ..runtime import OffloadRuntime, PooledLayer
 from .tensors import remove
 
@@ -40,11 +39,10 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
         self.pooled: tuple[OffloadRuntime, PooledLayer] | None = None
         self.report_failures: Callable[[], None] | None = None
         """Called when records of this layer could not be read, before its output is returned."""
-        self.witness: Witness | None = None
+        self.traced: tuple[OffloadRuntime, int] | None = None
+        """What observes the router's choices, and the layer's number among the MoE layers, in running order."""
         self.show: Callable[[Callable[[], NDArray[np.float32]]], None] | None = None
-        """Called with a function that returns the router's input ``[rows, D]``, before the witness gets its choices."""
-        self.number = 0
-        """Of the layer among the MoE layers, in the order in which they run."""
+        """Called with a function that returns the router's input ``[rows, D]``, before its choices are observed."""
 
     def create_weights(self, layer: torch.nn.Module, **kwargs: Any) -> None:
         self._create_arguments = kwargs
@@ -79,7 +77,7 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
         shared_experts: Any,
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
-        if self.pooled is None and self.witness is None:
+        if self.pooled is None and self.traced is None:
             return self.real.apply(layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input)
         return torch.ops.vllm.moe_offload_experts(x, topk_weights, topk_ids, LayerName(layer.layer_name))
 
@@ -90,8 +88,9 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
         if self.show is not None:
             self.show(lambda: x.float().numpy())
         experts = topk_ids.numpy()
-        if self.witness is not None:
-            self.witness.routed(self.number, experts, topk_weights.float().numpy())
+        if self.traced is not None:
+            runtime, number = self.traced
+            runtime.observe(number, experts, topk_weights.float().numpy())
         if self.pooled is None:
             return self.real.apply(layer, x, topk_weights, topk_ids, None, None)
         runtime, pooled_layer = self.pooled

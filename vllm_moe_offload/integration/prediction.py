@@ -3,14 +3,13 @@
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from vllm.logger import init_logger
 
-from ..chronicle.witness import Witness
 from ..config import OffloadConfig
 from ..errors import UnsupportedError
 from ..learning.supervisor import LearningSupervisor
@@ -24,8 +23,9 @@ from ..prefetch.anticipation import Anticipation
 from ..prefetch.estimates import Estimates
 from ..prefetch.loader import CHUNK_BYTES
 from ..prefetch.optional import Switch
-from ..runtime import OffloadRuntime
+from ..runtime import OffloadRuntime, RoutingTracer
 from ..slots.looking_ahead import SlotsAhead
+from ..threads import keep_blas_on_one_thread
 from ..trace.recorder import Recorder
 from . import seams
 from .embedding import prompt_embedder, token_rows
@@ -38,13 +38,6 @@ MOST_TOKENS = 8192
 """Of one request, the history sees its last so many."""
 
 
-class Prediction(NamedTuple):
-    """What follows the steps of one worker, and what becomes of the requests it has followed."""
-
-    witness: Witness
-    history: RoutingHistory
-
-
 def build_prediction(
     vllm_config: Any,
     config: OffloadConfig,
@@ -53,8 +46,10 @@ def build_prediction(
     runtime: OffloadRuntime,
     cpus: set[int],
     daemon: Path | None,
-) -> Prediction | None:
-    """What these settings ask for; None where it cannot be and was not asked for explicitly.
+) -> RoutingHistory | None:
+    """Have ``runtime`` trace its steps and prefetch, as these settings ask for. Returns what becomes of the traces.
+
+    None, and nothing else is done, where it cannot be and was not asked for explicitly.
 
     Args:
         cpus: where threads that need not be here may run.
@@ -83,7 +78,7 @@ def _build(
     runtime: OffloadRuntime,
     cpus: set[int],
     daemon: Path | None,
-) -> Prediction:
+) -> RoutingHistory:
     shape = model_shape(layers)
     _refuse_unknown_rows(vllm_config)
     switch = Switch(partial(_log_end_of_prediction, runtime.counters))
@@ -100,23 +95,23 @@ def _build(
     learning = None
     if kept is not None and isinstance(predictor, HistoryPredictor):
         learning = LearningSupervisor(predictor, kept, vectors, cpus, _say)
-    anticipation = None if predictor is None else _look_ahead(predictor, layers, runtime, switch)
+    if predictor is not None:
+        _look_ahead(predictor, layers, runtime, switch)
     recorder = Recorder(shape, MOST_TOKENS if trace is None else None)
     history = RoutingHistory(recorder, trace, kept, predictor, learning, switch, cpus)
     stop_all = Switch(partial(_stop_all, runtime.counters, recorder, switch))
-    witness = Witness(recorder, history.request_ended, embed, anticipation, later=history.later, switch=stop_all)
+    runtime.tracer = RoutingTracer(recorder, history.request_ended, embed, history.later, stop_all)
     for number, (_, method) in enumerate(layers.values()):
-        method.witness, method.number = witness, number
-    model.register_forward_pre_hook(lambda module, arguments: witness.begin_pass())
-    return Prediction(witness, history)
+        method.traced = runtime, number
+    model.register_forward_pre_hook(lambda module, arguments: runtime.begin_pass())
+    return history
 
 
-def _look_ahead(
-    predictor: Predictor, layers: OffloadedLayers, runtime: OffloadRuntime, switch: Switch
-) -> Anticipation | None:
+def _look_ahead(predictor: Predictor, layers: OffloadedLayers, runtime: OffloadRuntime, switch: Switch) -> None:
     """Nothing is looked for ahead where everything is resident."""
     if all(method.pooled is None for _, method in layers.values()):
-        return None
+        return
+    keep_blas_on_one_thread()
     pooled = [runtime.layers[name] for name in layers]
     spans = [(layer.pool, layer.span) for layer in pooled]
     slots = SlotsAhead(spans, [_held(layer) for layer, _ in layers.values()], predictor.shape.experts)
@@ -125,7 +120,6 @@ def _look_ahead(
     in_the_way = load_seconds * min(1.0, CHUNK_BYTES / record)
     estimates = Estimates(load_seconds, layer_seconds=1e-3, chunk_seconds=in_the_way)
     runtime.anticipation = Anticipation(predictor, slots, estimates, time.perf_counter, runtime.counters, switch)
-    return runtime.anticipation
 
 
 def _log_end_of_prediction(counters: Counters, reason: str) -> None:

@@ -1,9 +1,7 @@
 """A loaded model and the runtime that serves its experts, as one worker holds them."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from vllm.logger import init_logger
 
@@ -23,7 +21,7 @@ from .placement import LoadedModel, ModelSlots
 from .report import ChunkReport, StatsReport
 
 if TYPE_CHECKING:
-    from .prediction import Prediction
+    from .history import RoutingHistory
 
 logger = init_logger("vllm.moe_offload")
 
@@ -51,9 +49,10 @@ class ServedModel:
         if self._resident:
             self._load_everything()
         mark_graph(self._vllm_config, self._resident, [pool.memory.slots for pool in self.runtime.pools])
-        self._step: _Step | None = None
+        self._step: tuple[StepBatch, StepFailures] | None = None
+        """The step whose forward pass is running."""
         self._closed = False
-        self._prediction = self._build_prediction(model, config, io_cpus)
+        self._history = self._build_prediction(model, config, io_cpus)
         self._report = StatsReport(self.runtime, "the drafter's " if drafts else "")
         self._chunks = ChunkReport(self.runtime.counters, self._vllm_config.scheduler_config.max_num_batched_tokens)
         if not model.store.direct:
@@ -76,20 +75,15 @@ class ServedModel:
         """Whether layers compute on slots that a daemon has promised to leave alone, without looking."""
         return self._daemon is not None and self._daemon.lease
 
-    def begin_step(self, model_runner: Any, scheduler_output: Any, failures: StepFailures) -> None:
-        """A step has been scheduled. Where it schedules no tokens, it only says which requests have ended."""
-        if self._prediction is not None:
-            self._prediction.witness.end_step()
-            self._prediction.witness.requests_ended(scheduler_output.finished_req_ids)
-        if scheduler_output.total_num_scheduled_tokens:
-            if self._prediction is not None:
-                self._prediction.witness.begin_step(StepBatch(model_runner, scheduler_output))
-            self._step = _Step(model_runner, scheduler_output.num_scheduled_tokens, failures)
+    def begin_step(self, batch: StepBatch, failures: StepFailures) -> None:
+        """A step has been scheduled. Where it has no tokens, it only says which requests have ended."""
+        if batch.tokens:
+            self._step = batch, failures
             if self._daemon is not None:
                 self._daemon.begin_step()
-            self.runtime.begin_step(scheduler_output.total_num_scheduled_tokens)
-            self._chunks.begin_step(scheduler_output.total_num_scheduled_tokens)
+            self._chunks.begin_step(batch.tokens)
             self._report.maybe_log()
+        self.runtime.begin_step(batch)
 
     def end_step(self) -> None:
         """The forward pass of the served model is over; passes of a drafter belong to the step that they follow."""
@@ -98,20 +92,21 @@ class ServedModel:
         self._chunks.end_step()
         step, self._step = self._step, None
         if step is not None and self._daemon is not None and self._daemon.lease_lost:
-            step.failures.add(step.scheduled, str(slots_taken_back()))
-        if self._prediction is not None:
-            self._prediction.witness.end_step()
+            batch, failures = step
+            failures.add(batch.scheduled, str(slots_taken_back()))
+        self.runtime.end_step()
 
     def close(self) -> None:
         """The worker ends: write what is to be kept, end the threads, let go of the store. Idempotent."""
         if self._closed:
             return
         self._closed = True
-        if self._prediction is not None:
-            self._prediction.witness.end_step()
-            self._prediction.witness.requests_ended(self._prediction.witness.recorder.running)
-            self._prediction.history.close()
-            self._prediction = None
+        self.runtime.end_step()
+        if self.runtime.tracer is not None:
+            self.runtime.end_requests(self.runtime.tracer.running)
+        if self._history is not None:
+            self._history.close()
+            self._history = None
         if self._daemon is not None:
             self._daemon.close()
         self.runtime.close()
@@ -130,8 +125,9 @@ class ServedModel:
                 self._set_aside(str(failure))
                 break
         if self._step is not None:
-            requests = self._step.scheduled if self.drafts else self._step.requests_of(rows)
-            self._step.failures.add(requests, str(failures[0]))
+            batch, step_failures = self._step
+            requests = batch.scheduled if self.drafts else batch.requests_of(rows)
+            step_failures.add(requests, str(failures[0]))
 
     def untouched_bytes(self) -> int:
         """Slot memory that has not been taken from the system yet by this process."""
@@ -149,7 +145,7 @@ class ServedModel:
             "expert_bytes": self._expert_bytes,
             "daemon_pid": 0 if self._daemon is None else self._daemon.daemon_pid,
             "failed_threads": len(failed_threads()),
-            **({} if self._prediction is None else self._prediction.history.stats()),
+            **({} if self._history is None else self._history.stats()),
         }
 
     def _load_everything(self) -> None:
@@ -169,7 +165,9 @@ class ServedModel:
         else:
             logger.error("moe-offload: store %s is damaged; the next start builds it again", store.path)
 
-    def _build_prediction(self, model: LoadedModel, config: OffloadConfig, io_cpus: set[int]) -> "Prediction | None":
+    def _build_prediction(
+        self, model: LoadedModel, config: OffloadConfig, io_cpus: set[int]
+    ) -> "RoutingHistory | None":
         if self._resident and config.predictor != "none":
             logger.info("moe-offload: every expert is resident: there is nothing to predict, and no history is kept")
             config = config.model_copy(update={"predictor": "none"})
@@ -196,23 +194,6 @@ class ServedModel:
             attach_slots(layer, method, memory, 0, memory.slots)
             method.pooled = (self.runtime, pooled)
             method.report_failures = self.report_failures
-
-
-class _Step(NamedTuple):
-    """The step whose forward pass is running."""
-
-    model_runner: Any
-    scheduled: Mapping[str, int]
-    """Tokens, by request."""
-    failures: StepFailures
-
-    def requests_of(self, rows: set[int]) -> list[str]:
-        """The requests that these rows of the batch belong to; all of the step where vLLM does not say."""
-        order = getattr(getattr(self.model_runner, "input_batch", None), "req_ids", None)
-        if order is None or set(order) != set(self.scheduled):
-            return list(self.scheduled)
-        owner = np.repeat(np.arange(len(order)), [self.scheduled[request] for request in order])
-        return [order[index] for index in sorted({int(owner[row]) for row in rows if row < len(owner)})]
 
 
 def mark_graph(vllm_config: Any, resident: bool, slots: list[int]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import seams
+from .batch import StepBatch
 from .void_blocks import forget_released, remember_released, spread_over_shared_blocks
 from .worker import WorkerOffload
 
@@ -29,9 +30,10 @@ def _run_step(execute_model: Callable[..., Any]) -> Callable[..., Any]:
         offload = offload_of(self)
         if offload is None:
             return execute_model(self, scheduler_output)
-        offload.begin_step(self.model_runner, scheduler_output)
+        batch = StepBatch(self.model_runner, scheduler_output)
+        offload.begin_step(batch)
         output = execute_model(self, scheduler_output)
-        if not scheduler_output.total_num_scheduled_tokens:
+        if not batch.tokens:
             return output
         offload.end_step()
         return output if output is None else offload.with_failures(output)  # a pooling model's

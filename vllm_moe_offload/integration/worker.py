@@ -10,6 +10,7 @@ from ..config import ENVIRONMENT_VARIABLE, OffloadConfig
 from ..errors import UnsupportedError
 from ..threads import processors_for_reading
 from . import seams
+from .batch import StepBatch
 from .engine_config import offload_config, only_environment_asks, switch_off
 from .failures import StepFailures, connect_ranks
 from .loading import WorkerLoading
@@ -135,12 +136,12 @@ class WorkerOffload:
                 failures.announce_late()
         self._log(len(worker.vllm_config.compilation_config.static_all_moe_layers), budget.reason)
 
-    def begin_step(self, model_runner: Any, scheduler_output: Any) -> None:
-        """A step has been scheduled. Where it schedules no tokens, it only says which requests have ended."""
-        if scheduler_output.total_num_scheduled_tokens:
-            self._failures.begin_step(scheduler_output.num_scheduled_tokens)
+    def begin_step(self, batch: StepBatch) -> None:
+        """A step has been scheduled. Where it has no tokens, it only says which requests have ended."""
+        if batch.tokens:
+            self._failures.begin_step(batch.scheduled)
         for model in self._models:
-            model.begin_step(model_runner, scheduler_output, self._failures)
+            model.begin_step(batch, self._failures)
 
     def end_step(self) -> None:
         """The forward pass of the served model is over."""

@@ -148,7 +148,7 @@ class Anticipation:
                 self._remember(state, part)
         self._step, self._num_rows = None, 0
 
-    def close(self, request: str) -> RequestState | None:
+    def end_request(self, request: str) -> RequestState | None:
         """A request has ended. Returns what was known of it."""
         return self._states.pop(request, None)
 

@@ -1,23 +1,24 @@
-"""One object that brings experts into slots for the forward pass, wherever the slots are kept.
+"""What a forward pass does with experts: it brings them into slots, wherever these are kept, and traces the routing.
 
-It cuts steps up so that they fit. It must never import vLLM or torch, and never yield a wave whose experts it does not
-hold.
+It cuts steps up so that they fit. It must never yield a wave whose experts it does not hold.
 """
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import LoadError
-from .observe import Counters, LoadReport
-from .prefetch.anticipation import Anticipation
-from .prefetch.waves import group_rows, order_arrivals, streams
-from .slots import Hold, SlotPool, Span
-from .store.layout import RecordLayout
-from .store.reader import Store
+from ..errors import LoadError
+from ..observe import Counters, LoadReport
+from ..prefetch.anticipation import Anticipation
+from ..prefetch.waves import group_rows, order_arrivals, streams
+from ..slots import Hold, SlotPool, Span
+from ..store.layout import RecordLayout
+from ..store.reader import Store
+from ..trace.recorder import routing_shares
+from .tracer import Batch, RoutingTracer
 
 SPLIT_SECONDS = 2e-3
 """Loads of a layer that take less are waited for together: up to two more kernel calls cost about a millisecond."""
@@ -87,8 +88,13 @@ class OffloadRuntime:
         self.pools = list(pools.values())
         self.layers: dict[str, PooledLayer] = {}
         self.counters = counters
+        self.tracer: RoutingTracer | None = None
         self.anticipation: Anticipation | None = None
-        """Whoever looks ahead, if anyone: told what became of its guesses, asked for more before a layer computes."""
+        """Looks ahead, in steps that are traced."""
+        self._batch: Batch | None = None
+        """Of a step whose forward pass has not started yet."""
+        self._num_rows = 0
+        """Of the running pass, where it is traced."""
         self._following: dict[str, PooledLayer] = {}
         self._failures: list[LoadError] = []
         self._failed_rows: set[int] = set()
@@ -112,12 +118,65 @@ class OffloadRuntime:
         """Slots that may be occupied."""
         return sum(pool.capacity for pool in self.pools)
 
-    def begin_step(self, tokens: int) -> None:
-        """A forward pass over so many scheduled tokens starts."""
+    def begin_step(self, batch: Batch) -> None:
+        """A step has been scheduled. Its forward pass follows, unless it has no tokens.
+
+        In this order: the step before ends, where it was left without saying so; requests leave that have ended; pools
+        begin the step. When its pass starts, the tracer begins it, and then whoever looks ahead.
+        """
+        self.end_step()
+        self.end_requests(batch.ended)
+        if not batch.tokens:
+            return
+        self._batch = batch
         self.counters.steps += 1
-        self.counters.tokens += tokens
+        self.counters.tokens += batch.tokens
         for pool in self.pools:
             self._note(pool.begin_step())
+
+    def begin_pass(self) -> None:
+        """The forward pass starts, its batch is put together. Without effect outside of a step, or the second time."""
+        batch, self._batch = self._batch, None
+        if batch is None or self.tracer is None:
+            return
+        rows = self.tracer.begin_step(batch)
+        if not rows:
+            return
+        self._num_rows = sum(len(part.tokens) for part in rows)
+        if self.anticipation is not None:
+            self.anticipation.begin_step(rows, self.tracer.embeddings)
+
+    def observe(self, layer: int, experts: NDArray[np.integer], weights: NDArray[np.floating]) -> None:
+        """The router of a layer has chosen, whose experts are going to be asked for.
+
+        Args:
+            layer: counted in the order in which they run.
+            experts: ``[rows or more, K]``, in the model's numbers; rows beyond those of the step are padding.
+            weights: likewise.
+        """
+        if self._batch is not None:
+            self.begin_pass()
+        rows = self._num_rows
+        if not rows or self.tracer is None:
+            return
+        experts, weights = experts[:rows], weights[:rows]
+        self.tracer.observe(layer, experts, weights)
+        if self.anticipation is not None and self.anticipation.looks_ahead:
+            self.anticipation.observe(layer, experts, routing_shares(weights))
+
+    def end_step(self) -> None:
+        """The forward pass is over. Without effect where none has begun."""
+        self._batch, self._num_rows = None, 0
+        maps = None if self.tracer is None else self.tracer.end_step()
+        if maps is not None and self.anticipation is not None:
+            self.anticipation.end_step(maps)
+
+    def end_requests(self, requests: Iterable[str]) -> None:
+        """Requests have finished or were aborted."""
+        for request in requests:
+            state = None if self.anticipation is None else self.anticipation.end_request(request)
+            if self.tracer is not None:
+                self.tracer.end_request(request, state)
 
     def load_everything(self) -> None:
         """Fill every slot: expert ``i`` of a pool goes to its slot ``i`` for good. For budgets that hold all experts.

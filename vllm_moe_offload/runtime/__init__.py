@@ -1,0 +1,9 @@
+"""A forward pass as this plugin sees it: its experts come into slots, and what it routed to is traced.
+
+It must never import vLLM or torch.
+"""
+
+from .runtime import OffloadRuntime, PooledLayer, Wave, Waves
+from .tracer import Batch, RoutingTracer
+
+__all__ = ["Batch", "OffloadRuntime", "PooledLayer", "RoutingTracer", "Wave", "Waves"]
