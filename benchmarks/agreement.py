@@ -88,7 +88,7 @@ def trained_predictor(warm: Path, model: Path, trace: Trace) -> Predictor:
     return predictor
 
 
-def thinking_seconds(predictor: Predictor, trace: Trace, tokens: int = 200) -> float:
+def predictor_seconds(predictor: Predictor, trace: Trace, tokens: int = 200) -> float:
     """Seconds to tell a predictor of one layer and to ask about the next, caches as cold as after a layer."""
     request = trace.request(0)
     state, others = predictor.start_request(), np.ones(LAYER_BYTES // 4, np.float32)
@@ -165,9 +165,9 @@ def compare(options: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]]
     comparison.measure()
     comparison.show()
     predictor = trained_predictor(options.warm, options.model, trace)
-    thinking = thinking_seconds(predictor, trace)
-    hardware = replace(hardware_profile(str(options.hardware)), thinking_seconds=thinking)
-    console.print(f"asking the predictor about one layer: {1e6 * thinking:.0f} microseconds")
+    seconds = predictor_seconds(predictor, trace)
+    hardware = replace(hardware_profile(str(options.hardware)), predictor_seconds=seconds)
+    console.print(f"asking the predictor about one layer: {1e6 * seconds:.0f} microseconds")
     prediction, perfect = forecast(predictor, trace, DISTANCES), perfect_forecast(trace, DISTANCES)
     results: dict[str, dict[str, dict[str, Any]]] = {}
     rounds = comparison.rounds[options.batch]

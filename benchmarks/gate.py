@@ -44,7 +44,7 @@ class GateScore:
         self.accuracy = Accuracy(self.shape.layers, self.shape.top_k, DISTANCES)
         self._observe, self._runtime.observe = self._runtime.observe, self.observe
         self._hidden = np.empty(0)
-        self._runtime.anticipation.begin_step = lambda *rows: None
+        self._runtime.prefetcher.begin_step = lambda *rows: None
         for module in model.modules():
             if isinstance(method := getattr(module, "quant_method", None), OffloadedMoEMethod):
                 method.show = self._show

@@ -1,6 +1,6 @@
 """Whether prediction stops where it loses and goes on where it gains: the policy on simulated, adversarial steps.
 
-Needs neither a model nor time: the steps' lengths are drawn, the policy (vllm_moe_offload/prefetch/trials.py) decides.
+Needs neither a model nor time: the steps' lengths are drawn; the policy, `prefetch/governor.py`, decides.
 Every scenario says what predicting a step costs or gains, and what it costs later steps. Printed are the share of
 steps predicted, what prediction lost (above zero) or gained of all time, and the largest loss over any 10,000
 consecutive steps. The same seeds give the same numbers.
@@ -19,12 +19,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from vllm_moe_offload.prefetch.trials import Trials
+from vllm_moe_offload.prefetch.governor import PredictionGovernor
 
 WINDOW = 10_000
 STEP = 0.02
 """Seconds of a step that nothing disturbs."""
-THINKING = 0.0005
+PREDICTOR_SECONDS = 0.0005
 STALLS = 0.5
 """Of a step that is left alone."""
 
@@ -49,7 +49,7 @@ class World:
     """How long steps take."""
 
     effect: Course = NOTHING
-    """What predicting adds to a step, thinking included, as a share of its length; below zero it gains."""
+    """What predicting adds to a step, prediction included, as a share of its length; below zero it gains."""
     later: Course = NOTHING
     """What predicting a step adds to later ones, all together, as a share of its length."""
     steps_later: float = 10.0
@@ -63,7 +63,7 @@ class World:
     pause_every: float = math.inf
     """Steps from one pause of the whole process to the next, in the mean."""
     pause_seconds: float = 60.0
-    pauses_in_thinking: bool = False
+    pauses_in_predictor: bool = False
     """All pauses fall into the time that predicting takes; otherwise they fall anywhere."""
     kinds: int = 1
     """Kinds of steps, each twice as long as the one before, that come at random."""
@@ -90,9 +90,9 @@ class Served(NamedTuple):
         return float(((lost[width:] - lost[:-width]) / (without[width:] - without[:-width])).max())
 
 
-def serve(world: World, steps: int, seed: int, trials: Trials | None = None) -> Served:
-    """Serve so many steps, predicting in those that ``trials`` says."""
-    trials = Trials(seed) if trials is None else trials
+def serve(world: World, steps: int, seed: int, governor: PredictionGovernor | None = None) -> Served:
+    """Serve so many steps, predicting in those that ``governor`` says."""
+    governor = PredictionGovernor(seed) if governor is None else governor
     draw = random.Random(seed)
     predicted, lost, without = np.zeros(steps, bool), np.zeros(steps), np.zeros(steps)
     state = owed = 0.0
@@ -101,15 +101,15 @@ def serve(world: World, steps: int, seed: int, trials: Trials | None = None) -> 
         kind = draw.randrange(world.kinds)
         usual = STEP * 2**kind * world.level(step)
         alone = usual * math.exp(world.noise * state - world.noise**2 / 2)
-        predicts = trials.begin_step(kind)
+        predicts = governor.begin_step(kind)
         paid = owed / world.steps_later
         owed += (world.later(step) * usual if predicts else 0.0) - paid
         extra = paid + (world.effect(step) * usual if predicts else 0.0)
-        may_pause = predicts or not world.pauses_in_thinking
+        may_pause = predicts or not world.pauses_in_predictor
         pause = world.pause_seconds if may_pause and draw.random() * world.pause_every < 1 else 0.0
         seconds = max(alone + extra, 0.1 * alone)
-        thinking = THINKING + (pause if world.pauses_in_thinking else 0.0) if predicts else None
-        trials.end_step(seconds + pause, STALLS * alone, thinking)
+        predictor_seconds = PREDICTOR_SECONDS + (pause if world.pauses_in_predictor else 0.0) if predicts else None
+        governor.end_step(seconds + pause, STALLS * alone, predictor_seconds)
         predicted[step], lost[step], without[step] = predicts, seconds - alone, alone
     return Served(predicted, lost, without)
 
@@ -132,9 +132,9 @@ SCENARIOS: dict[str, World] = {
     "-20 % in the step, 5 % in the next 30": World(always(-0.2), always(0.05), 30),
     "a pause of 60 s every 2,000 steps, +10 %": World(always(0.1), pause_every=2000),
     "a pause of 60 s every 2,000 steps, -10 %": World(always(-0.1), pause_every=2000),
-    "the same while predicting, -10 %": World(always(-0.1), pause_every=2000, pauses_in_thinking=True),
+    "the same while predicting, -10 %": World(always(-0.1), pause_every=2000, pauses_in_predictor=True),
     "a hiccup of 0.1 s every 200 steps while predicting, -10 %": World(
-        always(-0.1), pause_every=200, pause_seconds=0.1, pauses_in_thinking=True
+        always(-0.1), pause_every=200, pause_seconds=0.1, pauses_in_predictor=True
     ),
     "useless and useful, 15,000 steps each (+20 %, -20 %)": World(switching(0.2, -0.2, 15_000)),
     "useful and useless, 2,000 steps each (-20 %, +20 %)": World(switching(-0.2, 0.2, 2000)),

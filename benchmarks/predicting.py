@@ -27,8 +27,8 @@ from vllm_moe_offload.predict.history import HistoryPredictor
 from vllm_moe_offload.predict.network import NetworkSize, Parameters
 from vllm_moe_offload.predict.registry import predictor_for_replay
 from vllm_moe_offload.predict.token_vectors import ModelVectors
-from vllm_moe_offload.prefetch.anticipation import Anticipation
-from vllm_moe_offload.prefetch.estimates import Estimates
+from vllm_moe_offload.prefetch.planner import Estimates
+from vllm_moe_offload.prefetch.prefetcher import Prefetcher, PrefetchLayer
 from vllm_moe_offload.runtime import Batch, OffloadRuntime, RoutingTracer
 from vllm_moe_offload.trace.history import HistoryStore
 from vllm_moe_offload.trace.recorder import Recorder, ScheduledTokens
@@ -56,16 +56,22 @@ class Slots:
     def next_step(self, number: int) -> None:
         self._now = self._absent[number % len(self._absent)]
 
-    def absent(self, layer: int) -> NDArray[np.bool_]:
-        return self._now[layer]
+    @property
+    def layers(self) -> list[PrefetchLayer]:
+        number, experts = self._expected.shape
+        spans = [range(layer * experts, (layer + 1) * experts) for layer in range(number)]
+        return [PrefetchLayer(self, span, None, experts) for span in spans]
 
-    def expect(self, layer: int, probabilities: NDArray[np.float32]) -> None:
-        self._expected[layer] = probabilities
+    def enable_predictions(self) -> None:
+        pass
 
-    def passed(self, layer: int) -> None:
-        self._expected[layer] = 0
+    def absent(self, layer: range) -> NDArray[np.bool_]:
+        return self._now[layer.start // len(layer)]
 
-    def prefetch(self, layer: int, experts: NDArray[np.int64]) -> LoadReport:
+    def expect(self, layer: range, probabilities: NDArray[np.float32] | float) -> None:
+        self._expected[layer.start // len(layer)] = probabilities
+
+    def prefetch(self, layer: range, experts: NDArray[np.int64]) -> LoadReport:
         self.guesses += len(experts)
         return LoadReport(started=len(experts))
 
@@ -138,15 +144,15 @@ class Bench:
     def __init__(self, shape: ModelShape, predictor: Predictor | None, absent: float):
         self.shape = shape
         self.slots = Slots(shape, absent)
-        self.anticipation = None
+        self.prefetcher = None
         if predictor is not None:
             estimates = Estimates(load_seconds=1e-3, layer_seconds=1e-3, chunk_seconds=1e-3)
-            # by a clock that stands still thinking costs nothing, so nothing silences it for good
-            self.anticipation = Anticipation(predictor, self.slots, estimates, lambda: 0.0, Counters())
+            # by a clock that stands still prediction takes no time, so nothing disables it for good
+            self.prefetcher = Prefetcher(predictor, self.slots.layers, estimates, lambda: 0.0, Counters())
         closed = (lambda trace, state: predictor.end_request(state, trace)) if predictor else lambda trace, state: None
         self.runtime = OffloadRuntime(NO_STORE, {None: NO_POOL}, Counters())
         self.runtime.tracer = RoutingTracer(Recorder(shape, 4096), closed, None)
-        self.runtime.anticipation = self.anticipation
+        self.runtime.prefetcher = self.prefetcher
         draw = np.random.default_rng(4)
         self._tokens = draw.integers(0, VOCABULARY, 4096).astype(np.int32)
         choices = draw.random((256, shape.experts), np.float32).argpartition(-shape.top_k, axis=1)
@@ -175,7 +181,7 @@ class Bench:
         rows = [ScheduledTokens(str(r), PROMPT + step, tokens[r : r + 1], PROMPT) for r in range(batch)]
         self.runtime.begin_step(OneToken(rows))
         begin = _seconds(self.runtime.begin_pass)
-        predicted = self.anticipation is not None and self.anticipation.looks_ahead
+        predicted = self.prefetcher is not None and self.prefetcher.predicts
         routed = look_ahead = 0.0
         for layer in range(self.shape.layers):
             first = (7 * step + 3 * layer) % (256 - batch)
@@ -183,8 +189,8 @@ class Bench:
             began = time.perf_counter()
             self.runtime.observe(layer, experts, weights)
             between = time.perf_counter()
-            if self.anticipation is not None:
-                self.anticipation.look_ahead()
+            if self.prefetcher is not None:
+                self.prefetcher.look_ahead()
             routed, look_ahead = routed + between - began, look_ahead + time.perf_counter() - between
         end = _seconds(self.runtime.end_step)
         layers = self.shape.layers

@@ -27,7 +27,7 @@ worlds = st.builds(
     noise=st.floats(0.0, 0.4),
     pause_every=st.one_of(st.just(float("inf")), st.floats(100, 20_000)),
     pause_seconds=st.floats(0.05, 100),
-    pauses_in_thinking=st.booleans(),
+    pauses_in_predictor=st.booleans(),
     kinds=st.integers(1, 4),
 )
 
@@ -66,8 +66,8 @@ def test_a_predictor_that_recovers_predicts_again_and_one_that_fails_stops() -> 
 def test_pauses_change_no_decision(effect: float) -> None:
     undisturbed = World(always(effect))
     expected = serve(undisturbed, 30_000, seed=4).predicted.mean()
-    for in_thinking in (False, True):
-        world = dataclasses.replace(undisturbed, pause_every=1000, pauses_in_thinking=in_thinking)
+    for in_predictor in (False, True):
+        world = dataclasses.replace(undisturbed, pause_every=1000, pauses_in_predictor=in_predictor)
         assert abs(serve(world, 30_000, seed=4).predicted.mean() - expected) < 0.06
 
 

@@ -44,7 +44,7 @@ class Reader:
         self.client = DaemonClient(socket, request, self.store, "lfu", None, self.counters, self.said.append)
         self.runtime = OffloadRuntime(self.store, self.client.pools, self.counters)
         for pool in self.runtime.pools:
-            pool.foresee()
+            pool.enable_predictions()
         self._preference = {layer.name: self.random.random(layer.experts) for layer in self.runtime.layers.values()}
 
     def step(self) -> None:

@@ -30,10 +30,10 @@ def allow_amx() -> None:
 
 
 def run_predicting(job: dict[str, Any]) -> dict[str, Any]:
-    """As ``run``; predicts in every step if the job says so: too few steps for trials to tell what pays."""
-    from vllm_moe_offload.prefetch.trials import Trials
+    """As ``run``; predicts in every step if the job says so: too few steps for the governor to tell what pays."""
+    from vllm_moe_offload.prefetch.governor import PredictionGovernor
 
-    with patch.object(Trials, "begin_step", lambda *_: True) if job.get("every_step") else nullcontext():
+    with patch.object(PredictionGovernor, "begin_step", lambda *_: True) if job.get("every_step") else nullcontext():
         return run(job)
 
 

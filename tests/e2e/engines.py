@@ -35,7 +35,7 @@ class EngineServer:
         """Start an engine, generate every round greedily, return tokens and logprobs (and the plugin's counters).
 
         Args:
-            every_step: predict in every step, whatever the trials of prediction decide by the clock.
+            every_step: predict in every step, whatever the governor of prediction decides by the clock.
         """
         if self._process is None:
             self._process = subprocess.Popen(

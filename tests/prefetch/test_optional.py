@@ -10,20 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tests.prefetch.test_anticipation import SHAPE, Oracle, OracleStep, Slots, decode_row, estimates
+from tests.prefetch.test_prefetcher import SHAPE, Oracle, OracleStep, Slots, decode_row, estimates
 from tests.runtime.record_stores import ODD, RecordStore, build_store
 from tests.runtime.test_runtime_serves import runtime_of
 from vllm_moe_offload.observe import Counters, LoadReport
 from vllm_moe_offload.predict.base import Probabilities, RequestState, Step, TokenContext
-from vllm_moe_offload.prefetch.anticipation import Anticipation
 from vllm_moe_offload.prefetch.optional import Switch
+from vllm_moe_offload.prefetch.prefetcher import Prefetcher
 from vllm_moe_offload.runtime import Batch, RoutingTracer
 from vllm_moe_offload.trace.recorder import Recorder, ScheduledTokens
 from vllm_moe_offload.trace.trace import Trace
 
 Failing = Callable[[str], None]
 CALLS = ("predictor.start_request", "predictor.begin", "step.observe", "step.predict")
-CALLS += ("absent", "expect", "passed", "prefetch", "queued", "clock")
+CALLS += ("absent", "expect", "prefetch", "queued", "clock")
 TRACED = ("batch.rows", "batch.prompt", "embed", "recorder.note", "recorder.end_step")
 
 
@@ -55,11 +55,11 @@ class RaisingStep(OracleStep):
 
 
 class RaisingSlots(Slots):
-    """A residency every method of which enters before it answers."""
+    """A pool every method of which enters before it answers."""
 
     def __init__(self, clock: list[float], enter: Failing):
         super().__init__(clock)
-        for name in ("absent", "expect", "passed", "prefetch", "queued"):
+        for name in ("absent", "expect", "prefetch", "queued"):
             setattr(self, name, self._entering(name, getattr(self, name), enter))
 
     @staticmethod
@@ -108,11 +108,11 @@ class Worker:
         self.traces: list[Trace] = []
         self.now = [0.0]
         self.slots = RaisingSlots(self.now, self.enter)
-        self.anticipation = Anticipation(
-            Raising(self.enter), self.slots, estimates(), self.clock, Counters(), Switch(self.reports.append)
+        self.prefetcher = Prefetcher(
+            Raising(self.enter), self.slots.layers, estimates(), self.clock, Counters(), Switch(self.reports.append)
         )
-        trials = self.anticipation._trials
-        trials.begin_step = lambda *_: True  # type: ignore[method-assign]  # whether it pays is not asked
+        governor = self.prefetcher._governor
+        governor.begin_step = lambda *_: True  # type: ignore[method-assign]  # whether it pays is not asked
         self.tracer = RoutingTracer(
             RaisingRecorder(self.enter),
             lambda trace, state: self.traces.append(trace),
@@ -120,7 +120,7 @@ class Worker:
             switch=Switch(self.reports.append),
         )
         self.runtime = runtime_of(made, {ODD: SHAPE.layers * SHAPE.experts}, "lfu")
-        self.runtime.tracer, self.runtime.anticipation = self.tracer, self.anticipation
+        self.runtime.tracer, self.runtime.prefetcher = self.tracer, self.prefetcher
 
     def enter(self, where: str) -> None:
         if where == self.where:
@@ -142,9 +142,9 @@ class Worker:
             self.runtime.begin_step(OneToken(self.enter, position))
             for layer in range(SHAPE.layers):
                 self.runtime.observe(layer, np.array([[0, 1]], np.int32), np.full((1, 2), 0.5, np.float32))
-                self.anticipation.note(LoadReport(waited=1e-3, demanded=1, demand_seconds=1e-3))
-                self.anticipation.look_ahead()
-                self.anticipation.note(LoadReport(useful=1))
+                self.prefetcher.note(LoadReport(waited=1e-3, demanded=1, demand_seconds=1e-3))
+                self.prefetcher.look_ahead()
+                self.prefetcher.note(LoadReport(useful=1))
             self.runtime.end_step()
         self.runtime.end_requests(["a"])
 
@@ -170,7 +170,7 @@ def test_whatever_raises_first_is_reported_once_and_called_no_more(
     assert len(worker.reports) == raised
     assert all(report.startswith(f"{error.__name__}: on purpose (test_optional.py:") for report in worker.reports)
     assert worker.left in (0, *range(1, 7)), "it was called again after it had raised"
-    assert worker.anticipation.switch.off == (raised and where in CALLS)
+    assert worker.prefetcher.switch.off == (raised and where in CALLS)
     assert worker.tracer.switch.off == (raised and where in TRACED)
     if where in CALLS:
         (trace,) = worker.traces

@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_moe_offload.observe import LoadReport
-from vllm_moe_offload.prefetch.estimates import Estimates
-from vllm_moe_offload.prefetch.planner import Outlook, Phase, Planner
+from vllm_moe_offload.prefetch.planner import Estimates, Outlook, Phase, Planner
 
 
 def planner(load=1.0, layer=2.0, chunk=0.0, busy=0.5, demands=0.0) -> Planner:
@@ -130,7 +129,7 @@ def lose(which: Planner, steps: int = 4000) -> list[int]:
 
 @pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
 def test_after_losses_it_tries_again_and_admits_again(machine: Estimates):
-    """With chunks in the way of demands, as on every machine: no caution may keep what is certain out for good."""
+    """With chunks in the way of demands, as on every machine: no backoff may keep what is certain out for good."""
     which = Planner(dataclasses.replace(machine))
     before = len(which.plan(Phase.DECODE, outlook([1.0] * 8, ahead=2), 0.0))
     admitted = lose(which)
@@ -149,7 +148,7 @@ def test_after_losses_it_tries_again_and_admits_again(machine: Estimates):
     st.integers(0, 64 * 8),
 )
 def test_caution_never_forbids_what_speeds_allow(estimates: Estimates, queue: float, ahead: int, wasted: int):
-    """What is nearly certain and would be admitted without any caution is admitted with the most of it."""
+    """What is nearly certain and would be admitted without any backoff is admitted with the most of it."""
     which, nearly = Planner(estimates), outlook([0.96], ahead=ahead)
     allowed = which.plan(Phase.DECODE, nearly, queue).tolist()
     for _ in range(wasted):
@@ -163,7 +162,7 @@ def test_a_prefetch_that_was_waited_for_as_long_as_a_load_has_saved_nothing():
     for _ in range(32):
         which.note(Phase.DECODE, LoadReport(late=1, late_seconds=1.0))
         which.note(Phase.DECODE, LoadReport(wasted=1))
-    assert planned(which, [0.45]) == [], "caution has grown"
+    assert planned(which, [0.45]) == [], "backoff has grown"
     which = planner(layer=10)
     for _ in range(32):
         which.note(Phase.DECODE, LoadReport(late=1, late_seconds=0.0))

@@ -117,7 +117,7 @@ class Raise:
 
 def checked_runtime(made: RecordStore, slots: int, seed: int) -> Checked:
     checked = Checked(made, {ODD: slots}, "lfu")
-    checked.runtime.anticipation = Guesser(checked.runtime, seed)  # type: ignore[assignment]
+    checked.runtime.prefetcher = Guesser(checked.runtime, seed)  # type: ignore[assignment]
     return checked
 
 
@@ -145,7 +145,7 @@ def test_an_exception_at_any_line(
     checked = checked_runtime(made, slots, seed)
     with suppress(error), at_every_line(Raise(error, 1 + int(share * lines[slots]))):
         run(checked)
-    checked.runtime.anticipation = None
+    checked.runtime.prefetcher = None
     check_as_if_nothing_had_happened(checked)
     checked.runtime.close()
 

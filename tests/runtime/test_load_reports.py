@@ -144,7 +144,7 @@ def test_reports_add_up_to_what_cache_and_loader_did(
     made: RecordStore, slots: int, policy: str, rows: list[int], split_seconds: float, left_early: bool, seed: int
 ) -> None:
     runtime = runtime_of(made, {ODD: slots}, policy)
-    runtime.anticipation = Guesses(runtime, seed)  # type: ignore[assignment]
+    runtime.prefetcher = Guesses(runtime, seed)  # type: ignore[assignment]
     (pool,) = runtime.pools
     assert isinstance(pool, EmbeddedPool)
     audit, random = Audit(pool), np.random.default_rng(seed)

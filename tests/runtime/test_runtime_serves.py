@@ -243,7 +243,7 @@ def test_a_budget_for_everything_loads_every_expert_into_its_own_slot(
 
 
 class Guesser:
-    """In place of an anticipation: has anything at all loaded, and adds up the reports of it."""
+    """In place of a prefetcher: has anything at all loaded, and adds up the reports of it."""
 
     def __init__(self, runtime: OffloadRuntime, seed: int):
         self.runtime = runtime
@@ -269,7 +269,7 @@ def test_guesses_do_not_show_in_what_a_wave_finds(stores: dict[str, RecordStore]
     made = stores[script.model]
     checked = Checked(made, script.slots, script.policy)
     guesser = Guesser(checked.runtime, script.seed)
-    checked.runtime.anticipation = guesser  # type: ignore[assignment]
+    checked.runtime.prefetcher = guesser  # type: ignore[assignment]
     try:
         for layer, expert in script.damaged:
             made.flip(layer, expert)
@@ -286,7 +286,7 @@ def test_guesses_do_not_show_in_what_a_wave_finds(stores: dict[str, RecordStore]
     told = (counters.prefetch_useful, counters.prefetch_late, counters.prefetch_wasted)
     assert told == (guesser.reports.useful, guesser.reports.late, guesser.reports.wasted)
     assert sum(told) <= counters.prefetches
-    checked.runtime.anticipation = None
+    checked.runtime.prefetcher = None
     checked.damaged = set()
     checked.check_contents()
     checked.runtime.close()

@@ -3,10 +3,14 @@
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import ConfigError
 from ..extensions import failure, is_reference, load_class
 from .base import EvictionPolicy, FloatArray, IntArray
+
+_PREDICTION_WEIGHT = 2.0
+"""A certain use ahead outweighs any rank; a probability of one half is worth the whole ranking."""
 
 
 class LeastRecentlyUsed(EvictionPolicy):
@@ -81,6 +85,39 @@ class LeastStale(EvictionPolicy):
         current = self._touched_in[experts] == self._step
         age_within_layer = self._loaded_at[experts] / (self._loads + 1)
         return current * layers + self._layer_of[experts] + age_within_layer
+
+
+class PredictionAwarePolicy(EvictionPolicy):
+    """Wraps any policy: what it would keep longest is kept, unless predictions of the running step say otherwise.
+
+    Ranks experts by the wrapped policy (0 to 1) and adds what ``expected`` says of the layers ahead.
+    """
+
+    def __init__(self, policy: EvictionPolicy, num_experts: int):
+        self._policy = policy
+        self._ranks = np.arange(num_experts)
+        self.expected: NDArray[np.float32] = np.zeros(num_experts, np.float32)
+        """Per flat id, the probability that the running step will still use it. Written by whoever predicts."""
+
+    def begin_step(self) -> None:
+        self.expected[:] = 0
+        self._policy.begin_step()
+
+    def use(self, experts: IntArray) -> None:
+        self._policy.use(experts)
+
+    def load(self, experts: IntArray) -> None:
+        self._policy.load(experts)
+
+    def keep_scores(self, experts: IntArray) -> FloatArray:
+        worth = self._policy.keep_scores(experts)
+        if not self.expected.any():
+            return worth
+        scores = np.empty(len(experts))
+        scores[worth.argsort(kind="stable")] = self._ranks[: len(experts)]
+        scores /= max(1, len(experts))
+        scores += _PREDICTION_WEIGHT * self.expected[experts]
+        return scores
 
 
 _POLICIES: dict[str, Callable[[IntArray], EvictionPolicy]] = {

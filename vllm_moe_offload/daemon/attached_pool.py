@@ -72,7 +72,7 @@ class AttachedPool(SlotPool):
         self._check_attached()
         self._expected = table.expected[worker]
         self._shown = table.counters[worker]
-        self._foresees = False
+        self._predictions_enabled = False
         self._tickets = tickets
         self._speculative = SpeculativeLoads()
         self._asked: set[int] = set()
@@ -94,7 +94,7 @@ class AttachedPool(SlotPool):
         self._asked.clear()
         if self._number == 0:
             self._show_counters()
-        if not self._foresees:
+        if not self._predictions_enabled:
             return NOTHING
         self._expected[:] = 0
         return self._look_back() if self._steps % _STEPS_BETWEEN_LOOKS_BACK == 0 else NOTHING
@@ -160,8 +160,8 @@ class AttachedPool(SlotPool):
                 absent[expert - layer.start] = False
         return absent
 
-    def foresee(self) -> None:
-        self._foresees = True
+    def enable_predictions(self) -> None:
+        self._predictions_enabled = True
 
     def expect(self, layer: Span, probabilities: NDArray[np.float32] | float) -> None:
         self._expected[layer.start : layer.stop] = probabilities
@@ -213,7 +213,7 @@ class AttachedPool(SlotPool):
 
     def _used(self, experts: IntArray, slots: NDArray[np.int32], waited: float) -> LoadReport:
         """``slots``: where the experts were when they were asked for. Guesses that were not there yet were late."""
-        if not self._foresees:
+        if not self._predictions_enabled:
             return NOTHING
         late = self._speculative.use(experts[slots == ABSENT])
         useful = self._speculative.use(experts)

@@ -24,7 +24,7 @@ from .hosted_load import HostedLoad, PoolCounters, Supply
 from .pins import WorkerPins
 from .placement import Placement
 from .reclaim import SlotReclaimer
-from .shared_policy import SharedForesight
+from .shared_policy import SharedPredictions
 from .table import ResidencyTable
 from .under_way import UnderWay
 
@@ -60,7 +60,7 @@ class HostedPool:
         self.lock = threading.Lock()
         self.arena = Arena.create(f"{name} experts", layout, self.experts)
         self.table = ResidencyTable.create(f"{name} table", self.experts)
-        self._policy = SharedForesight(create_policy(policy, members.layer_of), self.table)
+        self._policy = SharedPredictions(create_policy(policy, members.layer_of), self.table)
         self.cache = ExpertCache(members.layer_of, self.experts, self._policy, at_home=True)
         self.reclaimer = SlotReclaimer(self.cache, self.arena, self.table)
         self._turn = threading.Condition(self.lock)

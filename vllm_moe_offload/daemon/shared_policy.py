@@ -6,11 +6,11 @@ import numpy as np
 
 from ..cache import EvictionPolicy
 from ..cache.base import FloatArray, IntArray
-from ..prefetch.foresight import ForesightPolicy
+from ..cache.policies import PredictionAwarePolicy
 from .table import ResidencyTable
 
 
-class SharedForesight(ForesightPolicy):
+class SharedPredictions(PredictionAwarePolicy):
     """Takes for each expert the most that any of ``workers`` has written to its row of the table."""
 
     def __init__(self, policy: EvictionPolicy, table: ResidencyTable):

@@ -33,7 +33,7 @@ class SurvivingPool(SlotPool):
         self.experts = behind.experts
         self.behind = behind
         self._fail_over = fail_over
-        self._foresees = False
+        self._predictions_enabled = False
 
     def share(self, fd: int, behind: SlotPool) -> None:
         """Show the memory of a daemon, from which ``behind`` serves. Takes ``fd`` over. Nothing may be held.
@@ -53,8 +53,8 @@ class SurvivingPool(SlotPool):
 
     def _exchange(self, behind: SlotPool) -> None:
         self.behind = behind
-        if self._foresees:
-            behind.foresee()
+        if self._predictions_enabled:
+            behind.enable_predictions()
 
     @property
     def capacity(self) -> int:
@@ -110,9 +110,9 @@ class SurvivingPool(SlotPool):
     def absent(self, layer: Span) -> NDArray[np.bool_]:
         return self.behind.absent(layer)
 
-    def foresee(self) -> None:
-        self._foresees = True
-        self.behind.foresee()
+    def enable_predictions(self) -> None:
+        self._predictions_enabled = True
+        self.behind.enable_predictions()
 
     def expect(self, layer: Span, probabilities: NDArray[np.float32] | float) -> None:
         self.behind.expect(layer, probabilities)

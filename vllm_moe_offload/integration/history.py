@@ -1,6 +1,6 @@
 """What one worker keeps of its requests: the history of its model, and the trace it was asked for.
 
-Settings and ranks decide here who reads and writes what; the files themselves are the matter of chronicle/. Nothing
+Settings and ranks decide here who reads and writes what; the files themselves are the matter of trace/. Nothing
 here may end an engine that serves.
 """
 

@@ -19,12 +19,11 @@ from ..predict.gate import GatePredictor
 from ..predict.history import HistoryPredictor
 from ..predict.registry import predictor_for_engine
 from ..predict.token_vectors import ModelVectors
-from ..prefetch.anticipation import Anticipation
-from ..prefetch.estimates import Estimates
 from ..prefetch.loader import CHUNK_BYTES
 from ..prefetch.optional import Switch
+from ..prefetch.planner import Estimates
+from ..prefetch.prefetcher import Prefetcher, PrefetchLayer
 from ..runtime import OffloadRuntime, RoutingTracer
-from ..slots.looking_ahead import SlotsAhead
 from ..threads import keep_blas_on_one_thread
 from ..trace.recorder import Recorder
 from . import seams
@@ -96,7 +95,7 @@ def _build(
     if kept is not None and isinstance(predictor, HistoryPredictor):
         learning = LearningSupervisor(predictor, kept, vectors, cpus, _say)
     if predictor is not None:
-        _look_ahead(predictor, layers, runtime, switch)
+        _prefetch(predictor, layers, runtime, switch)
     recorder = Recorder(shape, MOST_TOKENS if trace is None else None)
     history = RoutingHistory(recorder, trace, kept, predictor, learning, switch, cpus)
     stop_all = Switch(partial(_stop_all, runtime.counters, recorder, switch))
@@ -107,19 +106,21 @@ def _build(
     return history
 
 
-def _look_ahead(predictor: Predictor, layers: OffloadedLayers, runtime: OffloadRuntime, switch: Switch) -> None:
-    """Nothing is looked for ahead where everything is resident."""
+def _prefetch(predictor: Predictor, layers: OffloadedLayers, runtime: OffloadRuntime, switch: Switch) -> None:
+    """Have ``runtime`` prefetch what ``predictor`` predicts, unless everything is resident."""
     if all(method.pooled is None for _, method in layers.values()):
         return
     keep_blas_on_one_thread()
     pooled = [runtime.layers[name] for name in layers]
-    spans = [(layer.pool, layer.span) for layer in pooled]
-    slots = SlotsAhead(spans, [_held(layer) for layer, _ in layers.values()], predictor.shape.experts)
+    prefetched = [
+        PrefetchLayer(layer.pool, layer.span, _held(module), predictor.shape.experts)
+        for layer, (module, _) in zip(pooled, layers.values(), strict=True)
+    ]
     record = max(layer.pool.memory.layout.record_bytes for layer in pooled)
     load_seconds = 1e-4 + record / 2e9
     in_the_way = load_seconds * min(1.0, CHUNK_BYTES / record)
     estimates = Estimates(load_seconds, layer_seconds=1e-3, chunk_seconds=in_the_way)
-    runtime.anticipation = Anticipation(predictor, slots, estimates, time.perf_counter, runtime.counters, switch)
+    runtime.prefetcher = Prefetcher(predictor, prefetched, estimates, time.perf_counter, runtime.counters, switch)
 
 
 def _log_end_of_prediction(counters: Counters, reason: str) -> None:

@@ -22,7 +22,7 @@ class TimedStep(NamedTuple):
     seconds: float
     stalled: float
     """Seconds of it that were spent waiting for loads."""
-    thinking: float
+    predictor_seconds: float
     """Seconds of it that were spent predicting."""
 
 
@@ -33,7 +33,7 @@ class Sums(NamedTuple):
     usual: float
     """Seconds that the same steps usually take."""
     stalled: float
-    thinking: float
+    predictor_seconds: float
     variance: float
     """Of one step's length as a multiple of the usual, as seen in the means of batches; infinite where there is one."""
 
@@ -48,14 +48,14 @@ def sum_up(steps: Iterable[TimedStep], usual: Mapping[int, float]) -> Sums:
     steps = list(steps)
     ratios = [step.seconds / usual[step.kind] for step in steps]
     limit = OUTLIER * _lower_median(sorted(ratios))
-    seconds = expected = stalled = thinking = 0.0
+    seconds = expected = stalled = predictor_seconds = 0.0
     for step in steps:
         cut = max(0.0, step.seconds - limit * usual[step.kind])
         seconds += step.seconds - cut
         expected += usual[step.kind]
         stalled += max(0.0, step.stalled - cut)
-        thinking += max(0.0, step.thinking - cut)
-    return Sums(seconds, expected, stalled, thinking, _variance([min(ratio, limit) for ratio in ratios]))
+        predictor_seconds += max(0.0, step.predictor_seconds - cut)
+    return Sums(seconds, expected, stalled, predictor_seconds, _variance([min(ratio, limit) for ratio in ratios]))
 
 
 def robust_mean(seconds: Iterable[float]) -> float:

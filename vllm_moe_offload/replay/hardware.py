@@ -46,7 +46,7 @@ class HardwareProfile:
     """What a step costs besides its layers: scheduling, sampling."""
     demand_overhead_seconds: float = 0.0
     """What a demand costs besides its load: finding it a slot."""
-    thinking_seconds: float = 0.0
+    predictor_seconds: float = 0.0
     """Asking a predictor about one layer, where the step waits for the answer."""
     model: ModelProfile | None = None
     """What a layer's times were measured with; stands in for a model of the same records that is not known."""

@@ -9,9 +9,9 @@ from ..cache import Acquisition, EvictionPolicy, ExpertCache
 from ..cache.base import IntArray
 from ..cache.cache import ABSENT
 from ..cache.outcomes import SpeculativeLoads, speculative_room, stream_share
+from ..cache.policies import PredictionAwarePolicy
 from ..errors import ConfigError
 from ..observe import NOTHING, LoadReport
-from ..prefetch.foresight import ForesightPolicy
 
 
 @dataclass
@@ -52,8 +52,8 @@ class ReplayCache:
 
     def __init__(self, layers: int, experts: int, slots: int, policy: EvictionPolicy):
         self.experts = experts
-        self.foresight = ForesightPolicy(policy, layers * experts)
-        self.cache = ExpertCache(np.repeat(np.arange(layers), experts), slots, self.foresight)
+        self.policy = PredictionAwarePolicy(policy, layers * experts)
+        self.cache = ExpertCache(np.repeat(np.arange(layers), experts), slots, self.policy)
         self._speculative = SpeculativeLoads()
         self._pinned: list[list[NDArray[np.int32]]] = [[] for _ in range(layers)]
         self._num_pinned = 0
@@ -70,7 +70,7 @@ class ReplayCache:
             self.cache.release(slots)
             self._num_pinned -= len(slots)
         self._pinned[layer].clear()
-        self.foresight.expected[layer * self.experts : (layer + 1) * self.experts] = 0
+        self.policy.expected[layer * self.experts : (layer + 1) * self.experts] = 0
         try:
             acquired = self.cache.acquire(ids)
         except ValueError as error:

@@ -70,7 +70,7 @@ class _Guesses:
                 continue
             first = target * experts
             probabilities = self._probabilities[slot, target]
-            cache.foresight.expected[first : first + experts] = probabilities
+            cache.policy.expected[first : first + experts] = probabilities
             if self._any_likely[slot, target]:
                 wanted = np.flatnonzero(self._likely[slot, target] & cache.absent(target))
                 if len(wanted):

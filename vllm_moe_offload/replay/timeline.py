@@ -8,10 +8,9 @@ from numpy.typing import NDArray
 
 from ..cache import EvictionPolicy
 from ..observe import LoadReport
-from ..prefetch.anticipation import MOST_ROWS
-from ..prefetch.estimates import Estimates
-from ..prefetch.planner import Outlook, Phase, Planner
-from ..prefetch.trials import Trials, kind_of
+from ..prefetch.governor import PredictionGovernor, kind_of
+from ..prefetch.planner import Estimates, Outlook, Phase, Planner
+from ..prefetch.prefetcher import MOST_ROWS
 from ..prefetch.waves import streams
 from ..trace.trace import PREFILL, Trace
 from .forecast import Forecast
@@ -84,12 +83,12 @@ class Timeline:
         self._link = Link(loads, chunk)
         layer_seconds = self._layer_seconds(trace.top_k, 1)
         self._planner = Planner(Estimates(loads[0], layer_seconds, chunk if len(loads) == 1 else loads[0]))
-        self._trials = Trials()
+        self._governor = PredictionGovernor()
         self._chosen = trace.experts.astype(np.int64) + (np.arange(layers) * experts)[None, :, None]
         self._under_way: list[list[int]] = [[] for _ in range(layers)]
         self._everything, self._decoding = Share(), Share()
         self._phase = Phase.DECODE
-        self._seconds = self._stalled = self._thought = 0.0
+        self._seconds = self._stalled = self._predictor_seconds = 0.0
 
     def run(self, schedule: Iterable[NDArray[np.int64]]) -> TimelineReport:
         """Replay the steps of ``schedule``.
@@ -100,7 +99,7 @@ class Timeline:
         for rows in schedule:
             prefill = 0 if self._trace.phase is None else int((self._trace.phase[rows] == PREFILL).sum())
             self._phase = Phase.PREFILL if prefill else Phase.DECODE
-            self._seconds = self._stalled = self._thought = 0.0
+            self._seconds = self._stalled = self._predictor_seconds = 0.0
             tally = self._tally
             uses, waited = tally.accesses, tally.demand_loads + tally.late
             self._step(rows)
@@ -128,11 +127,11 @@ class Timeline:
             ids = self._chosen[rows[0], layer] if len(rows) == 1 else np.unique(self._chosen[rows, layer])
             self._layer(layer, ids, len(rows), merged, streaming)
         if len(rows) <= MOST_ROWS:
-            thought = None if merged is None else self._thought
-            self._trials.end_step(self._seconds - began, self._stalled, thought)
+            predictor_seconds = None if merged is None else self._predictor_seconds
+            self._governor.end_step(self._seconds - began, self._stalled, predictor_seconds)
 
     def _predicts(self, rows: int) -> bool:
-        tried = rows <= MOST_ROWS and self._trials.begin_step(kind_of(self._phase, rows))
+        tried = rows <= MOST_ROWS and self._governor.begin_step(kind_of(self._phase, rows))
         return tried and not self._planner.is_off(self._phase)
 
     def _layer(
@@ -192,7 +191,7 @@ class Timeline:
         if self._forecast is None or merged is None:
             return
         cache = self._cache
-        farthest = self._planner.estimates.layers_worth_asking(self._hardware.thinking_seconds)
+        farthest = self._planner.estimates.layers_worth_asking(self._hardware.predictor_seconds)
         for slot, distance in enumerate(self._forecast.distances):
             target = layer + distance
             if target >= self._trace.num_layers or distance > farthest:
@@ -200,10 +199,10 @@ class Timeline:
             absent = cache.absent(target)
             if not absent.any():
                 continue
-            self._pass(self._hardware.thinking_seconds)
-            self._thought += self._hardware.thinking_seconds
+            self._pass(self._hardware.predictor_seconds)
+            self._predictor_seconds += self._hardware.predictor_seconds
             first = target * cache.experts
-            cache.foresight.expected[first : first + cache.experts] = merged[slot, target]
+            cache.policy.expected[first : first + cache.experts] = merged[slot, target]
             outlook = Outlook(distance, merged[slot, target], absent)
             wanted = self._planner.plan(self._phase, outlook, self._link.queue_seconds)
             loading, report = cache.prefetch(target, first + wanted)

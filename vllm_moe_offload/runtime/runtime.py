@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..errors import LoadError
 from ..observe import Counters, LoadReport
-from ..prefetch.anticipation import Anticipation
+from ..prefetch.prefetcher import Prefetcher
 from ..prefetch.waves import group_rows, order_arrivals, streams
 from ..slots import Hold, SlotPool, Span
 from ..store.layout import RecordLayout
@@ -89,7 +89,7 @@ class OffloadRuntime:
         self.layers: dict[str, PooledLayer] = {}
         self.counters = counters
         self.tracer: RoutingTracer | None = None
-        self.anticipation: Anticipation | None = None
+        self.prefetcher: Prefetcher | None = None
         """Looks ahead, in steps that are traced."""
         self._batch: Batch | None = None
         """Of a step whose forward pass has not started yet."""
@@ -143,8 +143,8 @@ class OffloadRuntime:
         if not rows:
             return
         self._num_rows = sum(len(part.tokens) for part in rows)
-        if self.anticipation is not None:
-            self.anticipation.begin_step(rows, self.tracer.embeddings)
+        if self.prefetcher is not None:
+            self.prefetcher.begin_step(rows, self.tracer.embeddings)
 
     def observe(self, layer: int, experts: NDArray[np.integer], weights: NDArray[np.floating]) -> None:
         """The router of a layer has chosen, whose experts are going to be asked for.
@@ -161,20 +161,20 @@ class OffloadRuntime:
             return
         experts, weights = experts[:rows], weights[:rows]
         self.tracer.observe(layer, experts, weights)
-        if self.anticipation is not None and self.anticipation.looks_ahead:
-            self.anticipation.observe(layer, experts, routing_shares(weights))
+        if self.prefetcher is not None and self.prefetcher.predicts:
+            self.prefetcher.observe(layer, experts, routing_shares(weights))
 
     def end_step(self) -> None:
         """The forward pass is over. Without effect where none has begun."""
         self._batch, self._num_rows = None, 0
         maps = None if self.tracer is None else self.tracer.end_step()
-        if maps is not None and self.anticipation is not None:
-            self.anticipation.end_step(maps)
+        if maps is not None and self.prefetcher is not None:
+            self.prefetcher.end_step(maps)
 
     def end_requests(self, requests: Iterable[str]) -> None:
         """Requests have finished or were aborted."""
         for request in requests:
-            state = None if self.anticipation is None else self.anticipation.end_request(request)
+            state = None if self.prefetcher is None else self.prefetcher.end_request(request)
             if self.tracer is not None:
                 self.tracer.end_request(request, state)
 
@@ -210,8 +210,8 @@ class OffloadRuntime:
             return self._serve_at_once(layer, chosen, needed)
         slots, report = found
         self._note(report)
-        if self.anticipation is not None:
-            self.anticipation.look_ahead()
+        if self.prefetcher is not None:
+            self.prefetcher.look_ahead()
         return SingleWave(Wave(None, self._slots_of(layer, needed, slots, chosen)))
 
     @property
@@ -237,8 +237,8 @@ class OffloadRuntime:
         hold, report = layer.pool.hold(layer.span, needed)
         try:
             self._note(report)
-            if self.anticipation is not None:
-                self.anticipation.look_ahead()
+            if self.prefetcher is not None:
+                self.prefetcher.look_ahead()
             yield Wave(None, self._slots_of(layer, hold.experts, hold.slots, chosen))
         finally:
             self._release(layer, hold, chosen)
@@ -253,8 +253,8 @@ class OffloadRuntime:
         finished = False
         try:
             self._note(report)
-            if self.anticipation is not None:
-                self.anticipation.look_ahead()
+            if self.prefetcher is not None:
+                self.prefetcher.look_ahead()
             for number, (rows, count) in enumerate(groups, 1):
                 if number < len(groups):
                     self._note(pool.wait_for(hold, count))
@@ -313,8 +313,8 @@ class OffloadRuntime:
 
     def _note(self, report: LoadReport) -> None:
         self.counters.add(report)
-        if self.anticipation is not None:
-            self.anticipation.note(report)
+        if self.prefetcher is not None:
+            self.prefetcher.note(report)
 
     def _release(self, layer: PooledLayer, hold: Hold, chosen: NDArray[np.integer]) -> None:
         """Let go of what has been computed with, and remember the rows that would have needed what failed to load."""

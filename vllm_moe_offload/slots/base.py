@@ -133,7 +133,7 @@ class SlotPool(ABC):
         """``[len(layer)]``: which experts have no slot and are not being loaded."""
 
     @abstractmethod
-    def foresee(self) -> None:
+    def enable_predictions(self) -> None:
         """From now on ``expect`` will be called: let eviction heed it."""
 
     @abstractmethod

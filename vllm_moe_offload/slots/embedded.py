@@ -13,12 +13,12 @@ from ..cache import Acquisition, ExpertCache, create_policy
 from ..cache.base import IntArray
 from ..cache.cache import ABSENT
 from ..cache.outcomes import SpeculativeLoads, speculative_room, stream_share
+from ..cache.policies import PredictionAwarePolicy
 from ..devices import HostPool
 from ..observe import NOTHING, LoadReport
 from ..prefetch.ahead import InFlightLoads
-from ..prefetch.estimates import blend
-from ..prefetch.foresight import ForesightPolicy
 from ..prefetch.loader import Load, RecordLoader
+from ..prefetch.planner import blend
 from ..store.layout import RecordLayout
 from ..store.pools import PoolMembers
 from ..store.reader import Store
@@ -174,12 +174,12 @@ class EmbeddedPool(SlotPool):
     def absent(self, layer: Span) -> NDArray[np.bool_]:
         return self.cache.slot_of[layer.start : layer.stop] == ABSENT
 
-    def foresee(self) -> None:
-        policy = ForesightPolicy(self.cache.policy, self.experts)
+    def enable_predictions(self) -> None:
+        policy = PredictionAwarePolicy(self.cache.policy, self.experts)
         self.cache.policy, self._expected = policy, policy.expected
 
     def expect(self, layer: Span, probabilities: NDArray[np.float32] | float) -> None:
-        assert self._expected is not None, "nobody announced to foresee anything"
+        assert self._expected is not None, "predictions are not enabled"
         self._expected[layer.start : layer.stop] = probabilities
 
     def prefetch(self, layer: Span, experts: IntArray) -> LoadReport:

@@ -1,10 +1,10 @@
-"""Asks a predictor about the layers ahead and a planner what of it to load, while a step goes through its layers.
+"""Asks a predictor about the layers ahead and a planner what of them to load, while a step goes through its layers.
 
-It must never wait for a load nor touch a slot: whoever owns them answers its questions and carries out its wishes.
+It must never wait for a load: pools start loads behind everything that a pass waits for.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 from ..observe import Counters, LoadReport
 from ..predict.base import Predictor, RequestState, Step, TokenContext, TokenMap, union_probability
 from ..trace.recorder import RequestMaps, ScheduledTokens
-from .estimates import Estimates
+from .governor import PredictionGovernor, kind_of
 from .optional import Switch, optional
-from .planner import Outlook, Phase, Planner
-from .trials import Trials, kind_of
+from .planner import Estimates, Outlook, Phase, Planner
 
 MOST_ROWS = 32
 """Steps with more rows need nearly every expert of a layer: nothing to predict."""
@@ -24,39 +23,74 @@ _REMEMBERED_PREFILL = 64
 """Of a prefill chunk, the last tokens count towards the request's frequency: earlier ones have decayed to nothing."""
 
 
-class Residency(Protocol):
-    """Whoever owns the slots. Experts are numbered within their layer; arrays ``[E]`` hold all of a layer's."""
+class PrefetchPool(Protocol):
+    """A pool of slots, as far as a prefetcher uses it. ``layer`` are the flat ids of one layer."""
 
-    def absent(self, layer: int) -> NDArray[np.bool_]:
-        """Which experts have no slot and are not being loaded."""
+    def absent(self, layer: range) -> NDArray[np.bool_]:
+        """``[len(layer)]``: which experts have no slot and are not being loaded."""
 
-    def expect(self, layer: int, probabilities: NDArray[np.float32]) -> None:
-        """With these probabilities the running step will use the layer's experts."""
+    def enable_predictions(self) -> None:
+        """From now on ``expect`` will be called: let eviction heed it."""
 
-    def passed(self, layer: int) -> None:
-        """The layer is being computed: the running step has no further use for it."""
+    def expect(self, layer: range, probabilities: NDArray[np.float32] | float) -> None:
+        """With these probabilities ``[len(layer)]`` the running step will use the layer's experts."""
 
-    def prefetch(self, layer: int, experts: NDArray[np.int64]) -> LoadReport:
-        """Start loading ``experts``, best first, as far as there is room."""
+    def prefetch(self, layer: range, experts: NDArray[np.int64]) -> LoadReport:
+        """Start speculative loads, best first, as many as slots can be spared for."""
 
     def queued(self) -> int:
         """Loads under way that nobody waits for."""
 
 
-class Anticipation:
+class PrefetchLayer(NamedTuple):
+    """The experts of one layer in the model's numbers, whichever of them this worker holds."""
+
+    pool: PrefetchPool
+    ids: range
+    """Flat, of the experts this worker holds, in its own order."""
+    held: NDArray[np.int64] | None
+    """The model's numbers of these, ascending; None where they are all of the layer's."""
+    experts: int
+    """Of the layer, in the model."""
+
+    def absent(self) -> NDArray[np.bool_]:
+        """``[experts]``: which could be prefetched."""
+        here = self.pool.absent(self.ids)
+        if self.held is None:
+            return here
+        absent = np.zeros(self.experts, dtype=bool)
+        absent[self.held] = here
+        return absent
+
+    def expect(self, probabilities: NDArray[np.float32]) -> None:
+        """The running step will use the experts with these probabilities ``[experts]``."""
+        self.pool.expect(self.ids, probabilities if self.held is None else probabilities[self.held])
+
+    def expect_nothing(self) -> None:
+        """The running step has no further use for the layer."""
+        self.pool.expect(self.ids, 0.0)
+
+    def prefetch(self, experts: NDArray[np.int64]) -> LoadReport:
+        """Start loading ``experts``, best first, as far as there is room."""
+        own = experts if self.held is None else np.searchsorted(self.held, experts)
+        return self.pool.prefetch(self.ids, own + self.ids.start)
+
+
+class Prefetcher:
     """Looks ahead for one worker, as long as nothing about it raises.
 
     Args:
+        layers: in the order in which they run. The eviction of their pools heeds from now on what is predicted.
         estimates: what is known of this machine; kept up to date here.
         clock: seconds.
-        counters: count the loads that are started here; others report to ``note``.
+        counters: count the loads that are started here; whoever serves a layer counts its report, and hands it on.
         switch: turned off by what raises.
     """
 
     def __init__(
         self,
         predictor: Predictor,
-        residency: Residency,
+        layers: Sequence[PrefetchLayer],
         estimates: Estimates,
         clock: Callable[[], float],
         counters: Counters,
@@ -65,26 +99,31 @@ class Anticipation:
         self.switch = switch or Switch()
         self.predictor = predictor
         self.planner = Planner(estimates)
-        self._residency = residency
+        self._layers = layers
+        self._pools = list({id(layer.pool): layer.pool for layer in layers}.values())
+        for pool in self._pools:
+            pool.enable_predictions()
         self._clock = clock
         self._counters = counters
-        self._trials = Trials()
+        self._governor = PredictionGovernor()
+        self._is_governed = False
+        """Whether the governor was asked about the running step."""
         self._states: dict[str, RequestState] = {}
-        self._num_rows = 0
         self._step: Step | None = None
         self._phase = Phase.DECODE
         self._layer = -1
         self._ask_seconds = 1e-4
         self._step_began = 0.0
         self._layer_began = 0.0
-        self._thinking = 0.0
+        self._predictor_seconds = 0.0
+        """Of the running step, spent here."""
         self._step_stalled = 0.0
         self._stalled = 0.0
         self._demands = 0
         self._prefetches = 0
 
     @property
-    def looks_ahead(self) -> bool:
+    def predicts(self) -> bool:
         """Whether the running step is predicted."""
         return self._step is not None and not self.switch.off
 
@@ -93,19 +132,20 @@ class Anticipation:
         """The forward pass over ``rows`` starts. ``embeddings``: of requests, where known."""
         self._step_began = began = self._clock()
         self._step, self._layer = None, -1
-        self._thinking = self._step_stalled = self._stalled = 0.0
+        self._predictor_seconds = self._step_stalled = self._stalled = 0.0
         self._phase = Phase.PREFILL if any(part.is_prefill for part in rows) else Phase.DECODE
         for part in rows:
             if part.request not in self._states:
                 self._states[part.request] = self.predictor.start_request(embeddings.get(part.request))
-        self._num_rows = sum(len(part.tokens) for part in rows)
+        num_rows = sum(len(part.tokens) for part in rows)
+        self._is_governed = 0 < num_rows <= MOST_ROWS
         self.planner.begin_step(self._phase)
-        predicts = self._is_small and self._trials.begin_step(kind_of(self._phase, self._num_rows))
+        predicts = self._is_governed and self._governor.begin_step(kind_of(self._phase, num_rows))
         predicts = predicts and not self.planner.is_off(self._phase)
         if predicts:
             self._step = self.predictor.begin([row for part in rows for row in self._contexts(part)])
             self._look_from(-1)
-            self._thinking = self._clock() - began
+            self._predictor_seconds = self._clock() - began
 
     @optional
     def observe(self, layer: int, experts: NDArray[np.integer], weights: NDArray[np.floating]) -> None:
@@ -119,50 +159,46 @@ class Anticipation:
             self.planner.estimates.note_layer(seconds, loads * self.planner.estimates.load_seconds, self._demands)
         self._stalled, self._demands, self._prefetches = 0.0, 0, 0
         self._layer = layer
-        self._residency.passed(layer)
+        self._layers[layer].expect_nothing()
         self._step.observe(layer, experts, weights)
         self._layer_began = self._clock()
-        self._thinking += self._layer_began - now
+        self._predictor_seconds += self._layer_began - now
 
     @optional
     def look_ahead(self) -> None:
-        """The experts of the layer observed last are there: think of the next ones while it computes."""
+        """The experts of the layer observed last are there: predict the next ones while it computes."""
         if self._step is None:
             return
         began = self._clock()
         self._look_from(self._layer)
         took = self._clock() - began
         self._layer_began += took
-        self._thinking += took
-
-    @optional
-    def end_step(self, maps: Sequence[RequestMaps]) -> None:
-        """The pass is over; ``maps`` are what its rows have been through."""
-        if self._is_small:
-            seconds = self._clock() - self._step_began
-            thinking = None if self._step is None else self._thinking
-            self._trials.end_step(seconds, self._step_stalled, thinking)
-        for part in maps:
-            state = self._states.get(part.rows.request)
-            if state is not None and len(part.tokens):
-                self._remember(state, part)
-        self._step, self._num_rows = None, 0
-
-    def end_request(self, request: str) -> RequestState | None:
-        """A request has ended. Returns what was known of it."""
-        return self._states.pop(request, None)
+        self._predictor_seconds += took
 
     @optional
     def note(self, report: LoadReport) -> None:
-        """What the forward pass needed of a pool, and what became of prefetches."""
+        """What the forward pass needed of a pool, and what became of speculative loads."""
         self._stalled += report.waited
         self._step_stalled += report.waited
         self._demands += report.demanded
         self.planner.note(self._phase, report)
 
-    @property
-    def _is_small(self) -> bool:
-        return 0 < self._num_rows <= MOST_ROWS
+    @optional
+    def end_step(self, maps: Sequence[RequestMaps]) -> None:
+        """The pass is over; ``maps`` are what its rows have been through."""
+        if self._is_governed:
+            seconds = self._clock() - self._step_began
+            predictor_seconds = None if self._step is None else self._predictor_seconds
+            self._governor.end_step(seconds, self._step_stalled, predictor_seconds)
+        for part in maps:
+            state = self._states.get(part.rows.request)
+            if state is not None and len(part.tokens):
+                self._remember(state, part)
+        self._step, self._is_governed = None, False
+
+    def end_request(self, request: str) -> RequestState | None:
+        """A request has ended. Returns what was known of it."""
+        return self._states.pop(request, None)
 
     def _look_from(self, layer: int) -> None:
         assert self._step is not None
@@ -170,15 +206,17 @@ class Anticipation:
         distance = min(estimates.layers_worth_asking(max(self._ask_seconds, 1e-6)), _MOST_AHEAD)
         farthest = min(layer + distance, self.predictor.shape.layers - 1)
         began = self._clock()
-        for target in range(layer + 1, farthest + 1):
-            absent = self._residency.absent(target)
+        for number in range(layer + 1, farthest + 1):
+            target = self._layers[number]
+            absent = target.absent()
             if absent.any():
-                probabilities = union_probability(self._step.predict(target))
-                self._residency.expect(target, probabilities)
-                outlook = Outlook(target - layer, probabilities, absent)
-                wanted = self.planner.plan(self._phase, outlook, self._residency.queued() * estimates.load_seconds)
+                probabilities = union_probability(self._step.predict(number))
+                target.expect(probabilities)
+                queued = sum(pool.queued() for pool in self._pools)
+                outlook = Outlook(number - layer, probabilities, absent)
+                wanted = self.planner.plan(self._phase, outlook, queued * estimates.load_seconds)
                 if len(wanted):
-                    report = self._residency.prefetch(target, wanted)
+                    report = target.prefetch(wanted)
                     self._counters.add(report)
                     self._prefetches += report.started
                     self.planner.note(self._phase, report)

@@ -2,16 +2,16 @@ import numpy as np
 import pytest
 
 from vllm_moe_offload.cache import POLICY_NAMES, ExpertCache, create_policy
-from vllm_moe_offload.prefetch.foresight import ForesightPolicy
+from vllm_moe_offload.cache.policies import PredictionAwarePolicy
 
 LAYER_OF = np.repeat(np.arange(2), 8)
 
 
 @pytest.mark.parametrize("name", POLICY_NAMES)
-def test_without_foresight_the_wrapped_policy_decides(name):
+def test_without_predictions_the_wrapped_policy_decides(name):
     rng = np.random.default_rng(0)
     plain = ExpertCache(LAYER_OF, 6, create_policy(name, LAYER_OF))
-    wrapped = ExpertCache(LAYER_OF, 6, ForesightPolicy(create_policy(name, LAYER_OF), 16))
+    wrapped = ExpertCache(LAYER_OF, 6, PredictionAwarePolicy(create_policy(name, LAYER_OF), 16))
     for _ in range(60):
         for cache in (plain, wrapped):
             cache.begin_step()
@@ -28,7 +28,7 @@ def test_without_foresight_the_wrapped_policy_decides(name):
 
 @pytest.mark.parametrize("name", POLICY_NAMES)
 def test_what_is_about_to_be_used_stays_even_if_it_never_was(name):
-    policy = ForesightPolicy(create_policy(name, LAYER_OF), 16)
+    policy = PredictionAwarePolicy(create_policy(name, LAYER_OF), 16)
     cache = ExpertCache(LAYER_OF, 4, policy)
     cache.begin_step()
     cache.release(cache.acquire(np.array([0, 1, 2])).slots)
@@ -38,8 +38,8 @@ def test_what_is_about_to_be_used_stays_even_if_it_never_was(name):
     assert cache.slot_of[9] >= 0
 
 
-def test_foresight_ends_with_the_step():
-    policy = ForesightPolicy(create_policy("lfu", LAYER_OF), 16)
+def test_predictions_end_with_the_step():
+    policy = PredictionAwarePolicy(create_policy("lfu", LAYER_OF), 16)
     policy.expected[:] = 1
     policy.begin_step()
     assert not policy.expected.any()

@@ -2,8 +2,8 @@
 
 A predicted step may cost later ones time: they miss what it evicted. So whole stretches are compared: a *run* of
 predicted steps and the *washout* after it, in which the evicted experts come back, with the *rests* before and after,
-in which nothing is predicted. What run and washout took beyond the mean of the two rests is charged to an allowance;
-what they saved is added. The allowance also grows by a small share of all time and has an upper bound. Below zero,
+in which nothing is predicted. What run and washout took beyond the mean of the two rests is charged to a loss budget;
+what they saved is added. The budget also grows by a small share of all time and has an upper bound. Below zero,
 nothing is predicted until it has grown enough for a trial. This is a switchback experiment (Bojinov, Simchi-Levi and
 Zhao, 2023) under a budget for losses as in conservative bandits (Wu, Shariff, Lattimore and Szepesvari, 2016).
 
@@ -38,7 +38,7 @@ from .stretch import OUTLIER, GrowingStretch, TimedStep, robust_mean, sum_up
 _SHARE = 0.005
 """Of all time: what predicting may lose in the long run."""
 _MOST = 32.0
-"""Steps' worth of time: the most the allowance holds, so the most of earlier gains that can be lost again."""
+"""Steps' worth of time: the most the loss budget holds, so the most of earlier gains that can be lost again."""
 _ROUND = 16.0
 """Steps' worth: the most one round counts, half of ``_MOST``, so that one round never ends what has gained so far."""
 _DOUBTFUL_GAIN = 4.0
@@ -48,9 +48,9 @@ _CLEAR = 3.0
 _WORST = 128.0
 """Steps' worth: the most a round is charged with if it lost so much against both rests."""
 _TRIAL = 8.0
-"""Steps' worth the allowance must hold for a trial; a run that seems to lose more ends at once."""
+"""Steps' worth the loss budget must hold for a trial; a run that seems to lose more ends at once."""
 _SHORT, _LONG = 64, 640
-"""Steps of a run, in the mean: while in doubt, and while the allowance is at least half full."""
+"""Steps of a run, in the mean: while in doubt, and while the loss budget is at least half full."""
 _WASHOUT = 32
 """Steps in which what predicted steps evicted is missed: most of what is in use passes through the slots in fewer."""
 _REST = 64
@@ -68,15 +68,15 @@ def kind_of(phase: Phase, rows: int) -> int:
     return len(Phase) * rows.bit_length() + phase.value
 
 
-class Trials:
+class PredictionGovernor:
     """Decides in which steps to predict. Deterministic: the same ``seed`` and steps give the same decisions."""
 
     def __init__(self, seed: int = 0) -> None:
-        self.is_silent = False
+        self.disabled = False
         """Nothing is predicted, because it has not paid."""
         self._on_trial = True
-        """The round under way is the first after silence: a loss ends it, whatever is left of the allowance."""
-        self._allowance = 0.0
+        """The round under way is the first after being disabled: a loss ends it, whatever is left of the budget."""
+        self._loss_budget = 0.0
         """Seconds that predicting may still lose."""
         self._mean = 0.0
         """Seconds of a step that is left alone; 0 until the first rest is over."""
@@ -98,25 +98,25 @@ class Trials:
         self._kind = kind
         if not self._run.left and not self._washout_left and len(self._rest) >= self._rest_due:
             self._end_round()
-            if not self.is_silent:
+            if not self.disabled:
                 self._start_run()
         return self._run.left > 0 and self._lengths.knows(kind)
 
-    def end_step(self, seconds: float, stalled: float, thinking: float | None) -> None:
+    def end_step(self, seconds: float, stalled: float, predictor_seconds: float | None) -> None:
         """The step begun last is over.
 
         Args:
             seconds: it took, all in all.
             stalled: of these, waiting for loads.
-            thinking: of these, predicting; None where nothing was predicted.
+            predictor_seconds: of these, predicting; None where nothing was predicted.
         """
         seconds = max(seconds, 1e-9)
-        grown = self._allowance + _SHARE * min(seconds, OUTLIER * self._mean)
-        self._allowance = min(grown, _MOST * self._mean)
+        grown = self._loss_budget + _SHARE * min(seconds, OUTLIER * self._mean)
+        self._loss_budget = min(grown, _MOST * self._mean)
         if not self._lengths.knows(self._kind):
             self._lengths.meet(self._kind, seconds)
             return
-        step = TimedStep(self._kind, seconds, stalled, thinking or 0.0)
+        step = TimedStep(self._kind, seconds, stalled, predictor_seconds or 0.0)
         if self._run.left:
             self._charged.append(step)
             self._run.add(seconds / self._lengths.usual[self._kind])
@@ -132,27 +132,27 @@ class Trials:
     def _start_run(self) -> None:
         self._before, self._charged = list(self._rest), []
         self._lengths.learn(self._before)
-        is_sure = self._allowance >= _MOST / 2 * self._mean
+        is_sure = self._loss_budget >= _MOST / 2 * self._mean
         steps = (_LONG if is_sure else _SHORT) * self._random.uniform(0.75, 1.25)
-        may_lose = max(_TRIAL, min(_ROUND, self._allowance / self._mean))
+        may_lose = max(_TRIAL, min(_ROUND, self._loss_budget / self._mean))
         self._run = _Run(round(steps), may_lose, sum_up(self._before, self._lengths.usual).level)
 
     def _end_round(self) -> None:
         if self._charged:
             loss = self._loss()
             self._charged = []
-            self._allowance -= loss * self._mean
-            if self._allowance < 0 or (self._on_trial and loss > 0):
-                self.is_silent = True
-                self._allowance = min(self._allowance, 0.0)
+            self._loss_budget -= loss * self._mean
+            if self._loss_budget < 0 or (self._on_trial and loss > 0):
+                self.disabled = True
+                self._loss_budget = min(self._loss_budget, 0.0)
             self._on_trial = False
         elif not self._mean:
             self._mean = self._mean_of_rest()
-            self._allowance = _TRIAL * self._mean
-        if self.is_silent and self._allowance >= _TRIAL * self._mean:
+            self._loss_budget = _TRIAL * self._mean
+        if self.disabled and self._loss_budget >= _TRIAL * self._mean:
             self._mean = self._mean_of_rest()
-            if self._allowance >= _TRIAL * self._mean:
-                self.is_silent, self._on_trial = False, True
+            if self._loss_budget >= _TRIAL * self._mean:
+                self.disabled, self._on_trial = False, True
 
     def _loss(self) -> float:
         """What the round has lost, in steps' worth of time; below zero, gained."""
@@ -171,7 +171,7 @@ class Trials:
         loss = max(loss, -_ROUND if is_clear or predicted > 2 * _SHORT else -_DOUBTFUL_GAIN)
         # Predicting saves no more than the stalls there are: this part of the loss is known without noise.
         stalls = (before.stalled + after.stalled) / rested * predicted
-        return max(loss, min(_ROUND, (charged.thinking - stalls) / self._mean))
+        return max(loss, min(_ROUND, (charged.predictor_seconds - stalls) / self._mean))
 
     def _mean_of_rest(self) -> float:
         return sum_up(self._rest, self._lengths.usual).seconds / len(self._rest)
