@@ -113,8 +113,8 @@ class AttachedPool(SlotPool):
             self._reader.leave()
             return self._demand(experts, stream=False)
         self._uses.note(experts)
-        report = self._used(experts, slots, waited=0.0)._replace(hits=len(experts))
-        return _TicketHold(experts, slots, ticket=0), report
+        useful, _ = self._use(experts, slots)
+        return _TicketHold(experts, slots, ticket=0), LoadReport(hits=len(experts), useful=useful)
 
     def hold_streaming(self, layer: Span, experts: IntArray) -> tuple[Hold, LoadReport]:
         return self._demand(experts, stream=True)
@@ -196,12 +196,14 @@ class AttachedPool(SlotPool):
         self._uses.note(experts)
         hold = _TicketHold(experts, np.maximum(slots, 0), ticket)
         hold.failures = [Failure(f.expert, _error(f.reason, f.damaged)) for f in reply.failed]
-        return hold, self._demanded(len(experts), reply, waited) + self._used(experts, before, waited)
+        return hold, self._report(experts, before, reply, waited)
 
-    def _demanded(self, experts: int, reply: Supplied, waited: float) -> LoadReport:
+    def _report(self, experts: IntArray, before: NDArray[np.int32], reply: Supplied, waited: float) -> LoadReport:
+        """``before``: where the experts were when they were asked for."""
         missed = reply.loaded + reply.joined
+        useful, late = self._use(experts, before)
         return LoadReport(
-            hits=experts - missed,
+            hits=len(experts) - missed,
             misses=missed,
             loads=reply.loaded,
             loaded_bytes=reply.loaded * self._record_bytes,
@@ -209,15 +211,21 @@ class AttachedPool(SlotPool):
             waited=waited,
             demanded=reply.loaded,
             demand_seconds=waited if reply.loaded else 0.0,
+            useful=useful,
+            late=late,
+            late_seconds=waited if late else 0.0,
         )
 
-    def _used(self, experts: IntArray, slots: NDArray[np.int32], waited: float) -> LoadReport:
-        """``slots``: where the experts were when they were asked for. Guesses that were not there yet were late."""
+    def _use(self, experts: IntArray, slots: NDArray[np.int32]) -> tuple[int, int]:
+        """How many of ``experts`` were guessed and there, and how many guessed and not there yet.
+
+        Args:
+            slots: where the experts were when they were asked for.
+        """
         if not self._predictions_enabled:
-            return NOTHING
+            return 0, 0
         late = self._speculative.use(experts[slots == ABSENT])
-        useful = self._speculative.use(experts)
-        return LoadReport(useful=useful, late=late, late_seconds=waited if late else 0.0)
+        return self._speculative.use(experts), late
 
     def _look_back(self) -> LoadReport:
         """Guesses that are neither there nor on their way have been evicted unused."""

@@ -80,7 +80,7 @@ class OffloadRuntime:
     Args:
         store: complete and verified records of every layer; closed with the runtime.
         pools: of every record layout of the store.
-        counters: where the reports of these pools are added up.
+        counters: add up the reports of these pools.
     """
 
     def __init__(self, store: Store, pools: Mapping[RecordLayout, SlotPool], counters: Counters):
@@ -90,7 +90,7 @@ class OffloadRuntime:
         self.counters = counters
         self.tracer: RoutingTracer | None = None
         self.prefetcher: Prefetcher | None = None
-        """Looks ahead, in steps that are traced."""
+        """For steps that are traced."""
         self._batch: Batch | None = None
         """Of a step whose forward pass has not started yet."""
         self._num_rows = 0
@@ -122,7 +122,7 @@ class OffloadRuntime:
         """A step has been scheduled. Its forward pass follows, unless it has no tokens.
 
         In this order: the step before ends, where it was left without saying so; requests leave that have ended; pools
-        begin the step. When its pass starts, the tracer begins it, and then whoever looks ahead.
+        begin the step. When its pass starts, the tracer begins it, and then the prefetcher.
         """
         self.end_step()
         self.end_requests(batch.ended)
@@ -210,8 +210,7 @@ class OffloadRuntime:
             return self._serve_at_once(layer, chosen, needed)
         slots, report = found
         self._note(report)
-        if self.prefetcher is not None:
-            self.prefetcher.look_ahead()
+        self._look_ahead()
         return SingleWave(Wave(None, self._slots_of(layer, needed, slots, chosen)))
 
     @property
@@ -237,8 +236,7 @@ class OffloadRuntime:
         hold, report = layer.pool.hold(layer.span, needed)
         try:
             self._note(report)
-            if self.prefetcher is not None:
-                self.prefetcher.look_ahead()
+            self._look_ahead()
             yield Wave(None, self._slots_of(layer, hold.experts, hold.slots, chosen))
         finally:
             self._release(layer, hold, chosen)
@@ -253,8 +251,7 @@ class OffloadRuntime:
         finished = False
         try:
             self._note(report)
-            if self.prefetcher is not None:
-                self.prefetcher.look_ahead()
+            self._look_ahead()
             for number, (rows, count) in enumerate(groups, 1):
                 if number < len(groups):
                     self._note(pool.wait_for(hold, count))
@@ -310,6 +307,11 @@ class OffloadRuntime:
         hold, report = layer.pool.start_hold(layer.span, _needed(layer, chosen))
         self._note(report)
         return hold
+
+    def _look_ahead(self) -> None:
+        """The experts of a layer are there: prefetch for the next ones while it computes."""
+        if self.prefetcher is not None:
+            self.prefetcher.look_ahead()
 
     def _note(self, report: LoadReport) -> None:
         self.counters.add(report)

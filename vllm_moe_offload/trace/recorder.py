@@ -70,7 +70,6 @@ class Recorder:
         self._most_tokens = most_tokens
         self._rows: list[ScheduledTokens] = []
         self._requests: dict[str, _Running] = {}
-        self._num_rows = 0
         self._noted = 0
         self.unsound_tokens = 0
         """Left out so far."""
@@ -84,15 +83,16 @@ class Recorder:
     def begin_step(self, rows: Sequence[ScheduledTokens]) -> None:
         """A forward pass over these rows starts; whatever the last one left unfinished is dropped."""
         self._rows = list(rows)
-        self._num_rows = sum(len(part.tokens) for part in rows)
         self._noted = 0
-        if len(self._experts) != self._num_rows:
-            self._make_buffers(self._num_rows)
+        num_rows = sum(len(part.tokens) for part in rows)
+        if len(self._experts) != num_rows:
+            self._make_buffers(num_rows)
 
     def note(self, layer: int, experts: NDArray[np.integer], weights: NDArray[np.floating]) -> None:
         """``layer`` routed the rows: ``[rows or more, K]``, rows beyond those of the step being padding."""
-        if len(experts) != self._num_rows:
-            experts, weights = experts[: self._num_rows], weights[: self._num_rows]
+        num_rows = len(self._experts)
+        if len(experts) != num_rows:
+            experts, weights = experts[:num_rows], weights[:num_rows]
         self._experts_of[layer][...] = experts
         self._weights_of[layer][...] = weights
         self._noted += 1
