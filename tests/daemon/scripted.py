@@ -9,9 +9,8 @@ from types import TracebackType
 
 import msgspec
 
-from tests.daemon.wire import frame
-from vllm_moe_offload.daemon.framing import FramedSocket
 from vllm_moe_offload.daemon.protocol import VERSION, Hello, Message, Request, Welcome
+from vllm_moe_offload.daemon.transport import Channel
 
 Answer = Callable[[Request], Message | None]
 
@@ -22,11 +21,11 @@ class ScriptedDaemon:
     def __init__(self, path: Path, answer: Answer):
         self.roles: list[str] = []
         self._answer = answer
-        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind(str(path))
         self._listener.listen()
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
-        self._connections: list[FramedSocket[Request]] = []
+        self._connections: list[Channel[Request]] = []
         self._threads[0].start()
 
     def __enter__(self) -> "ScriptedDaemon":
@@ -36,8 +35,8 @@ class ScriptedDaemon:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
-        for frames in self._connections:
-            frames.shut_down()
+        for channel in self._connections:
+            channel.shut_down()
         for thread in self._threads:
             thread.join(60)
         self._listener.close()
@@ -48,18 +47,18 @@ class ScriptedDaemon:
                 peer, _ = self._listener.accept()
             except OSError:
                 return
-            frames = FramedSocket(peer, msgspec.msgpack.Decoder(Request), 1)
-            self._connections.append(frames)
-            self._threads.append(threading.Thread(target=self._serve, args=(peer, frames), daemon=True))
+            channel = Channel(peer, msgspec.msgpack.Decoder(Request), 1)
+            self._connections.append(channel)
+            self._threads.append(threading.Thread(target=self._serve, args=(channel,), daemon=True))
             self._threads[-1].start()
 
-    def _serve(self, peer: socket.socket, frames: FramedSocket[Request]) -> None:
-        hello = frames.receive()
+    def _serve(self, channel: Channel[Request]) -> None:
+        hello = channel.receive()
         if isinstance(hello, Hello):
             self.roles.append(hello.role)
-            peer.sendall(frame(Welcome(VERSION, os.getpid())))
-        while (request := frames.receive()) is not None:
+            channel.send(Welcome(VERSION, os.getpid()))
+        while (request := channel.receive()) is not None:
             reply = self._answer(request)
             if reply is not None:
-                peer.sendall(frame(reply))
-        frames.close()
+                channel.send(reply)
+        channel.close()

@@ -1,24 +1,22 @@
-"""Framing and the client's side: whole messages, limits, deadlines, descriptors."""
+"""The transport and the client's side: whole messages, limits, deadlines, descriptors, messages in memory."""
 
+import fcntl
 import os
 import socket
-import struct
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 import pytest
-from wire import NULL, frame, open_fds, send_with_fd
+from wire import ALL_SEALS, NULL, in_memfd, memfd, open_fds, packet, pair, send_memfd, send_with_fd
 
-from vllm_moe_offload.daemon import framing
+from vllm_moe_offload.daemon import transport
 from vllm_moe_offload.daemon.connection import Connection, DaemonGoneError, RefusedError
-from vllm_moe_offload.daemon.framing import FramedSocket, PeerError, SilentPeerError
 from vllm_moe_offload.daemon.protocol import (
-    LARGE_FRAME_BYTES,
-    SMALL_FRAME_BYTES,
+    HISTORY_MESSAGE_BYTES,
+    MESSAGE_BYTES,
     Adopt,
     Adopted,
     Attach,
@@ -26,13 +24,15 @@ from vllm_moe_offload.daemon.protocol import (
     Demand,
     GetStatus,
     Hint,
+    Message,
     Refused,
     Request,
     Stopping,
     Supplied,
 )
+from vllm_moe_offload.daemon.transport import PACKET_BYTES, Channel, PeerError, SilentPeerError
 
-Server = FramedSocket[Request]
+Server = Channel[Request]
 ATTACH = Attach("f", 1, 0, False, "g", 0)
 
 
@@ -40,8 +40,8 @@ ATTACH = Attach("f", 1, 0, False, "g", 0)
 def raw() -> Iterator[tuple[socket.socket, Server]]:
     """A peer that writes what it likes, and the server's side of its connection."""
     before = open_fds()
-    peer, ours = socket.socketpair()
-    server = FramedSocket(ours, msgspec.msgpack.Decoder(Request), max_fds=1)
+    peer, ours = pair()
+    server = Channel(ours, msgspec.msgpack.Decoder(Request), max_fds=1)
     server.wait_at_most(10)
     yield peer, server
     peer.close()
@@ -50,137 +50,330 @@ def raw() -> Iterator[tuple[socket.socket, Server]]:
 
 
 @pytest.fixture
-def pair() -> Iterator[tuple[Connection, Server]]:
-    peer, ours = socket.socketpair()
+def connection() -> Iterator[tuple[Connection, Server]]:
+    peer, ours = pair()
     client = Connection(peer, "the daemon", 10)
-    server = FramedSocket(ours, msgspec.msgpack.Decoder(Request), max_fds=1)
+    server = Channel(ours, msgspec.msgpack.Decoder(Request), max_fds=1)
     server.wait_at_most(10)
     yield client, server
     client.close()
     server.close()
 
 
-def test_messages_arrive_however_they_are_cut(raw: tuple[socket.socket, Server]) -> None:
+def filled(length: int) -> Hint:
+    """A message of so many bytes."""
+    most = length - len(packet(Hint(0, b"")))
+    return next(hint for size in range(most, 0, -1) if len(packet(hint := Hint(0, b"x" * size))) == length)
+
+
+def sent_and_received(sender: Server, receiver: Server, message: Message, fds: Sequence[int] = ()) -> Message | None:
+    sending = threading.Thread(target=sender.send, args=(message, fds))
+    sending.start()
+    received = receiver.receive()
+    sending.join(10)
+    assert not sending.is_alive()
+    return received
+
+
+def test_messages_arrive_whole_and_in_their_order(raw: tuple[socket.socket, Server]) -> None:
     peer, server = raw
     messages = [Demand(i, 0, bytes(4 * i)) for i in range(30)]
-    data = b"".join(map(frame, messages))
-
-    def dribble() -> None:
-        for i in range(0, len(data), 7):
-            peer.send(data[i : i + 7])
-
-    writer = threading.Thread(target=dribble)
-    writer.start()
-    assert [server.receive() for _ in messages] == messages
-    writer.join()
-    peer.send(data)
+    for message in messages:
+        peer.send(packet(message))
     assert [server.receive() for _ in messages] == messages
 
 
 def test_a_message_may_be_as_long_as_the_limit_and_no_longer(raw: tuple[socket.socket, Server]) -> None:
     peer, server = raw
-    message = Hint(0, b"x" * (server.limit - len(msgspec.msgpack.encode(Hint(0, b""))) - 3))
-    data = frame(message)
-    assert len(data) == server.limit + 4
-    writer = threading.Thread(target=peer.sendall, args=(data + frame(Hint(1, b"")),))
-    writer.start()
+    message = filled(server.limit)
+    send_memfd(peer, memfd(packet(message)), server.limit)
+    peer.send(packet(Hint(1, b"")))
     assert server.receive() == message
     assert server.receive() == Hint(1, b"")
-    writer.join()
-    peer.send(struct.pack("<I", server.limit + 1))
+    before = open_fds()
+    send_memfd(peer, memfd(packet(message) + b"x"), server.limit + 1)
     with pytest.raises(PeerError, match=f"at most {server.limit} are accepted"):
         server.receive()
+    assert open_fds() == before
 
 
-def _send_if_read(peer: socket.socket, data: bytes) -> None:
-    with peer, suppress(BrokenPipeError, ConnectionResetError):
-        peer.sendall(data)
+@pytest.mark.parametrize("length", [PACKET_BYTES - 1, PACKET_BYTES, PACKET_BYTES + 1, MESSAGE_BYTES])
+def test_messages_of_every_length_arrive(length: int) -> None:
+    before = open_fds()
+    theirs, ours = pair()
+    sender: Server = Channel(theirs, msgspec.msgpack.Decoder(Request), max_fds=1)
+    receiver: Server = Channel(ours, msgspec.msgpack.Decoder(Request), max_fds=1)
+    message = filled(length)
+    with NULL.open() as file:
+        for fds in ([], [file.fileno()]):
+            assert sent_and_received(sender, receiver, message, fds) == message
+            (*taken,) = receiver.take_fds()
+            assert [os.path.samestat(os.fstat(fd), NULL.stat()) for fd in taken] == [True] * len(fds)
+            for fd in taken:
+                os.close(fd)
+    sender.close()
+    receiver.close()
+    assert open_fds() == before
+
+
+def test_a_system_with_small_packets_needs_more_memory_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``net.core.wmem_default`` may be lower than usual."""
+    theirs, ours = pair()
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    small = theirs.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+    assert small < PACKET_BYTES // 8
+    sender: Server = Channel(theirs, msgspec.msgpack.Decoder(Request), max_fds=0)
+    receiver: Server = Channel(ours, msgspec.msgpack.Decoder(Request), max_fds=0)
+    for length in (100, small // 2, small // 2 + 1, small, PACKET_BYTES):
+        assert sent_and_received(sender, receiver, filled(length)) == filled(length)
+    sender.close()
+    receiver.close()
 
 
 def test_few_large_messages_are_handled_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is small passes; what is large waits for its turn, and is refused if that does not come."""
-    large, turns = Hint(0, bytes(2 * SMALL_FRAME_BYTES)), threading.BoundedSemaphore(1)
+    large, turns = Hint(0, bytes(2 * MESSAGE_BYTES)), threading.BoundedSemaphore(1)
     servers: list[Server] = []
-    writers: list[threading.Thread] = []
+    peers: list[socket.socket] = []
     for _ in range(3):
-        peer, ours = socket.socketpair()
-        servers.append(FramedSocket(ours, msgspec.msgpack.Decoder(Request), max_fds=0))
-        servers[-1].large, servers[-1].limit = turns, LARGE_FRAME_BYTES
-        data = frame(GetStatus()) + frame(large) + frame(GetStatus())
-        writers.append(threading.Thread(target=_send_if_read, args=(peer, data)))
-        writers[-1].start()
+        peer, ours = pair()
+        peers.append(peer)
+        servers.append(Channel(ours, msgspec.msgpack.Decoder(Request), max_fds=0))
+        servers[-1].large, servers[-1].limit = turns, HISTORY_MESSAGE_BYTES
+        peer.send(packet(GetStatus()))
+        send_memfd(peer, memfd(packet(large)), len(packet(large)))
+        peer.send(packet(GetStatus()))
     first, second, third = servers
     assert [server.receive() for server in servers] == [GetStatus()] * 3
     assert first.receive() == large
     with monkeypatch.context() as impatient:
-        impatient.setattr(framing, "FRAME_SECONDS", 0.1)
+        impatient.setattr(transport, "PEER_SECONDS", 0.1)
         with pytest.raises(PeerError, match="while others were being handled"):
             second.receive()
         second.close()
     assert first.receive() == GetStatus(), "the first has been handled"
     assert third.receive() == large
-    for server in servers:
-        server.close()
+    for channel in (*servers, *peers):
+        channel.close()
     assert turns.acquire(timeout=0), "whoever closes gives its turn back"
-    for writer in writers:
-        writer.join(10)
 
 
 def test_what_a_large_message_took_is_given_back(raw: tuple[socket.socket, Server]) -> None:
     peer, server = raw
-    server.limit = LARGE_FRAME_BYTES
-    message = Refused("x" * (2 * SMALL_FRAME_BYTES))
-    with peer.makefile("rb") as end:
-        reader = threading.Thread(target=end.read, args=(len(frame(message)),))
-        reader.start()
-        server.send(message)
-        reader.join(10)
-    assert len(server._outgoing) < framing.BUFFER_BYTES
+    server.limit = HISTORY_MESSAGE_BYTES
+    sending = threading.Thread(target=server.send, args=(Refused("x" * (2 * MESSAGE_BYTES)),))
+    sending.start()
+    _, fds, _, _ = socket.recv_fds(peer, 100, 1)
+    sending.join(10)
+    assert len(server._outgoing) < PACKET_BYTES
+    assert os.fstat(fds[0]).st_size > 2 * MESSAGE_BYTES
+    os.close(fds[0])
 
 
-def test_too_long_a_message_is_not_sent(pair: tuple[Connection, Server]) -> None:
-    _, server = pair
+def test_too_long_a_message_is_not_sent(connection: tuple[Connection, Server]) -> None:
+    _, server = connection
     with pytest.raises(ValueError, match="at most"):
         server.send(Refused("x" * server.limit))
 
 
-@pytest.mark.parametrize(
-    "payload", [b"", b"\xc1", b"\x80", b"\xff" * 9, b"\x91" * 100_000, frame({"type": "Hullo"})[4:]]
-)
-def test_what_is_no_message_is_refused(raw: tuple[socket.socket, Server], payload: bytes) -> None:
+NO_MESSAGES = {
+    "a reserved byte": b"\xc1",
+    "an empty map": b"\x80",
+    "numbers": b"\xff" * 9,
+    "a deep hole": b"\x91" * 60_000,
+    "an unknown type": packet({"type": "Hullo"}),
+    "half a message": packet(GetStatus())[:-1],
+    "two messages": packet(GetStatus()) * 2,
+    "a memfd's place cut short": in_memfd(5)[:-1],
+}
+
+
+@pytest.mark.parametrize("case", NO_MESSAGES)
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_what_is_no_message_is_refused(raw: tuple[socket.socket, Server], case: str, in_memory: bool) -> None:
     peer, server = raw
-    peer.sendall(struct.pack("<I", len(payload)) + payload)
+    before = open_fds()
+    payload = NO_MESSAGES[case]
+    if in_memory:
+        send_memfd(peer, memfd(payload), len(payload))
+    else:
+        send_with_fd(peer, payload)
     with pytest.raises(PeerError, match="no message that is known"):
         server.receive()
+    assert open_fds() == before, "what came with it is closed"
 
 
-def test_closing_between_messages_is_the_end_and_within_one_an_error(raw: tuple[socket.socket, Server]) -> None:
+def test_an_empty_packet_is_refused_and_no_end(raw: tuple[socket.socket, Server]) -> None:
     peer, server = raw
-    peer.send(frame(GetStatus()) + frame(GetStatus())[:-1])
+    for count in (0, 1):
+        before = open_fds()
+        if count:
+            send_with_fd(peer, b"")
+        else:
+            peer.send(b"")
+        peer.send(packet(GetStatus()))
+        with pytest.raises(PeerError, match="sent an empty packet"):
+            server.receive()
+        assert open_fds() == before
+        assert server.receive() == GetStatus()
+    peer.send(b"")
     peer.shutdown(socket.SHUT_WR)
-    assert server.receive() == GetStatus()
-    with pytest.raises(PeerError, match="in the middle"):
+    with pytest.raises(PeerError, match="sent an empty packet"):
         server.receive()
+    assert server.receive() is None
+    assert server.receive() is None
 
 
-def test_a_frame_that_drips_is_given_up(raw: tuple[socket.socket, Server], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_packet_larger_than_any_is_refused(raw: tuple[socket.socket, Server]) -> None:
     peer, server = raw
-    monkeypatch.setattr(framing, "FRAME_SECONDS", 0.3)
-    over = threading.Event()
-
-    def drip() -> None:
-        peer.send(struct.pack("<I", 1000))
-        while not over.wait(0.02):
-            peer.send(b"x")
-
-    writer = threading.Thread(target=drip)
-    writer.start()
-    begun = time.monotonic()
-    with pytest.raises(SilentPeerError, match=r"did not finish it within 0\.3 s"):
+    before = open_fds()
+    send_with_fd(peer, packet(filled(PACKET_BYTES + 1)))
+    peer.send(packet(filled(PACKET_BYTES)))
+    with pytest.raises(PeerError, match=f"a packet of more than {PACKET_BYTES} bytes"):
         server.receive()
-    assert 0.25 < time.monotonic() - begun < 5
-    over.set()
-    writer.join()
+    assert open_fds() == before
+    assert server.receive() == filled(PACKET_BYTES)
+
+
+def test_closing_is_the_end_after_the_last_message(raw: tuple[socket.socket, Server]) -> None:
+    peer, server = raw
+    server.send(Stopping())
+    peer.send(packet(GetStatus()))
+    peer.close()
+    assert server.receive() == GetStatus(), "although it left without reading"
+    assert server.receive() is None
+    with pytest.raises(ConnectionError):
+        server.send(Stopping())
+
+
+# --- messages in memory ---
+
+CONTENT = packet(GetStatus())
+
+
+def file_with_content() -> int:
+    fd = os.open("/tmp", os.O_TMPFILE | os.O_RDWR)
+    os.write(fd, CONTENT)
+    return fd
+
+
+def pipe() -> int:
+    fd, other_end = os.pipe2(os.O_CLOEXEC)
+    os.close(other_end)
+    return fd
+
+
+def write_only() -> int:
+    fd = memfd(CONTENT)
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY)
+    finally:
+        os.close(fd)
+
+
+UNTRUSTED = {
+    "unsealed": (
+        lambda: memfd(CONTENT, 0),
+        "trusted: .* lacks the seals F_SEAL_SHRINK, F_SEAL_GROW, F_SEAL_WRITE, F_SEAL_SEAL",
+    ),
+    "may grow": (lambda: memfd(CONTENT, ALL_SEALS & ~fcntl.F_SEAL_GROW), "trusted: .* lacks the seals F_SEAL_GROW"),
+    "may shrink": (
+        lambda: memfd(CONTENT, ALL_SEALS & ~fcntl.F_SEAL_SHRINK),
+        "trusted: .* lacks the seals F_SEAL_SHRINK",
+    ),
+    "may be written": (
+        lambda: memfd(CONTENT, ALL_SEALS & ~fcntl.F_SEAL_WRITE),
+        "trusted: .* lacks the seals F_SEAL_WRITE",
+    ),
+    "may be sealed": (
+        lambda: memfd(CONTENT, ALL_SEALS & ~fcntl.F_SEAL_SEAL),
+        "trusted: .* lacks the seals F_SEAL_SEAL",
+    ),
+    "too short": (
+        lambda: memfd(CONTENT[:-1]),
+        f"trusted: .* has {len(CONTENT) - 1} bytes where {len(CONTENT)} were announced",
+    ),
+    "too long": (
+        lambda: memfd(CONTENT + b"x"),
+        f"trusted: .* has {len(CONTENT) + 1} bytes where {len(CONTENT)} were announced",
+    ),
+    "empty": (lambda: memfd(b""), f"trusted: .* has 0 bytes where {len(CONTENT)} were announced"),
+    "a file": (file_with_content, "trusted: .* is no memfd"),
+    "a pipe": (pipe, "trusted: .* is no memfd"),
+    "a device": (lambda: os.open("/dev/zero", os.O_RDWR), "trusted: .* is no memfd"),
+    "not to be read": (write_only, "read: Bad file descriptor"),
+}
+
+
+@pytest.mark.parametrize("case", UNTRUSTED)
+def test_memory_that_may_change_or_is_none_is_refused(raw: tuple[socket.socket, Server], case: str) -> None:
+    peer, server = raw
+    before = open_fds()
+    make, reason = UNTRUSTED[case]
+    with NULL.open() as file:
+        send_memfd(peer, make(), len(CONTENT), file.fileno())
+    with pytest.raises(PeerError, match=f"sent a message in memory that cannot be {reason}"):
+        server.receive()
+    assert open_fds() == before, "what came is closed"
+
+
+def test_memory_that_grows_while_it_is_looked_at_is_refused(
+    raw: tuple[socket.socket, Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its seals are looked at before its size: a size that can still change says nothing."""
+    peer, server = raw
+    fd, look = memfd(CONTENT, 0), os.fstat
+
+    def grow_and_look(number: int) -> os.stat_result:
+        status = look(number)
+        os.write(fd, b"more")
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, ALL_SEALS)
+        return status
+
+    socket.send_fds(peer, [in_memfd(len(CONTENT))], [fd])
+    with monkeypatch.context() as patch, pytest.raises(PeerError, match="lacks the seals"):
+        patch.setattr(os, "fstat", grow_and_look)
+        server.receive()
+    os.close(fd)
+
+
+def test_memory_that_is_missing_is_refused(raw: tuple[socket.socket, Server]) -> None:
+    peer, server = raw
+    peer.send(in_memfd(len(CONTENT)))
+    with pytest.raises(PeerError, match="announced a message in a memfd and did not send it"):
+        server.receive()
+
+
+def test_holes_in_memory_cost_nothing(raw: tuple[socket.socket, Server]) -> None:
+    peer, server = raw
+    fd = os.memfd_create("hole", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, MESSAGE_BYTES)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, ALL_SEALS)
+    send_memfd(peer, os.dup(fd), MESSAGE_BYTES)
+    with pytest.raises(PeerError, match="no message that is known"):
+        server.receive()
+    assert os.fstat(fd).st_blocks == 0
+    os.close(fd)
+
+
+def test_a_message_in_memory_and_its_descriptors(raw: tuple[socket.socket, Server]) -> None:
+    """The memfd is the last descriptor, and does not count among those of the message."""
+    peer, server = raw
+    before = open_fds()
+    adopt = packet(Adopt(0, b"", b""))
+    with NULL.open() as file:
+        send_memfd(peer, memfd(adopt), len(adopt), file.fileno())
+        assert server.receive() == Adopt(0, b"", b"")
+        (fd,) = server.take_fds()
+        assert os.path.samestat(os.fstat(fd), NULL.stat())
+        os.close(fd)
+        send_memfd(peer, memfd(adopt), len(adopt), file.fileno(), file.fileno())
+        with pytest.raises(PeerError, match="at most 1 are accepted"):
+            server.receive()
+    assert open_fds() == before
+
+
+# --- silence ---
 
 
 def test_silence_is_waited_for_as_long_as_said(raw: tuple[socket.socket, Server]) -> None:
@@ -190,22 +383,48 @@ def test_silence_is_waited_for_as_long_as_said(raw: tuple[socket.socket, Server]
         server.receive()
 
 
-def test_a_reader_that_never_reads_does_not_hold_the_writer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(framing, "FRAME_SECONDS", 0.2)
-    peer, ours = socket.socketpair()
-    server = FramedSocket(ours, msgspec.msgpack.Decoder(Request), max_fds=1)
+@pytest.mark.parametrize("length", [10, PACKET_BYTES, 100_000])
+def test_a_reader_that_never_reads_does_not_hold_the_writer(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    monkeypatch.setattr(transport, "PEER_SECONDS", 0.2)
+    before = open_fds()
+    peer, ours = pair()
+    server: Server = Channel(ours, msgspec.msgpack.Decoder(Request), max_fds=1)
+    begun = time.monotonic()
     with pytest.raises(SilentPeerError, match="did not read"):
-        for _ in range(100):
-            server.send(Refused("x" * 100_000))
+        for _ in range(10_000):
+            server.send(Refused("x" * length))
+    assert time.monotonic() - begun < 5
     peer.close()
     server.close()
+    assert open_fds() == before
+
+
+@pytest.mark.parametrize("theirs", [True, False])
+def test_whoever_waits_until_a_message_in_memory_is_read_sees_the_end(
+    raw: tuple[socket.socket, Server], theirs: bool
+) -> None:
+    peer, server = raw
+    sending = threading.Thread(target=server.send, args=(Refused("x" * (2 * PACKET_BYTES)),))
+    sending.start()
+    sending.join(0.1)
+    assert sending.is_alive(), "nobody has read it"
+    if theirs:
+        peer.close()
+    else:
+        server.shut_down()
+    sending.join(5)
+    assert not sending.is_alive()
+
+
+# --- descriptors ---
 
 
 def test_descriptors_come_with_their_message(raw: tuple[socket.socket, Server]) -> None:
     peer, server = raw
-    peer.send(frame(Hint(0, b"")))
-    send_with_fd(peer, frame(Adopt(0, b"", b"")))
+    peer.send(packet(Hint(0, b"")))
+    send_with_fd(peer, packet(Adopt(0, b"", b"")))
     assert server.receive() == Hint(0, b"")
+    assert server.take_fds() == []
     assert server.receive() == Adopt(0, b"", b"")
     (fd,) = server.take_fds()
     assert os.path.samestat(os.fstat(fd), NULL.stat())
@@ -216,7 +435,7 @@ def test_descriptors_come_with_their_message(raw: tuple[socket.socket, Server]) 
 def test_descriptors_nobody_takes_are_closed(raw: tuple[socket.socket, Server]) -> None:
     peer, server = raw
     before = open_fds()
-    send_with_fd(peer, frame(Hint(0, b"")))
+    send_with_fd(peer, packet(Hint(0, b"")))
     server.receive()
     with pytest.raises(PeerError, match="nobody asked for"):
         server.receive()
@@ -224,24 +443,31 @@ def test_descriptors_nobody_takes_are_closed(raw: tuple[socket.socket, Server]) 
 
 
 @pytest.mark.parametrize("count", [2, 3, 200])
-def test_more_descriptors_than_allowed_are_closed(raw: tuple[socket.socket, Server], count: int) -> None:
+@pytest.mark.parametrize("data", [packet(Adopt(0, b"", b"")), in_memfd(10), b"", b"\1"])
+def test_more_descriptors_than_allowed_are_closed(raw: tuple[socket.socket, Server], count: int, data: bytes) -> None:
     peer, server = raw
     before = open_fds()
-    send_with_fd(peer, frame(Adopt(0, b"", b"")), count)
-    with pytest.raises(PeerError, match="at most 1 are accepted"):
+    send_with_fd(peer, data, count)
+    with pytest.raises(PeerError, match=r"at most 1 are accepted|empty packet|cannot be trusted"):
         server.receive()
     assert open_fds() == before
 
 
-def test_descriptors_one_by_one_are_limited_too(raw: tuple[socket.socket, Server]) -> None:
+def test_a_process_that_may_open_no_more_files_says_so(raw: tuple[socket.socket, Server]) -> None:
+    import resource
+
     peer, server = raw
-    before = open_fds()
-    data = frame(Adopt(0, b"", b""))
-    send_with_fd(peer, data[:3])
-    send_with_fd(peer, data[3:])
-    with pytest.raises(PeerError, match="at most 1 are accepted"):
-        server.receive()
-    assert open_fds() == before
+    send_with_fd(peer, packet(Adopt(0, b"", b"")))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(PeerError, match="may not open so many files"):
+            server.receive()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+# --- requests and replies ---
 
 
 def answer(server: Server, *replies: object, fds: tuple[int, ...] = ()) -> threading.Thread:
@@ -260,15 +486,15 @@ def answer(server: Server, *replies: object, fds: tuple[int, ...] = ()) -> threa
     return thread
 
 
-def test_a_request_gets_its_reply(pair: tuple[Connection, Server]) -> None:
-    client, server = pair
+def test_a_request_gets_its_reply(connection: tuple[Connection, Server]) -> None:
+    client, server = connection
     thread = answer(server, Supplied(1, b"\0\0\0\0", 0, 0))
     assert client.request(Demand(1, 0, b"\5\0\0\0")).slots == b"\0\0\0\0"
     thread.join()
 
 
-def test_descriptors_come_with_a_reply(pair: tuple[Connection, Server], tmp_path: Path) -> None:
-    client, server = pair
+def test_descriptors_come_with_a_reply(connection: tuple[Connection, Server], tmp_path: Path) -> None:
+    client, server = connection
     with (tmp_path / "arena").open("w") as file:
         thread = answer(server, Attached(0, False, []), fds=(file.fileno(),) * 40)
         assert client.request(ATTACH) == Attached(0, False, [])
@@ -280,8 +506,8 @@ def test_descriptors_come_with_a_reply(pair: tuple[Connection, Server], tmp_path
         os.close(fd)
 
 
-def test_a_refusal_is_an_error_and_leaves_the_connection_usable(pair: tuple[Connection, Server]) -> None:
-    client, server = pair
+def test_a_refusal_is_an_error_and_leaves_the_connection_usable(connection: tuple[Connection, Server]) -> None:
+    client, server = connection
     thread = answer(server, Refused("no such store"), Adopted(1))
     with pytest.raises(RefusedError, match="the daemon refuses: no such store"):
         client.request(ATTACH)
@@ -289,16 +515,16 @@ def test_a_refusal_is_an_error_and_leaves_the_connection_usable(pair: tuple[Conn
     thread.join()
 
 
-def test_a_refusal_sent_before_the_connection_was_closed_is_heard(pair: tuple[Connection, Server]) -> None:
-    client, server = pair
+def test_a_refusal_sent_before_the_connection_was_closed_is_heard(connection: tuple[Connection, Server]) -> None:
+    client, server = connection
     server.send(Refused("too many"))
     server.close()
     with pytest.raises(RefusedError, match="too many"):
         client.request(GetStatus())
 
 
-def test_a_peer_that_leaves_is_gone(pair: tuple[Connection, Server]) -> None:
-    client, server = pair
+def test_a_peer_that_leaves_is_gone(connection: tuple[Connection, Server]) -> None:
+    client, server = connection
     thread = answer(server, None)
     with pytest.raises(DaemonGoneError, match="the daemon closed the connection"):
         client.request(GetStatus())
@@ -307,8 +533,8 @@ def test_a_peer_that_leaves_is_gone(pair: tuple[Connection, Server]) -> None:
         client.send(Hint(0, b""))
 
 
-def test_another_reply_than_asked_for_ends_the_connection(pair: tuple[Connection, Server]) -> None:
-    client, server = pair
+def test_another_reply_than_asked_for_ends_the_connection(connection: tuple[Connection, Server]) -> None:
+    client, server = connection
     thread = answer(server, Stopping())
     with pytest.raises(DaemonGoneError, match="answered with Stopping"):
         client.request(GetStatus())
@@ -317,7 +543,7 @@ def test_another_reply_than_asked_for_ends_the_connection(pair: tuple[Connection
 
 
 def test_an_answer_that_comes_too_late_is_not_taken_for_the_next() -> None:
-    peer, ours = socket.socketpair()
+    peer, ours = pair()
     client = Connection(peer, "the daemon", 0.05)
     with pytest.raises(DaemonGoneError, match=r"the daemon sent nothing for 0\.05 s"):
         client.request(GetStatus())
@@ -327,8 +553,8 @@ def test_an_answer_that_comes_too_late_is_not_taken_for_the_next() -> None:
     client.close()
 
 
-def test_closing_frees_a_request_that_waits(pair: tuple[Connection, Server]) -> None:
-    client, server = pair
+def test_closing_frees_a_request_that_waits(connection: tuple[Connection, Server]) -> None:
+    client, server = connection
     ended: list[Exception] = []
 
     def ask() -> None:
@@ -345,8 +571,8 @@ def test_closing_frees_a_request_that_waits(pair: tuple[Connection, Server]) -> 
     assert len(ended) == 1
 
 
-def test_hints_may_be_sent_while_another_thread_asks(pair: tuple[Connection, Server]) -> None:
-    client, server = pair
+def test_hints_may_be_sent_while_another_thread_asks(connection: tuple[Connection, Server]) -> None:
+    client, server = connection
     rounds = 300
     hinting = threading.Thread(target=lambda: [client.send(Hint(1, b"hint" * i)) for i in range(rounds)])
     hints: list[bytes] = []
@@ -379,8 +605,16 @@ def test_no_daemon_is_said_with_what_to_do(tmp_path: Path) -> None:
 
 
 def test_a_listener_that_never_accepts_is_given_up(tmp_path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as listener:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(str(tmp_path / "deaf"))
         listener.listen(1)
         with pytest.raises(DaemonGoneError, match=r"sent nothing for 0\.05 s"):
             Connection.connect(tmp_path / "deaf", "control", 0.05)
+
+
+def test_a_daemon_of_a_release_with_another_kind_of_socket_is_named(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(tmp_path / "older"))
+        listener.listen(1)
+        with pytest.raises(RefusedError, match=r"is of another release of vllm-moe-offload .*with the same release"):
+            Connection.connect(tmp_path / "older", "control", 1)

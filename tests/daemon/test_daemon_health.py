@@ -1,5 +1,6 @@
 """`doctor` looks at the daemon that runs at the usual place, and shows threads it has lost."""
 
+import socket
 import threading
 from pathlib import Path
 
@@ -36,3 +37,13 @@ def test_a_daemon_that_has_lost_a_thread_is_shown(tmp_path: Path, monkeypatch: p
     (tmp_path / "vllm-moe-offload.sock").write_text("in the way")
     (found,) = check_daemon()
     assert found.state == HINT
+
+
+def test_a_daemon_of_another_release_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    tmp_path.chmod(0o700)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as older:
+        older.bind(str(tmp_path / "vllm-moe-offload.sock"))
+        older.listen()
+        (found,) = check_daemon()
+    assert found.state == HINT and "is of another release of vllm-moe-offload" in found.detail

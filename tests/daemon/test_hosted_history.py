@@ -17,7 +17,7 @@ from house import STORE, House
 from hypothesis import given
 from hypothesis import strategies as st
 from past import FINGERPRINT, SHAPE, WIDTH, past_request, same
-from wire import frame, wait_until
+from wire import connected, packet, wait_until
 
 from vllm_moe_offload.daemon import hosted_histories
 from vllm_moe_offload.daemon.connection import Connection, DaemonGoneError, RefusedError
@@ -25,6 +25,7 @@ from vllm_moe_offload.daemon.hosted_histories import HostedHistories
 from vllm_moe_offload.daemon.hosted_history import HostedHistory
 from vllm_moe_offload.daemon.packed_trace import pack_embedding, pack_trace, unpack_trace
 from vllm_moe_offload.daemon.protocol import (
+    VERSION,
     GetStatus,
     Hello,
     HistorySize,
@@ -347,14 +348,14 @@ def test_a_kill_loses_no_more_than_what_was_not_saved(tmp_path: Path) -> None:
 def test_messages_of_any_kind_cost_only_their_sender(tmp_path: Path) -> None:
     """Sound messages with a few bytes changed, cut or doubled; meanwhile an engine is served."""
     draw = random.Random(1)
-    sound = [frame(one) for one in (Hello(1, "history"), OPEN, Remember(pack_trace(past_request(1))), Search(b"", 9))]
+    told_and_asked = (Remember(pack_trace(past_request(1))), Search(b"", 9))
+    sound = [packet(one) for one in (Hello(VERSION, "history"), OPEN, *told_and_asked)]
     with House(tmp_path / "socket") as house, closing(opened(house)) as bystander:
         told = 0
         for number in range(FUZZED_CONNECTIONS):
-            with socket.socket(socket.AF_UNIX) as peer, suppress(ConnectionError):
-                peer.connect(str(house.path))
+            with connected(house.path) as peer, suppress(ConnectionError):
                 for data in [*sound[:2], *draw.choices(sound[2:], k=3)]:
-                    peer.sendall(spoilt(draw, data) if draw.random() < 0.4 else data)
+                    peer.send(spoilt(draw, data) if draw.random() < 0.4 else data)
                 peer.shutdown(socket.SHUT_WR)
                 while peer.recv(65536):
                     pass
@@ -368,12 +369,12 @@ def test_messages_of_any_kind_cost_only_their_sender(tmp_path: Path) -> None:
 
 
 def spoilt(draw: random.Random, data: bytes) -> bytes:
-    place, kind = draw.randrange(4, len(data)), draw.randrange(4)
+    place, kind = draw.randrange(len(data)), draw.randrange(4)
     if kind == 0:
         return data[:place]
     if kind == 1:
-        return data[:place] + data[4:]
+        return data[:place] + data
     changed = bytearray(data)
     for _ in range(kind):
-        changed[draw.randrange(4, len(data))] = draw.randrange(256)
+        changed[draw.randrange(len(data))] = draw.randrange(256)
     return bytes(changed)

@@ -10,7 +10,7 @@ import pytest
 from tests.daemon.house import EXPERTS
 from tests.daemon.scripted import ScriptedDaemon
 from tests.daemon.serving import serving
-from tests.daemon.wire import frame, open_fds, wait_until
+from tests.daemon.wire import open_fds, packet, wait_until
 from tests.runtime.record_stores import ODD, RecordStore, build_store
 from vllm_moe_offload.daemon import connection, membarrier, socket_file, worker_attachment
 from vllm_moe_offload.daemon.client import DaemonClient
@@ -156,7 +156,7 @@ def test_a_daemon_that_refuses_is_named_with_its_reason(path: Path, engine: Engi
 
 
 def test_a_socket_nobody_listens_at_is_said(path: Path, engine: Engine) -> None:
-    with socket.socket(socket.AF_UNIX) as left:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as left:
         left.bind(str(path))
     assert "Connection refused" in engine.start_alone(path)
 
@@ -181,7 +181,7 @@ def test_a_daemon_that_answers_and_leaves_is_followed_by_one_that_is_started(pat
         peer, _ = leaving.listener.accept()
         with peer:
             peer.recv(100)
-            peer.sendall(frame(Welcome(VERSION, os.getpid())))
+            peer.send(packet(Welcome(VERSION, os.getpid())))
             leaving.release()
 
     thread = threading.Thread(target=leave_after_one_answer)

@@ -1,12 +1,13 @@
 """More than 100,000 messages, few of them what they should be, at a live daemon: it never falls, leaks or hangs."""
 
+import os
 import random
 import socket
-import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -14,10 +15,10 @@ import pytest
 from house import ATTACH, EXPERTS, STORE, House
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from wire import NULL, frame, open_fds, threads, wait_until
+from wire import ALL_SEALS, NULL, connected, in_memfd, memfd, open_fds, packet, pair, threads, wait_until
 
-from vllm_moe_offload.daemon.framing import FramedSocket, PeerError
 from vllm_moe_offload.daemon.protocol import (
+    VERSION,
     Adopt,
     Attach,
     Demand,
@@ -34,6 +35,7 @@ from vllm_moe_offload.daemon.protocol import (
     Stop,
     pack_ids,
 )
+from vllm_moe_offload.daemon.transport import PACKET_BYTES, Channel, PeerError
 
 RAW_CONNECTIONS = 16_000
 RAW_MESSAGES = 100_000
@@ -44,8 +46,20 @@ SHAPE = (2, 8, 1)
 TRACE = PackedTrace(lengths=b"\3\0\0\0", experts=bytes(6), weights=bytes(12))
 """A request of three tokens."""
 
-Parcel = tuple[bytes, int]
-"""Bytes, and how many descriptors come with them."""
+
+class Parcel(NamedTuple):
+    """A packet and what comes with it."""
+
+    data: bytes
+    fds: int = 0
+    memory: bytes | None = None
+    """Content of a memfd that comes last."""
+    seals: int = ALL_SEALS
+
+
+def in_memory(content: bytes, length: int | None = None, fds: int = 0, seals: int = ALL_SEALS) -> Parcel:
+    """A message in a memfd, announced with ``length`` bytes."""
+    return Parcel(in_memfd(len(content) if length is None else length), fds, content, seals)
 
 
 class Arena:
@@ -60,22 +74,30 @@ class Arena:
         self.engine = self._engine.__enter__()
         self._null = NULL.open()
 
-    def throw(self, parcels: list[Parcel]) -> bytes:
+    def throw(self, parcels: list[Parcel]) -> list[bytes]:
         """Send all that on a new connection and hang up; what the daemon answered."""
-        peer = socket.socket(socket.AF_UNIX)
         answers = []
-        with peer, suppress(ConnectionError):
+        with connected(self.house.path) as peer:
             peer.settimeout(20)
-            peer.connect(str(self.house.path))
-            for data, fds in parcels:
-                if fds:
-                    socket.send_fds(peer, [data], [self._null.fileno()] * fds)
-                else:
-                    peer.sendall(data)
+            with suppress(ConnectionError):
+                for parcel in parcels:
+                    self._send(peer, parcel)
             peer.shutdown(socket.SHUT_WR)
-            while answer := peer.recv(65536):
-                answers.append(answer)
-        return b"".join(answers)
+            with suppress(ConnectionError):
+                while answer := peer.recv(PACKET_BYTES):
+                    answers.append(answer)
+        return answers
+
+    def _send(self, peer: socket.socket, parcel: Parcel) -> None:
+        fds = [self._null.fileno()] * parcel.fds
+        if parcel.memory is None:
+            socket.send_fds(peer, [parcel.data], fds)
+            return
+        fd = memfd(parcel.memory, parcel.seals)
+        try:
+            socket.send_fds(peer, [parcel.data], [*fds, fd])
+        finally:
+            os.close(fd)
 
     def still_serves(self) -> None:
         self.ticket += 1
@@ -94,7 +116,7 @@ def arena(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Arena]:
         monkeypatch.setattr(house.server, "stop", lambda reason: None)
         attacked = Arena(house)
         calm = threads()
-        monkeypatch.setattr(FramedSocket, "receive", _counted(attacked, FramedSocket.receive))
+        monkeypatch.setattr(Channel, "receive", _counted(attacked, Channel.receive))
         monkeypatch.setattr(threading, "excepthook", attacked.faults.append)
         yield attacked
         attacked.still_serves()
@@ -112,11 +134,11 @@ def arena(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Arena]:
 def _counted(arena: Arena, receive: Callable[..., Request | None]) -> Callable[..., Request | None]:
     """``receive``, counting what the daemon's threads understand or refuse."""
 
-    def counting(frames: FramedSocket[Request]) -> Request | None:
+    def counting(channel: Channel[Request]) -> Request | None:
         if threading.current_thread() is threading.main_thread():
-            return receive(frames)
+            return receive(channel)
         try:
-            message = receive(frames)
+            message = receive(channel)
         except PeerError:
             arena.received += 1
             raise
@@ -139,7 +161,7 @@ TEXT = st.text(max_size=20)
 FINGERPRINT = st.one_of(st.just(STORE), st.sampled_from([digit * 32 for digit in "0123456789abcdeg/"]), TEXT)
 TRACES = st.one_of(st.just(TRACE), st.builds(PackedTrace, *[st.one_of(st.binary(max_size=24), st.just(bytes(4)))] * 6))
 MESSAGES: st.SearchStrategy[Message] = st.one_of(
-    st.builds(Hello, st.one_of(st.just(1), ANY_INT), st.one_of(st.sampled_from(["worker", "control"]), TEXT)),
+    st.builds(Hello, st.one_of(st.just(VERSION), ANY_INT), st.one_of(st.sampled_from(["worker", "control"]), TEXT)),
     st.builds(Attach, st.one_of(st.just(STORE), TEXT), ANY_INT, ANY_INT, st.booleans(), TEXT, ANY_INT),
     st.builds(Demand, st.one_of(st.integers(1, 50), ANY_INT), POOL, IDS, st.booleans()),
     st.builds(Hint, POOL, IDS, st.booleans()),
@@ -178,18 +200,21 @@ def edited(data: bytes, edits: list[tuple[int, int, str]]) -> bytes:
     return bytes(result)
 
 
-PARCELS = st.tuples(
-    st.one_of(
-        MESSAGES.map(frame),
-        st.builds(edited, MESSAGES.map(frame), EDITS),
-        st.one_of(NEARLY, ANYTHING).map(lambda value: frame(msgspec.msgpack.encode(value))),
-        st.binary(max_size=60),
-    ),
-    st.sampled_from([0, 0, 0, 0, 0, 0, 1, 2]),
-).filter(lambda parcel: bool(parcel[0]))
-RECALLING = frame(Hello(1, "history")) + frame(OpenHistory(STORE, SHAPE, STORE)) + frame(Remember(TRACE))
+PAYLOADS = st.one_of(
+    MESSAGES.map(packet),
+    st.builds(edited, MESSAGES.map(packet), EDITS),
+    st.one_of(NEARLY, ANYTHING).map(packet),
+    st.binary(max_size=60),
+)
+FDS = st.sampled_from([0, 0, 0, 0, 0, 0, 1, 2])
+PARCELS = st.one_of(
+    st.tuples(PAYLOADS, FDS).map(lambda pair: Parcel(*pair)),
+    st.builds(in_memory, PAYLOADS, st.just(None), FDS),
+    st.builds(in_memory, PAYLOADS, st.one_of(st.none(), st.integers(0, 2**32 - 1)), FDS, st.integers(0, ALL_SEALS)),
+)
+RECALLING = [packet(each) for each in (Hello(VERSION, "history"), OpenHistory(STORE, SHAPE, STORE), Remember(TRACE))]
 OPENINGS = st.sampled_from(
-    [[], [(frame(Hello(1, "control")), 0)], [(frame(Hello(1, "worker")), 0), (frame(ATTACH), 0)], [(RECALLING, 0)]]
+    [[], [packet(Hello(VERSION, "control"))], [packet(Hello(VERSION, "worker")), packet(ATTACH)], RECALLING]
 )
 ENOUGH = settings(
     max_examples=EXAMPLES,
@@ -203,24 +228,14 @@ ENOUGH = settings(
 def test_any_sequence_of_messages_and_near_messages(arena: Arena) -> None:
     @ENOUGH
     @given(OPENINGS, st.lists(PARCELS, max_size=12))
-    def attack(opening: list[Parcel], parcels: list[Parcel]) -> None:
-        answers = arena.throw(opening + parcels)
-        assert all(isinstance(answer, msgspec.Struct) for answer in replies_in(answers))
+    def attack(opening: list[bytes], parcels: list[Parcel]) -> None:
+        decoder = msgspec.msgpack.Decoder(Reply)
+        for answer in arena.throw([*map(Parcel, opening), *parcels]):
+            assert isinstance(decoder.decode(answer), msgspec.Struct), "whole messages"
         arena.still_serves()
 
     attack()
     assert arena.received > EXAMPLES
-
-
-def replies_in(data: bytes) -> list[Reply]:
-    """What the daemon said, which must be whole messages, except that a connection may end within one."""
-    decoder = msgspec.msgpack.Decoder(Reply)
-    replies = []
-    while len(data) >= 4 and len(data) >= 4 + struct.unpack_from("<I", data)[0]:
-        (length,) = struct.unpack_from("<I", data)
-        replies.append(decoder.decode(data[4 : 4 + length]))
-        data = data[4 + length :]
-    return replies
 
 
 # --- fast: a great many, sensible ones with senseless ones among them ---
@@ -239,66 +254,87 @@ def test_a_hundred_thousand_messages(arena: Arena) -> None:
 
 def conversation(draw: random.Random) -> list[Parcel]:
     """An engine's or a person's, until it goes astray; or one that is astray from the start."""
-    parcels: list[Parcel] = []
+    packets: list[bytes] = []
     start = draw.random()
     if start < 0.7:
-        sensible = [frame(Hello(1, "worker")), frame(ATTACH), *(work(draw, t) for t in range(1, draw.randint(2, 18)))]
-        parcels.append((b"".join(sensible), 0))
+        packets = [HELLO, ATTACHING, *(work(draw, ticket) for ticket in range(1, draw.randint(2, 18)))]
     elif start < 0.75:
-        parcels.append((RECALLING + frame(Search(b"", draw.getrandbits(16))) * draw.randint(0, 3), 0))
+        packets = [*RECALLING, *[packet(Search(b"", draw.getrandbits(16)))] * draw.randint(0, 3)]
     elif start < 0.85:
-        parcels.append((frame(Hello(1, "control")) + frame(GetStatus()) * draw.randint(0, 3), 0))
+        packets = [packet(Hello(VERSION, "control")), *[STATUS] * draw.randint(0, 3)]
+    parcels = [Parcel(data) if draw.random() < 0.95 else in_memory(data) for data in packets]
     if draw.random() < 0.9:
-        parcels.append((nonsense(draw), draw.choice((0, 0, 0, 0, 1, 2, 250))))
+        parcels.append(nonsense(draw))
     return parcels
 
 
 def work(draw: random.Random, ticket: int) -> bytes:
     ids = pack_ids(np.array(draw.sample(range(EXPERTS), draw.randint(0, 12))))
-    return frame(Demand(ticket, 0, ids) if draw.random() < 0.5 else Hint(0, ids, draw.random() < 0.5))
+    return packet(Demand(ticket, 0, ids) if draw.random() < 0.5 else Hint(0, ids, draw.random() < 0.5))
 
 
-def nonsense(draw: random.Random) -> bytes:
-    message = draw.choice((HELLO, DEMAND, HINT, ADOPT, ATTACH_FRAME, STATUS, STOP, REMEMBER, SEARCH))
-    kind = draw.randrange(8)
+def nonsense(draw: random.Random) -> Parcel:
+    """A packet, as a rule one that is none; or a message in memory that is not what it was announced as."""
+    data, fds = senseless(draw), draw.choice((0, 0, 0, 0, 1, 2, 250))
+    kind = draw.randrange(6)
+    if kind == 0:
+        return in_memory(data, fds=min(fds, 2))
+    if kind == 1:
+        return in_memory(data, draw.choice((0, len(data) + 1, max(0, len(data) - 1), draw.getrandbits(32))))
+    if kind == 2:
+        return in_memory(data, seals=draw.randrange(ALL_SEALS))
+    return Parcel(data, fds)
+
+
+def senseless(draw: random.Random) -> bytes:
+    message = draw.choice((HELLO, DEMAND, HINT, ADOPT, ATTACHING, STATUS, STOP, REMEMBER, SEARCH))
+    kind = draw.randrange(9)
     if kind == 0:
         return message
     if kind == 1:
-        return draw.randbytes(draw.randint(1, 64))
+        return draw.randbytes(draw.randint(0, 64))
     if kind == 2:
-        return frame(draw.randbytes(draw.randint(0, 64)))
+        return in_memfd(draw.getrandbits(32))[: draw.randint(1, 5)]
     if kind == 3:
-        return message[: draw.randint(1, len(message))]
+        return message[: draw.randint(0, len(message))]
     if kind == 4:
-        return struct.pack("<I", draw.getrandbits(32)) + message[4:]
+        return bytes(PACKET_BYTES + draw.randint(-1, 1))
     if kind == 5:
-        return frame(draw.choice((b"\x91", b"\x81\xa1x", b"\xc7", b"\xdf\xff\xff\xff\xff")) * draw.randint(1, 3000))
-    cut = draw.randint(4, len(message))
+        return draw.choice((b"\x91", b"\x81\xa1x", b"\xc7", b"\xdf\xff\xff\xff\xff")) * draw.randint(1, 3000)
+    cut = draw.randint(0, len(message))
     if kind == 6:
-        return frame(message[4:cut] + draw.choice((DEMAND, HINT, ADOPT))[draw.randint(4, 20) :])
+        return message[:cut] + draw.choice((DEMAND, HINT, ADOPT))[draw.randint(0, 16) :]
+    if kind == 7:
+        return message * draw.randint(2, 5)
     flipped = bytearray(message)
     for _ in range(draw.randint(1, 4)):
-        flipped[draw.randrange(4, len(flipped))] ^= 1 << draw.randrange(8)
+        flipped[draw.randrange(len(flipped))] ^= 1 << draw.randrange(8)
     return bytes(flipped)
 
 
-HELLO, STATUS, STOP, ATTACH_FRAME = frame(Hello(1, "worker")), frame(GetStatus()), frame(Stop()), frame(ATTACH)
-DEMAND, HINT = frame(Demand(1000, 0, bytes(range(32)))), frame(Hint(0, bytes(32)))
-ADOPT = frame(Adopt(0, bytes(4), bytes(4)))
-REMEMBER, SEARCH = frame(Remember(TRACE)), frame(Search(bytes(8), 1000))
+HELLO, STATUS, STOP, ATTACHING = packet(Hello(VERSION, "worker")), packet(GetStatus()), packet(Stop()), packet(ATTACH)
+DEMAND, HINT = packet(Demand(1000, 0, bytes(range(32)))), packet(Hint(0, bytes(32)))
+ADOPT = packet(Adopt(0, bytes(4), bytes(4)))
+REMEMBER, SEARCH = packet(Remember(TRACE)), packet(Search(bytes(8), 1000))
 
 
 @settings(max_examples=500, deadline=None)
-@given(st.lists(st.one_of(st.binary(max_size=80), MESSAGES.map(frame)), max_size=5).map(b"".join))
-def test_an_engine_takes_no_harm_from_a_daemon_that_talks_nonsense(data: bytes) -> None:
-    theirs, ours = socket.socketpair()
-    frames = FramedSocket(ours, msgspec.msgpack.Decoder(Reply), 4)
-    theirs.sendall(data)
+@given(st.lists(st.one_of(st.binary(max_size=80), MESSAGES.map(packet)), max_size=5))
+def test_an_engine_takes_no_harm_from_a_daemon_that_talks_nonsense(packets: list[bytes]) -> None:
+    theirs, ours = pair()
+    channel: Channel[Reply] = Channel(ours, msgspec.msgpack.Decoder(Reply), 4)
+    for data in packets:
+        theirs.send(data)
     theirs.close()
-    try:
-        while (reply := frames.receive()) is not None:
-            assert isinstance(reply, msgspec.Struct)
-    except PeerError as error:
-        assert str(error)
-    finally:
-        frames.close()
+    refused = 0
+    while refused < len(packets):
+        try:
+            reply = channel.receive()
+        except PeerError as error:
+            assert str(error)
+            refused += 1
+            continue
+        if reply is None:
+            break
+        assert isinstance(reply, msgspec.Struct)
+    channel.close()

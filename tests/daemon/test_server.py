@@ -7,20 +7,34 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 from house import ATTACH, House
-from wire import NULL, frame, open_fds, send_with_fd, threads, wait_until
+from wire import (
+    ALL_SEALS,
+    NULL,
+    SIZE_SEALS,
+    connected,
+    in_memfd,
+    memfd,
+    open_fds,
+    packet,
+    send_memfd,
+    send_with_fd,
+    threads,
+    wait_until,
+)
 
-from vllm_moe_offload.daemon import framing, server
+from vllm_moe_offload.daemon import server, transport
 from vllm_moe_offload.daemon.connection import DaemonGoneError, RefusedError
-from vllm_moe_offload.daemon.framing import FramedSocket
 from vllm_moe_offload.daemon.protocol import (
+    VERSION,
     Adopt,
     Attach,
     Demand,
@@ -32,8 +46,10 @@ from vllm_moe_offload.daemon.protocol import (
     Stop,
     pack_ids,
 )
+from vllm_moe_offload.daemon.transport import PACKET_BYTES, Channel
 
-HELLO = frame(Hello(1, "worker"))
+HELLO, CONTROL = packet(Hello(VERSION, "worker")), packet(Hello(VERSION, "control"))
+ATTACHING = [HELLO, packet(ATTACH)]
 DEMAND = Demand(1, 0, pack_ids(np.array([3, 1])))
 
 
@@ -51,27 +67,27 @@ def house(tmp_path: Path) -> Iterator[House]:
 class RawPeer:
     """Writes what it likes to a daemon."""
 
-    def __init__(self, path: Path, data: bytes = b"") -> None:
-        self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.connect(str(path))
-        self.frames: FramedSocket[Reply] = FramedSocket(self.socket, msgspec.msgpack.Decoder(Reply), 4)
-        self.frames.wait_at_most(10)
-        self.socket.sendall(data)
+    def __init__(self, path: Path, *packets: bytes) -> None:
+        self.socket = connected(path)
+        self.channel: Channel[Reply] = Channel(self.socket, msgspec.msgpack.Decoder(Reply), 4)
+        self.channel.wait_at_most(10)
+        for data in packets:
+            self.socket.send(data)
 
     def read_to_the_end(self) -> list[Reply]:
         """Every message until the daemon closes the connection."""
         replies = []
-        while (reply := self.frames.receive()) is not None:
+        while (reply := self.channel.receive()) is not None:
             replies.append(reply)
-            for fd in self.frames.take_fds():
+            for fd in self.channel.take_fds():
                 os.close(fd)
-        self.frames.close()
+        self.channel.close()
         return replies
 
 
-def refusal_of(path: Path, data: bytes) -> str:
+def refusal_of(path: Path, *packets: bytes) -> str:
     """The reason in the last message before the daemon closed the connection."""
-    last = RawPeer(path, data).read_to_the_end()[-1]
+    last = RawPeer(path, *packets).read_to_the_end()[-1]
     assert isinstance(last, Refused)
     return last.reason
 
@@ -132,31 +148,39 @@ def test_many_workers_at_once(house: House) -> None:
 
 
 OUT_OF_ORDER = {
-    "before Hello": (frame(DEMAND), "sent Demand before Hello"),
-    "another version": (frame(Hello(2, "worker")), "speaks version 2 of the protocol and this daemon version 1; run"),
-    "unknown role": (frame(Hello(1, "king")), "wants the role 'king'; there are worker, history, control"),
-    "Hello twice": (HELLO + HELLO, "sent Hello on a connection for Attach, Demand, Hint, Adopt"),
-    "Demand before Attach": (HELLO + frame(DEMAND), "sent Demand before Attach"),
-    "Hint before Attach": (HELLO + frame(Hint(0, b"")), "sent Hint before Attach"),
-    "Adopt before Attach": (HELLO + frame(Adopt(0, b"", b"")), "sent Adopt before Attach"),
-    "Attach twice": (HELLO + frame(ATTACH) + frame(ATTACH), "sent Attach a second time"),
-    "Adopt without descriptor": (HELLO + frame(ATTACH) + frame(Adopt(0, b"", b"")), "without the descriptor"),
-    "a worker that asks for the end": (HELLO + frame(Stop()), "sent Stop on a connection for Attach"),
-    "a control that demands": (frame(Hello(1, "control")) + frame(DEMAND), "sent Demand on a connection for GetStatus"),
-    "no message": (HELLO + frame(b"nonsense"), "sent no message that is known here"),
-    "too long": (HELLO + b"\xff\xff\xff\x7f", "announced a message of 2147483647 bytes; at most 1048576"),
-    "expert out of range": (HELLO + frame(ATTACH) + frame(Demand(1, 0, pack_ids(np.array([64])))), "no such experts"),
-    "no such pool": (HELLO + frame(ATTACH) + frame(Hint(7, b"")), "pool 7"),
-    "half an id": (HELLO + frame(ATTACH) + frame(Demand(1, 0, b"123")), "multiple of element size"),
-    "ticket that falls": (HELLO + frame(ATTACH) + frame(DEMAND) + frame(DEMAND), "ticket 1 does not rise above 1"),
+    "before Hello": ([packet(DEMAND)], "sent Demand before Hello"),
+    "another version": (
+        [packet(Hello(1, "worker"))],
+        "speaks version 1 of the protocol and this daemon version 2; run",
+    ),
+    "unknown role": ([packet(Hello(VERSION, "king"))], "wants the role 'king'; there are worker, history, control"),
+    "Hello twice": ([HELLO, HELLO], "sent Hello on a connection for Attach, Demand, Hint, Adopt"),
+    "Demand before Attach": ([HELLO, packet(DEMAND)], "sent Demand before Attach"),
+    "Hint before Attach": ([HELLO, packet(Hint(0, b""))], "sent Hint before Attach"),
+    "Adopt before Attach": ([HELLO, packet(Adopt(0, b"", b""))], "sent Adopt before Attach"),
+    "Attach twice": ([*ATTACHING, packet(ATTACH)], "sent Attach a second time"),
+    "Adopt without descriptor": ([*ATTACHING, packet(Adopt(0, b"", b""))], "without the descriptor"),
+    "a worker that asks for the end": ([HELLO, packet(Stop())], "sent Stop on a connection for Attach"),
+    "a control that demands": ([CONTROL, packet(DEMAND)], "sent Demand on a connection for GetStatus"),
+    "no message": ([HELLO, b"nonsense"], "sent no message that is known here"),
+    "nothing": ([HELLO, b""], "sent an empty packet"),
+    "half a message": ([HELLO, packet(ATTACH)[:-1]], "sent no message that is known here"),
+    "two messages at once": ([HELLO + packet(ATTACH)], "sent no message that is known here"),
+    "too long a packet": ([HELLO, bytes(PACKET_BYTES + 1)], f"sent a packet of more than {PACKET_BYTES} bytes"),
+    "too long": ([HELLO, in_memfd(2**31 - 1)], "announced a message of 2147483647 bytes; at most 1048576"),
+    "no memory": ([HELLO, in_memfd(100)], "announced a message in a memfd and did not send it"),
+    "expert out of range": ([*ATTACHING, packet(Demand(1, 0, pack_ids(np.array([64]))))], "no such experts"),
+    "no such pool": ([*ATTACHING, packet(Hint(7, b""))], "pool 7"),
+    "half an id": ([*ATTACHING, packet(Demand(1, 0, b"123"))], "multiple of element size"),
+    "ticket that falls": ([*ATTACHING, packet(DEMAND), packet(DEMAND)], "ticket 1 does not rise above 1"),
 }
 
 
 @pytest.mark.parametrize("case", OUT_OF_ORDER)
 def test_what_makes_no_sense_is_refused_by_name_and_others_go_on(house: House, case: str) -> None:
-    data, reason = OUT_OF_ORDER[case]
+    packets, reason = OUT_OF_ORDER[case]
     with house.worker() as bystander:
-        assert reason in refusal_of(house.path, data)
+        assert reason in refusal_of(house.path, *packets)
         assert bystander.request(DEMAND).ticket == 1
     wait_until(lambda: not house.models.attached, "all are detached")
     said = f"refused pid {os.getpid()} of user"
@@ -164,44 +188,66 @@ def test_what_makes_no_sense_is_refused_by_name_and_others_go_on(house: House, c
 
 
 def test_a_version_of_the_future_hears_which_versions_do_not_fit(house: House) -> None:
-    hello = frame({"type": "Hello", "version": 7, "role": "worker", "capabilities": ["telepathy"]})
+    hello = packet({"type": "Hello", "version": 7, "role": "worker", "capabilities": ["telepathy"]})
     assert "speaks version 7" in refusal_of(house.path, hello)
 
 
-def test_a_silent_peer_and_one_that_stops_within_a_message_are_sent_away(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(framing, "FRAME_SECONDS", 0.2)
-    monkeypatch.setattr("vllm_moe_offload.daemon.session.FRAME_SECONDS", 0.2)
+def test_a_silent_peer_is_sent_away(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_moe_offload.daemon.session.PEER_SECONDS", 0.2)
     with house.worker() as bystander:
-        assert "sent nothing for 0.2 s" in refusal_of(house.path, b"")
-        assert "did not finish it within 0.2 s" in refusal_of(house.path, HELLO + frame(ATTACH)[:-1])
+        assert "sent nothing for 0.2 s" in refusal_of(house.path)
         assert bystander.request(DEMAND).ticket == 1
 
 
-def test_a_peer_that_never_reads_its_answers_is_sent_away(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(framing, "FRAME_SECONDS", 0.2)
-    peer = RawPeer(house.path, frame(Hello(1, "control")))
-    questions = frame(GetStatus()) * 1000
-    peer.socket.settimeout(10)
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_peer_that_never_reads_its_answers_is_sent_away(
+    house: House, monkeypatch: pytest.MonkeyPatch, in_memory: bool
+) -> None:
+    """Whatever is full, others are answered all the while, and others may come in."""
+    monkeypatch.setattr(transport, "PEER_SECONDS", 0.5)
+    if in_memory:
+        report = msgspec.structs.replace(house.server.status(), failed_threads=["x" * PACKET_BYTES])
+        monkeypatch.setattr(house.server, "status", lambda: report)
+    peer = RawPeer(house.path, CONTROL)
+    peer.socket.settimeout(0.01)
+    slowest = 0.0
     with pytest.raises(ConnectionError), house.worker() as bystander:
         for ticket in range(1, 1000):
+            begun = time.monotonic()
             bystander.request(Demand(ticket, 0, b""))
-            peer.socket.sendall(questions)
-    peer.frames.close()
+            house.connect().close()
+            slowest = max(slowest, time.monotonic() - begun)
+            with suppress(TimeoutError):
+                for _ in range(1000):
+                    peer.socket.send(packet(GetStatus()))
+    assert slowest < 0.4
+    peer.channel.close()
 
 
 def test_descriptors_nobody_asked_for_are_closed_at_once(house: House) -> None:
     with house.worker() as bystander:
         bystander.request(DEMAND)
         before = open_fds()
-        for data in (HELLO, HELLO + frame(ATTACH), HELLO + frame(ATTACH) + frame(Hint(0, b"")), b"\1"):
+        for packets in ([HELLO], ATTACHING, [*ATTACHING, packet(Hint(0, b""))], [b"\1"], [b""], [in_memfd(100)]):
             for count in (1, 2, 100):
-                peer = RawPeer(house.path)
-                send_with_fd(peer.socket, data, count)
+                peer = RawPeer(house.path, *packets[:-1])
+                send_with_fd(peer.socket, packets[-1], count)
                 peer.socket.shutdown(socket.SHUT_WR)
                 peer.read_to_the_end()
         wait_until(lambda: open_fds() == before, "they are closed")
+
+
+def test_messages_in_memory_are_believed_only_if_nobody_can_change_them(house: House) -> None:
+    with house.worker() as bystander:
+        before = open_fds()
+        for seals, reply in ((ALL_SEALS, "speaks version 1"), (SIZE_SEALS, "memory that cannot be trusted")):
+            peer = RawPeer(house.path)
+            hello = packet(Hello(1, "worker"))
+            send_memfd(peer.socket, memfd(hello, seals), len(hello))
+            (refused,) = peer.read_to_the_end()
+            assert isinstance(refused, Refused) and reply in refused.reason
+        wait_until(lambda: open_fds() == before, "what they sent is closed")
+        assert bystander.request(DEMAND).ticket == 1
 
 
 def test_more_peers_than_the_house_can_hold(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,11 +290,11 @@ def test_a_fault_in_the_models_ends_that_connection_only(house: House, monkeypat
 
 def test_refusals_do_not_fill_the_log(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(20):
-        refusal_of(house.path, frame(b"nonsense"))
+        refusal_of(house.path, b"nonsense")
     wait_until(lambda: house.server.refused == 20, "all are counted")
     assert len(house.lines) == 1
     monkeypatch.setattr(server, "COMPLAINT_SECONDS", 0.0)
-    refusal_of(house.path, frame(b"nonsense"))
+    refusal_of(house.path, b"nonsense")
     wait_until(lambda: len(house.lines) == 2, "it is said")
     assert house.lines[1].endswith("(19 more since the last such line)")
 
@@ -290,7 +336,7 @@ def test_running_out_of_descriptors_is_survived(house: House) -> None:
 
     with house.worker() as bystander, ExitStack() as stack:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        waiting = socket.socket(socket.AF_UNIX)
+        waiting = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         stack.callback(waiting.close)
         highest = max(int(fd) for fd in open_fds())
         resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, hard))

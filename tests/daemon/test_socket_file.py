@@ -124,9 +124,10 @@ def test_what_is_no_socket_of_ours_stays(tmp_path: Path) -> None:
     assert open_fds() == before
 
 
-def test_a_socket_another_program_listens_at_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_SEQPACKET])
+def test_a_socket_another_program_listens_at_stays(tmp_path: Path, kind: socket.SocketKind) -> None:
     path = tmp_path / "bus"
-    with socket.socket(socket.AF_UNIX) as other:
+    with socket.socket(socket.AF_UNIX, kind) as other:
         other.bind(str(path))
         other.listen()
         with pytest.raises(ConfigError, match="another program, no daemon of ours, listens there"):

@@ -1,5 +1,6 @@
 """What a peer puts on the wire, and what a process holds: for tests of both ends of a connection."""
 
+import fcntl
 import os
 import socket
 import struct
@@ -13,10 +14,46 @@ import msgspec
 NULL = Path(os.devnull)
 
 
-def frame(message: object) -> bytes:
-    """A message, or a payload that is none, as it travels."""
-    payload = message if isinstance(message, bytes) else msgspec.msgpack.encode(message)
-    return struct.pack("<I", len(payload)) + payload
+SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+ALL_SEALS = SIZE_SEALS | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Both ends of a connection as a daemon has them."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def connected(path: Path) -> socket.socket:
+    """A connection to the daemon at ``path``."""
+    peer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    peer.connect(str(path))
+    return peer
+
+
+def packet(message: object) -> bytes:
+    """A message as it travels."""
+    return msgspec.msgpack.encode(message)
+
+
+def in_memfd(length: int) -> bytes:
+    """What announces a message of so many bytes in a memfd."""
+    return struct.pack("<BI", 0xC1, length)
+
+
+def memfd(content: bytes, seals: int = ALL_SEALS) -> int:
+    """A message's place; the caller closes it."""
+    fd = os.memfd_create("message", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.write(fd, content)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    return fd
+
+
+def send_memfd(peer: socket.socket, fd: int, length: int, *before: int) -> None:
+    """Send a message in a memfd, which is closed here, after other descriptors."""
+    try:
+        socket.send_fds(peer, [in_memfd(length)], [*before, fd])
+    finally:
+        os.close(fd)
 
 
 def open_fds() -> set[str]:

@@ -1,6 +1,7 @@
 """An engine's or a person's connection to the daemon: ask and be answered. It must never wait without a limit."""
 
 import contextlib
+import errno
 import socket
 import threading
 from collections.abc import Callable, Sequence
@@ -11,9 +12,8 @@ import msgspec
 
 from ..errors import OffloadError
 from .credentials import peer_of
-from .framing import FramedSocket, PeerError
 from .protocol import (
-    LARGE_FRAME_BYTES,
+    HISTORY_MESSAGE_BYTES,
     VERSION,
     Adopt,
     Adopted,
@@ -38,6 +38,7 @@ from .protocol import (
     Supplied,
     Welcome,
 )
+from .transport import Channel, PeerError
 from .trust import objection_to
 
 MAX_FDS = 64
@@ -84,8 +85,8 @@ class Connection:
         self.peer = peer_of(peer)
         """Who the daemon is, as the kernel says; its pid is 0 if it cannot be seen from here."""
         self._name = name
-        self._frames: FramedSocket[Reply] = FramedSocket(peer, msgspec.msgpack.Decoder(Reply), MAX_FDS)
-        self._frames.wait_at_most(timeout)
+        self._channel: Channel[Reply] = Channel(peer, msgspec.msgpack.Decoder(Reply), MAX_FDS)
+        self._channel.wait_at_most(timeout)
         self._asking = threading.Lock()
         self._sending = threading.Lock()
 
@@ -100,15 +101,20 @@ class Connection:
 
         Raises:
             DaemonGoneError: nobody listens at ``path``, or does not answer.
-            RefusedError: the daemon does not want us; for example, it is of another version.
+            RefusedError: the daemon does not want us, or is of another version.
             UntrustedDaemonError: it is another user's; nothing has been sent.
         """
-        peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        peer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             peer.settimeout(timeout)
             peer.connect(str(path))
         except OSError as error:
             peer.close()
+            if error.errno == errno.EPROTOTYPE:
+                raise RefusedError(
+                    f"the daemon at {path} is of another release of vllm-moe-offload (its socket is of another kind); "
+                    "run the daemon and the engines with the same release"
+                ) from None
             raise DaemonGoneError(
                 f"no daemon answers at {path} ({error.strerror or error}); start one with `vllm-moe-offload daemon`"
             ) from None
@@ -124,7 +130,7 @@ class Connection:
                 raise UntrustedDaemonError(f"the daemon at {path} is not trusted: {objection}")
             connection.daemon_pid = connection.request(Hello(VERSION, role)).pid
             if role == "history":
-                connection._frames.limit = LARGE_FRAME_BYTES
+                connection._channel.limit = HISTORY_MESSAGE_BYTES
         except BaseException:
             connection.close()
             raise
@@ -181,38 +187,38 @@ class Connection:
 
     def wait_at_most(self, seconds: float) -> None:
         """How long every answer may take from now on."""
-        self._frames.wait_at_most(seconds)
+        self._channel.wait_at_most(seconds)
 
     def take_fds(self) -> list[int]:
         """The descriptors that came with the last reply; they are the caller's to close now."""
-        return self._frames.take_fds()
+        return self._channel.take_fds()
 
     def close(self) -> None:
         """End the connection, also under a request that waits in another thread (it raises ``DaemonGoneError``)."""
-        self._frames.shut_down()
+        self._channel.shut_down()
         with self._asking, self._sending:
-            self._frames.close()
+            self._channel.close()
 
     def _exchange(self, message: Request, fds: Sequence[int], goes_on: Callable[[], None] | None) -> Reply | None:
         try:
             # Who closed the connection may have said why before; reading on finds it.
             with contextlib.suppress(ConnectionError):
                 self._send(message, fds)
-            while goes_on is not None and not self._frames.comes_within(LOOK_SECONDS):
+            while goes_on is not None and not self._channel.comes_within(LOOK_SECONDS):
                 goes_on()
-            return self._frames.receive()
+            return self._channel.receive()
         except (PeerError, OSError) as error:
             raise self._gone(_reason(error)) from None
         except BaseException:
-            self._frames.shut_down()
+            self._channel.shut_down()
             raise
 
     def _send(self, message: Request, fds: Sequence[int]) -> None:
         with self._sending:
-            self._frames.send(message, fds)
+            self._channel.send(message, fds)
 
     def _gone(self, reason: str) -> DaemonGoneError:
-        self._frames.shut_down()
+        self._channel.shut_down()
         return DaemonGoneError(f"{self._name} {reason}")
 
 

@@ -10,10 +10,10 @@ import msgspec
 from ..errors import ConfigError, OffloadError, TraceError
 from ..learning.background import Background
 from ..trace.archive import HistoryArchive
-from .framing import LARGE_MESSAGES
 from .hosted_history import HostedHistory
 from .packed_trace import Shape
 from .protocol import HistorySize, ModelStatus, OpenHistory
+from .transport import LARGE_MESSAGES
 
 MOST_HISTORIES = 16
 """In memory at a time; those that no engine uses make room for others."""
@@ -44,7 +44,7 @@ class HostedHistories:
             raise ConfigError(f"--history {folder}: {problem}; name a folder that can be written, or 'off'")
         self._say = say
         self.large = threading.BoundedSemaphore(LARGE_MESSAGES)
-        """For connections about histories, see ``FramedSocket``."""
+        """For connections about histories, see ``Channel``."""
         self._lock = threading.Lock()
         self._histories: dict[str, HostedHistory] = {}
         self._users: dict[str, int] = {}

@@ -19,9 +19,9 @@ from ..trace.history import PastRequest
 from ..trace.persistence import LocalHistory
 from ..trace.trace import UNKNOWN_TOKEN, Trace, concat
 from .packed_trace import Shape
-from .protocol import LARGE_FRAME_BYTES, HistorySize
+from .protocol import HISTORY_MESSAGE_BYTES, HistorySize
 
-MOST_BYTES = LARGE_FRAME_BYTES // 2
+MOST_BYTES = HISTORY_MESSAGE_BYTES // 2
 """Of traces in one answer."""
 LATEST_SHARE = 0.1
 """Of the tokens found by meaning, so many make room for those of the latest requests."""

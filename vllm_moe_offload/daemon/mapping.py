@@ -23,7 +23,10 @@ from ..errors import ConfigError, OffloadError
 NAME_PREFIX = "moe-offload:"
 """Of every memfd of this package; ``/proc/PID/maps`` shows ``/memfd:moe-offload:…``."""
 
-_SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+"""Nobody can change the size of a memfd that has them."""
+
+_SEALS = {name: getattr(fcntl, name) for name in ("F_SEAL_SHRINK", "F_SEAL_GROW", "F_SEAL_WRITE", "F_SEAL_SEAL")}
 _PROT_NONE = 0
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
@@ -83,7 +86,7 @@ class Mapping:
             # Someone of the daemon's group who was sent a read-only descriptor must not reopen it for writing.
             os.fchmod(fd, 0o600)
             os.ftruncate(fd, size)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SIZE_SEALS | fcntl.F_SEAL_SEAL)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, SIZE_SEALS | fcntl.F_SEAL_SEAL)
             return cls(fd, size, writable=True)
         except OSError as error:
             if fd >= 0:
@@ -225,21 +228,26 @@ class _Span:
         self.__array_interface__ = {"version": 3, "data": (address, False), "typestr": dtype.str, "shape": tuple(shape)}
 
 
-def check_descriptor(fd: int, size: int) -> None:
+def check_descriptor(fd: int, size: int, seals: int = SIZE_SEALS) -> None:
     """Make sure that a descriptor from a peer has ``size`` bytes for ever.
+
+    Args:
+        seals: of the memfd; more do no harm.
 
     Raises:
         PeerMemoryError: it has not.
     """
+    # First: only memory has seals, and without them the size may be another one already.
     try:
+        found = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
         status = os.fstat(fd)
-        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError as error:
         raise PeerMemoryError(f"descriptor {fd} is no memfd: {error.strerror}") from error
+    if found & seals != seals:
+        missing = ", ".join(name for name, seal in _SEALS.items() if seals & ~found & seal)
+        raise PeerMemoryError(f"descriptor {fd} lacks the seals {missing}")
     if not stat.S_ISREG(status.st_mode) or status.st_size != size:
         raise PeerMemoryError(f"descriptor {fd} has {status.st_size} bytes where {size} were announced")
-    if seals & _SIZE_SEALS != _SIZE_SEALS:
-        raise PeerMemoryError(f"descriptor {fd} lacks the seals of its size (F_SEAL_SHRINK, F_SEAL_GROW)")
 
 
 def _reserve(size: int) -> int:

@@ -8,12 +8,12 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-VERSION = 1
+VERSION = 2
 """Of this protocol and of the table in shared memory. Peers of another version are refused by name."""
 
-SMALL_FRAME_BYTES = 1 << 20
-LARGE_FRAME_BYTES = 64 << 20
-"""What a connection of role ``history`` may send at once: traces of whole requests travel on it."""
+MESSAGE_BYTES = 1 << 20
+HISTORY_MESSAGE_BYTES = 64 << 20
+"""That a message may have, and on a connection of role ``history``, where traces of whole requests travel."""
 
 MAX_WORKERS = 64
 """Attached to one model at a time."""

@@ -16,11 +16,11 @@ import msgspec
 
 from ..threads import ReportedThread, failed_threads
 from .credentials import Peer, peer_of
-from .framing import FramedSocket, PeerError
 from .hosted_histories import HostedHistories
 from .protocol import Refused, Request, StatusReport
 from .session import MAX_FDS, Models, Session
 from .socket_file import SocketFile
+from .transport import Channel, PeerError
 
 MAX_PEERS = 256
 COMPLAINT_SECONDS = 10.0
@@ -143,15 +143,15 @@ class DaemonServer:
             return
         try:
             peer = peer_of(connection)
-            frames = FramedSocket(connection, msgspec.msgpack.Decoder(Request), MAX_FDS)
+            channel = Channel(connection, msgspec.msgpack.Decoder(Request), MAX_FDS)
         except OSError as error:
             connection.close()
             self._complain(f"refused a peer: the system does not say who it is ({error.strerror})")
             return
         if reason := self._objection(peer):
-            self._turn_away(frames, peer, reason)
+            self._turn_away(channel, peer, reason)
         else:
-            self._admit(frames, peer)
+            self._admit(channel, peer)
 
     def _objection(self, peer: Peer) -> str | None:
         if not peer.is_us() and not (self._group is not None and peer.belongs_to(self._group)):
@@ -160,18 +160,18 @@ class DaemonServer:
             return f"came while {MAX_PEERS} others are connected, which is as many as the daemon serves"
         return None
 
-    def _turn_away(self, frames: FramedSocket[Request], peer: Peer, reason: str) -> None:
+    def _turn_away(self, channel: Channel[Request], peer: Peer, reason: str) -> None:
         try:
-            frames.send(Refused(f"the peer {reason}"))
+            channel.send(Refused(f"the peer {reason}"))
         except (PeerError, OSError):
             pass
         finally:
-            frames.close()
+            channel.close()
         self._complain(f"refused {peer}: the peer {reason}")
 
-    def _admit(self, frames: FramedSocket[Request], peer: Peer) -> None:
+    def _admit(self, channel: Channel[Request], peer: Peer) -> None:
         self._accepted += 1
-        session = Session(frames, peer, self)
+        session = Session(channel, peer, self)
         name = f"peer {self._accepted} (pid {peer.pid})"
         thread = ReportedThread(target=self._run, args=(session, peer), name=name, daemon=True)
         with self._lock:
@@ -181,7 +181,7 @@ class DaemonServer:
         except RuntimeError as error:
             with self._lock:
                 del self._sessions[session]
-            self._turn_away(frames, peer, f"cannot be served now: {error}")
+            self._turn_away(channel, peer, f"cannot be served now: {error}")
 
     def _run(self, session: Session, peer: Peer) -> None:
         try:

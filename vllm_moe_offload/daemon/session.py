@@ -12,12 +12,11 @@ import msgspec
 
 from ..errors import OffloadError
 from .credentials import Peer
-from .framing import FRAME_SECONDS, FramedSocket, PeerError
 from .hosted_histories import HostedHistories
 from .hosted_history import HostedHistory
 from .packed_trace import pack_trace, unpack_embedding, unpack_trace
 from .protocol import (
-    LARGE_FRAME_BYTES,
+    HISTORY_MESSAGE_BYTES,
     VERSION,
     Adopt,
     Adopted,
@@ -41,6 +40,7 @@ from .protocol import (
     Supplied,
     Welcome,
 )
+from .transport import PEER_SECONDS, Channel, PeerError
 
 if TYPE_CHECKING:
     from .workers import Worker  # reads stores, which a daemon that finds another one running never does
@@ -86,10 +86,10 @@ class Session:
     returns, all of it is closed.
     """
 
-    def __init__(self, frames: FramedSocket[Request], peer: Peer, daemon: Daemon) -> None:
+    def __init__(self, channel: Channel[Request], peer: Peer, daemon: Daemon) -> None:
         self.role = ""
         """As its Hello says; empty before that."""
-        self._frames = frames
+        self._channel = channel
         self._peer = peer
         self._daemon = daemon
         self._worker: Worker | None = None
@@ -108,7 +108,7 @@ class Session:
         """
         try:
             self._welcome()
-            while (request := self._frames.receive()) is not None:
+            while (request := self._channel.receive()) is not None:
                 self._answer(request)
             return None
         except (PeerError, ValueError) as error:
@@ -121,15 +121,15 @@ class Session:
                 self._worker.detach()
             if self._history is not None:
                 self._daemon.histories.leave(self._history)
-            self._frames.close()
+            self._channel.close()
 
     def disconnect(self) -> None:
         """End the connection, from another thread: ``run`` returns soon."""
-        self._frames.shut_down()
+        self._channel.shut_down()
 
     def _welcome(self) -> None:
-        self._frames.wait_at_most(FRAME_SECONDS)
-        hello = self._frames.receive()
+        self._channel.wait_at_most(PEER_SECONDS)
+        hello = self._channel.receive()
         if hello is None:
             raise ConnectionResetError
         if not isinstance(hello, Hello):
@@ -142,11 +142,11 @@ class Session:
         if hello.role not in ROLES:
             raise PeerError(f"wants the role {hello.role!r}; there are {', '.join(ROLES)}")
         self.role = hello.role
-        self._frames.wait_at_most(0)
+        self._channel.wait_at_most(0)
         if hello.role == "history":
-            self._frames.limit = LARGE_FRAME_BYTES
-            self._frames.large = self._daemon.histories.large
-        self._frames.send(Welcome(VERSION, os.getpid()))
+            self._channel.limit = HISTORY_MESSAGE_BYTES
+            self._channel.large = self._daemon.histories.large
+        self._channel.send(Welcome(VERSION, os.getpid()))
 
     def _answer(self, request: Request) -> None:
         if not isinstance(request, ROLES[self.role]):
@@ -167,7 +167,7 @@ class Session:
         elif isinstance(request, Search):
             self._search(request)
         elif isinstance(request, GetStatus):
-            self._frames.send(self._daemon.status())
+            self._channel.send(self._daemon.status())
         elif isinstance(request, Stop):
             self._stop()
 
@@ -179,13 +179,13 @@ class Session:
         try:
             self._worker = self._daemon.models.attach(request)
         except OffloadError as error:
-            self._frames.send(Refused(str(error)))
+            self._channel.send(Refused(str(error)))
         else:
-            self._frames.send(self._worker.reply, self._worker.fds)
+            self._channel.send(self._worker.reply, self._worker.fds)
 
     def _adopt(self, request: Adopt) -> None:
         worker = self._attached(request)
-        fds = self._frames.take_fds()
+        fds = self._channel.take_fds()
         if not fds:
             raise PeerError("sent Adopt without the descriptor of an arena")
         self._reply(partial(worker.adopt, fd=fds[0]), request)
@@ -196,21 +196,21 @@ class Session:
         try:
             self._history = history = self._daemon.histories.open(request)
         except OffloadError as error:
-            self._frames.send(Refused(str(error)))
+            self._channel.send(Refused(str(error)))
         else:
-            self._frames.send(HistoryOpened(history.size, None if history.folder is None else str(history.folder)))
+            self._channel.send(HistoryOpened(history.size, None if history.folder is None else str(history.folder)))
 
     def _remember(self, request: Remember) -> None:
         history = self._opened(request)
         history.remember(unpack_trace(request.trace, history.shape), request.again, self._peer.uid)
         self._daemon.histories.keep_within_bounds()
-        self._frames.send(Remembered(history.size))
+        self._channel.send(Remembered(history.size))
 
     def _search(self, request: Search) -> None:
         history = self._opened(request)
-        self._frames.hold_large(FRAME_SECONDS)
+        self._channel.hold_large(PEER_SECONDS)
         found = history.search(unpack_embedding(request.embedding), request.max_tokens, self._peer.uid)
-        self._frames.send(Found(pack_trace(found), history.size))
+        self._channel.send(Found(pack_trace(found), history.size))
 
     def _reply(self, verb: Callable[[Any], Supplied | Adopted], request: Request) -> None:
         reply: Supplied | Adopted | Refused
@@ -218,13 +218,13 @@ class Session:
             reply = verb(request)
         except OffloadError as error:
             reply = Refused(str(error))
-        self._frames.send(reply)
+        self._channel.send(reply)
 
     def _stop(self) -> None:
         if not self._peer.is_us():
-            self._frames.send(Refused("only the user the daemon runs as may stop it"))
+            self._channel.send(Refused("only the user the daemon runs as may stop it"))
             return
-        self._frames.send(Stopping())
+        self._channel.send(Stopping())
         self._daemon.stop(f"{self._peer} asked for it")
 
     def _attached(self, request: Request) -> "Worker":
@@ -239,6 +239,6 @@ class Session:
 
     def _refuse(self, reason: str) -> None:
         try:
-            self._frames.send(Refused(f"the peer {reason}"))
+            self._channel.send(Refused(f"the peer {reason}"))
         except (PeerError, OSError):
             return

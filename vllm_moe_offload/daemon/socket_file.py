@@ -202,7 +202,7 @@ def _lock(path: Path, patience: float, say: Callable[[str], None]) -> int:
 
 def _someone_listens(path: Path) -> bool:
     """Whether a process has the socket open; anything but the kernel's plain no counts as yes."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as probe:
         return probe.connect_ex(str(path)) not in (errno.ECONNREFUSED, errno.ENOENT)
 
 
@@ -221,7 +221,7 @@ def _remove_dead(path: Path) -> bool:
 
 
 def _listen(path: Path, group: int | None) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     before = os.umask(0o177)
     try:
         listener.bind(str(path))
