@@ -14,7 +14,8 @@ from tests.daemon.reading_worker import Reader
 from tests.daemon.wire import wait_until
 from tests.runtime.record_stores import build_store, layout
 from vllm_moe_offload.daemon import client, worker_attachment
-from vllm_moe_offload.daemon.connection import Connection
+from vllm_moe_offload.daemon.client import ALONE, CLOSED, CONNECTED, REJOINING, TRANSITIONS, ClientState
+from vllm_moe_offload.daemon.connection import Connection, DaemonGoneError
 from vllm_moe_offload.daemon.death import Death
 from vllm_moe_offload.daemon.protocol import GetStatus, StatusReport
 from vllm_moe_offload.prefetch import loader
@@ -35,7 +36,7 @@ def status_of(reader: Reader) -> StatusReport:
 def survivor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reader]:
     """A worker whose daemon was killed; the next one has attached it, and it is between two steps."""
     monkeypatch.setattr(client, "RETRY_SECONDS", 0.05)
-    monkeypatch.setattr(client, "GRUDGE_SECONDS", 0.05)
+    monkeypatch.setattr(client, "BACKOFF_SECONDS", 0.05)
     made = build_store(tmp_path / "stores", [(SMALL, 24), (LARGE, 24), (LARGE, 24)])
     socket, root = tmp_path / "daemon.sock", made.store.path.parent
     daemon = DaemonProcess(socket, BUDGET, root)
@@ -46,12 +47,70 @@ def survivor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reader
         reader.step()
         assert reader.client.daemon_pid == 0
         daemon = DaemonProcess(socket, BUDGET, root)
-        wait_until(lambda: reader.client._next is not None, "the next daemon has attached it", 60)
+        wait_until(lambda: reader.client.state is REJOINING, "the next daemon has attached it", 60)
         yield reader
         reader.close()
         daemon.stop()
     finally:
         daemon.abandon()
+
+
+def test_the_states_it_goes_through(survivor: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its daemon was killed and missed in a step, and the next one has attached it."""
+    monkeypatch.setattr(client, "_DYING_SECONDS", 0.0)
+    it, entered = survivor.client, [survivor.client.state]
+    enter = it._enter
+
+    def note(state: ClientState) -> None:
+        enter(state)
+        entered.append(state)
+
+    monkeypatch.setattr(it, "_enter", note)
+    survivor.step()
+    assert it.state is CONNECTED and it.daemon_pid
+    it.fail_over(DaemonGoneError("it is given up"))
+    it.fail_over(DaemonGoneError("it is given up twice"))
+    assert not it.daemon_pid and not any("twice" in line for line in survivor.said)
+    wait_until(lambda: it.state is REJOINING, "it asks again", 60)
+    it.close()
+    it.close()
+    assert entered == [REJOINING, CONNECTED, ALONE, REJOINING, CLOSED]
+
+
+def test_a_daemon_that_died_unmissed_is_succeeded_without_a_time_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "RETRY_SECONDS", 0.05)
+    made = build_store(tmp_path / "stores", [(SMALL, 24)])
+    socket, root = tmp_path / "daemon.sock", made.store.path.parent
+    daemon = DaemonProcess(socket, BUDGET, root)
+    try:
+        reader = Reader(socket, made.store.path, seed=1)
+        reader.step()
+        assert reader.client.state is CONNECTED
+        daemon.kill()
+        daemon = DaemonProcess(socket, BUDGET, root)
+        wait_until(lambda: reader.client.state is REJOINING, "the next daemon has attached it", 60)
+        reader.client.check_integrity()
+        reader.step()
+        assert reader.client.state is CONNECTED and not any("without it" in line for line in reader.said)
+        reader.close()
+        daemon.stop()
+    finally:
+        daemon.abandon()
+
+
+@pytest.mark.parametrize("state", ClientState)
+def test_no_other_transition_is_made(survivor: Reader, state: ClientState) -> None:
+    it = survivor.client
+    assert it.state is REJOINING
+    for old in ClientState:
+        if state not in TRANSITIONS[old]:
+            it.state = old
+            with pytest.raises(AssertionError, match=f"{old.value} -> {state.value}"):
+                it._enter(state)
+            assert it.state is old
+    it.state = REJOINING
 
 
 def test_no_memory_is_mapped_over_a_read_that_is_under_way(survivor: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,20 +143,20 @@ def test_no_memory_is_mapped_over_a_read_that_is_under_way(survivor: Reader, mon
 
 
 def test_a_daemon_that_detaches_it_before_it_has_come_back_is_left_alone(survivor: Reader) -> None:
-    attachment = survivor.client._next
+    attachment = survivor.client._successor
     assert attachment is not None
     attachment.connection.close()
     wait_until(lambda: not status_of(survivor).models[0].workers, "the daemon has detached it")
     survivor.step()
     assert survivor.client.daemon_pid == 0, "it is not attached to what has detached it"
     survivor.step()
-    wait_until(lambda: survivor.client._next is not None, "it asks again")
+    wait_until(lambda: survivor.client.state is REJOINING, "it asks again")
     survivor.step()
     assert survivor.client.daemon_pid != 0
 
 
 def test_half_of_a_daemon_s_memory_is_none_of_it(survivor: Reader) -> None:
-    attachment = survivor.client._next
+    attachment = survivor.client._successor
     assert attachment is not None
     other = os.memfd_create("other", os.MFD_CLOEXEC)
     os.close(attachment._arenas.pop())
@@ -106,19 +165,20 @@ def test_half_of_a_daemon_s_memory_is_none_of_it(survivor: Reader) -> None:
     survivor.step()
     assert survivor.client.daemon_pid == 0 and "goes on without it" in survivor.said[-1]
     assert survivor.counters.loads > loads, "nothing in the slots is believed"
-    wait_until(lambda: survivor.client._next is not None, "it asks again")
+    wait_until(lambda: survivor.client.state is REJOINING, "it asks again")
     survivor.step()
     assert survivor.client.daemon_pid != 0
 
 
 def test_a_watch_that_meets_something_unforeseen_goes_on(survivor: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
-    attachment, survivor.client._next = survivor.client._next, None
+    attachment = survivor.client._successor
     assert attachment is not None
     attachment.connection.close()
+    survivor.client._end_rejoining(None)
     with monkeypatch.context() as broken:
         broken.setattr(survivor.client, "_attach", lambda: 1 / 0)
         wait_until(lambda: any("ZeroDivisionError" in line for line in survivor.said), "it is said", 60)
-    wait_until(lambda: survivor.client._next is not None, "it asks again", 60)
+    wait_until(lambda: survivor.client.state is REJOINING, "it asks again", 60)
 
 
 def test_whether_a_process_is_dead_can_be_asked_while_another_thread_stops_asking() -> None:
@@ -142,7 +202,7 @@ def test_nothing_is_believed_of_a_daemon_that_only_does_not_answer(
     monkeypatch.setattr(worker_attachment, "ANSWER_SECONDS", 0.5)
     monkeypatch.setattr(client, "_DYING_SECONDS", 0.1)
     monkeypatch.setattr(client, "RETRY_SECONDS", 0.05)
-    monkeypatch.setattr(client, "GRUDGE_SECONDS", 0.05)
+    monkeypatch.setattr(client, "BACKOFF_SECONDS", 0.05)
     made = build_store(tmp_path / "stores", [(SMALL, 24), (LARGE, 24)])
     with running_daemon(tmp_path / "daemon.sock", 300_000, made.store.path.parent) as daemon:
         reader = Reader(tmp_path / "daemon.sock", made.store.path, seed=1)

@@ -138,8 +138,8 @@ def test_a_lease_that_is_lost_voids_the_step_and_is_loaded_again(
         reader = Reader(tmp_path / "daemon.sock", made.store.path, seed=1, lease=True)
         reader.client.begin_step()
         assert reader.client.lease and not reader.client.lease_lost
-        assert reader.client._current is not None
-        reader.client._current.connection.send(Hint(77, b""))  # the daemon detaches who says such things
+        assert reader.client._attachment is not None
+        reader.client._attachment.connection.send(Hint(77, b""))  # the daemon detaches who says such things
         wait_until(lambda: reader.client.lease_lost, "the step under way finds out", 60)
         reader.client.begin_step()
         assert not reader.client.lease_lost and reader.client.daemon_pid == 0

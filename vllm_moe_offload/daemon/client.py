@@ -1,12 +1,27 @@
-"""One worker's life with the daemon: it attaches, goes on alone when that is gone, and comes back to the next one.
+"""One worker's slots and the daemon they belong to, if there is one: the states of a client.
 
-The kernels keep the addresses they were given once; what lies behind them changes. It must never believe the contents
-of shared memory that a process which may be alive could still write.
+CONNECTED  the slots are memory of a daemon, which reads into them what this worker demands.
+ALONE      the slots are this process's own: it reads from the store. The watching thread asks for a daemon every
+           ``RETRY_SECONDS``, and after one that is there but does not serve this worker every ``BACKOFF_SECONDS``.
+REJOINING  a daemon has attached this worker anew, and the next step begins with its memory. Until then slots are as in
+           ALONE, or still those of the last daemon, if that died and nobody has missed it yet.
+CLOSED     the engine ends.
+
+CONNECTED            -> ALONE      ``fail_over``: the daemon does not answer, refuses, or has detached this worker
+CONNECTED, ALONE     -> REJOINING  ``_watch``: a daemon has attached it (CONNECTED: the process of the last one is dead)
+REJOINING            -> CONNECTED  ``begin_step``; also where that daemon has gone again and the last one is not missed
+REJOINING            -> ALONE      ``begin_step``, where that daemon has gone again, or its memory cannot be mapped
+any                  -> CLOSED     ``close``
+
+The watching thread only enters REJOINING, everything else is up to the thread that computes. Kernels keep the addresses
+that they were given once; what lies behind them changes where nothing is held. It must never believe the contents of
+shared memory that a process which may be alive could still write.
 """
 
 import threading
 import time
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +47,27 @@ from .table import ResidencyTable
 from .worker_attachment import WorkerAttachment
 
 RETRY_SECONDS = 1.0
-GRUDGE_SECONDS = 30.0
-"""How long a daemon that lives but did not serve is left alone."""
+BACKOFF_SECONDS = 30.0
+"""How long a daemon that lives but did not serve is not asked again."""
 _DYING_SECONDS = 2.0
+
+
+class ClientState(Enum):
+    """See the module."""
+
+    CONNECTED = "connected"
+    ALONE = "alone"
+    REJOINING = "rejoining"
+    CLOSED = "closed"
+
+
+CONNECTED, ALONE, REJOINING, CLOSED = ClientState
+TRANSITIONS = {
+    CONNECTED: {ALONE, REJOINING, CLOSED},
+    ALONE: {REJOINING, CLOSED},
+    REJOINING: {CONNECTED, ALONE, CLOSED},
+    CLOSED: set[ClientState](),
+}
 
 
 class DaemonClient:
@@ -82,7 +115,13 @@ class DaemonClient:
             self._close_arenas()
             attachment.close()
             raise
-        self._current: WorkerAttachment | None = attachment
+        self.state = CONNECTED
+        self._changing = threading.Lock()
+        """Held while the state changes, and with it the next two."""
+        self._attachment: WorkerAttachment | None = attachment
+        """To the daemon whose memory the slots are."""
+        self._successor: WorkerAttachment | None = None
+        """To the daemon whose memory they will be: REJOINING."""
         self._tables = attachment.tables
         """Of the daemon attached to last."""
         self.lease = attachment.lease
@@ -92,10 +131,9 @@ class DaemonClient:
         ]
         self._trusted = True
         """Whether what the tables say of the arenas is true, or was when the daemon ended."""
-        self._next: WorkerAttachment | None = None
-        """A daemon that has come back, until the next step begins."""
-        self._not_before = 0.0
-        self._told = ""
+        self._retry_at = 0.0
+        """On the monotonic clock: no daemon is asked before."""
+        self._last_reason = ""
         self._watcher = ReportedThread(target=self._watch, name="moe-offload-daemon-watch", daemon=True)
         self._watcher.start()
 
@@ -107,13 +145,13 @@ class DaemonClient:
     @property
     def daemon_pid(self) -> int:
         """Of the daemon that keeps the slots; 0 while there is none."""
-        return 0 if self._current is None else self._current.connection.daemon_pid
+        return 0 if self._attachment is None else self._attachment.connection.daemon_pid
 
     def begin_step(self) -> None:
         """Nothing is held: the moment to join a daemon that has come back."""
-        if self._next is not None:
-            self._come_back(self._next)
-            self._next = None
+        assert self.state is not CLOSED
+        if self.state is REJOINING:
+            self._rejoin()
         elif self.lease_lost:
             self.fail_over(DaemonGoneError("the daemon has detached this worker"))
             self._restore_lease()
@@ -121,31 +159,49 @@ class DaemonClient:
     @property
     def lease_lost(self) -> bool:
         """Whether experts may have left the slots that layers compute on without looking, since the step began."""
-        return self.lease and self._current is not None and not all(pool.minded for pool in self._attached)
+        return self.lease and self._attachment is not None and not all(pool.minded for pool in self._attached)
 
     def fail_over(self, reason: OffloadError) -> None:
-        """Go on without the daemon: slots become this process's own. Nothing may be held."""
-        attachment, self._current = self._current, None
+        """Go on without the daemon: slots become this process's own. Nothing may be held. Idempotent."""
+        attachment = self._attachment
         if attachment is None:
             return
+        with self._changing:
+            self._attachment = None
+            if self.state is CONNECTED:
+                self._enter(ALONE)
         self._trusted = attachment.stays_true(_DYING_SECONDS)
         kept = self._serve_alone(attachment.tables)
         attachment.close()
         if not self._trusted:
-            self._not_before = time.monotonic() + GRUDGE_SECONDS
+            self._retry_at = time.monotonic() + BACKOFF_SECONDS
         self._say(f"{reason}; going on without it, with {kept} experts that were loaded")
 
     def close(self) -> None:
-        """Leave the daemon."""
+        """Leave the daemon. Idempotent."""
+        if self.state is CLOSED:
+            return
         self._closing.set()
         self._watcher.join()
         for pool in self._pools:
             pool.close()
-        for attachment in (self._current, self._next):
-            if attachment is not None:
-                attachment.close()
-        self._current = self._next = None
+        self._close(self._attachment, self._successor)
+        with self._changing:
+            self._attachment = self._successor = None
+            self._enter(CLOSED)
         self._close_arenas()
+
+    def _enter(self, state: ClientState) -> None:
+        """Change the state. Under the lock, with ``_attachment`` and ``_successor`` as they belong to it."""
+        assert state in TRANSITIONS[self.state], f"{self.state.value} -> {state.value}"
+        self.state = state
+        self.check_integrity()
+
+    def check_integrity(self) -> None:
+        """Assert what follows from the state."""
+        assert (self._successor is not None) == (self.state is REJOINING)
+        assert self._attachment is not None or self.state is not CONNECTED
+        assert self._attachment is None or self.state in (CONNECTED, REJOINING)
 
     def _attach(self) -> WorkerAttachment:
         return WorkerAttachment.open(self.path, self._request, self._members, self._closing)
@@ -175,31 +231,39 @@ class DaemonClient:
         cache.limit = max(limit, *members.counts)  # the step under way was cut up to fit an earlier limit
         return cache
 
-    def _come_back(self, attachment: WorkerAttachment) -> None:
+    def _rejoin(self) -> None:
         """Serve from the memory of another daemon, if it still keeps it for this worker. Nothing may be held."""
+        successor, last = self._successor, self._attachment
+        assert successor is not None
         try:
-            attached = attachment.pools(self._arenas, self._counters)
+            attached = successor.pools(self._arenas, self._counters)
         except OffloadError as error:
-            attachment.close()
-            self._leave_alone(error)
+            successor.close()
+            self._back_off(error)
+            self._end_rejoining(last)
             return
         try:
             for pool, behind in zip(self._pools, attached, strict=True):
-                pool.share(attachment.take_arena(), behind)
+                pool.share(successor.take_arena(), behind)
         except OffloadError as error:
-            self._trusted, gone, self._current = False, self._current, None
-            self._serve_alone(attachment.tables)
+            self._trusted = False
+            self._serve_alone(successor.tables)
             self._restore_lease()
-            for each in (attachment, gone):
-                if each is not None:
-                    each.close()
-            self._leave_alone(error)
+            self._close(successor, last)
+            self._back_off(error)
+            self._end_rejoining(None)
             return
-        if self._current is not None:
-            self._current.close()
-        self._current, self._tables, self._trusted = attachment, attachment.tables, True
+        self._close(last)
+        self._tables, self._trusted = successor.tables, True
         self._attached = attached
+        self._end_rejoining(successor)
         self._say(f"attached to the daemon at {self.path} again")
+
+    def _end_rejoining(self, attachment: WorkerAttachment | None) -> None:
+        """The slots are memory of ``attachment``, or this process's own."""
+        with self._changing:
+            self._attachment, self._successor = attachment, None
+            self._enter(ALONE if attachment is None else CONNECTED)
 
     def _watch(self) -> None:
         """Look for a daemon whenever there is none. Runs in a thread of its own."""
@@ -209,21 +273,24 @@ class DaemonClient:
             except DaemonGoneError:
                 continue
             except Exception as error:  # whatever it is, this engine can serve without and ask again later
-                self._leave_alone(error)
+                self._back_off(error)
 
     def _look_for_a_daemon(self) -> None:
-        current = self._current
-        if self._next is not None or time.monotonic() < self._not_before:
+        last = self._attachment
+        if self.state is REJOINING or time.monotonic() < self._retry_at:
             return
-        if current is None or current.death.known():
-            self._next = self._attach_again()
+        if last is None or last.death.known():
+            successor = self._attach_again()
+            with self._changing:
+                self._successor = successor
+                self._enter(REJOINING)
 
-    def _leave_alone(self, error: Exception) -> None:
+    def _back_off(self, error: Exception) -> None:
         """The daemon that is there does not serve this engine: ask again later."""
-        self._not_before = time.monotonic() + GRUDGE_SECONDS
+        self._retry_at = time.monotonic() + BACKOFF_SECONDS
         reason = str(error) if isinstance(error, OffloadError) else f"{type(error).__name__}: {error}"
-        if self._told != reason:
-            self._told = reason
+        if self._last_reason != reason:
+            self._last_reason = reason
             self._say(f"a daemon is back, but this engine goes on without it: {reason}")
 
     def _attach_again(self) -> WorkerAttachment:
@@ -246,6 +313,11 @@ class DaemonClient:
             if len(experts):
                 message = Adopt(number, pack_ids(experts), pack_ids(table.slot_of[experts]))
                 attachment.connection.request(message, [arena.mapping.fd])
+
+    def _close(self, *attachments: WorkerAttachment | None) -> None:
+        for attachment in attachments:
+            if attachment is not None:
+                attachment.close()
 
     def _close_arenas(self) -> None:
         for arena in self._arenas:
