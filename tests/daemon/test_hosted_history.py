@@ -85,9 +85,9 @@ def test_a_search_brings_each_request_once_and_as_much_as_was_asked_for(
 def test_what_a_daemon_may_have_already_is_kept_once() -> None:
     history = hosted()
     history.remember(past_request(1))
-    history.remember(past_request(1), again=True)
+    history.remember(past_request(1), maybe_duplicate=True)
     assert history.size == HistorySize(1, 5)
-    history.remember(past_request(2), again=True)
+    history.remember(past_request(2), maybe_duplicate=True)
     history.remember(past_request(2))
     assert history.size == HistorySize(3, 15), "twice the same request is two requests"
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from past import past_request
 
-from vllm_moe_offload.daemon.outbox import Letter, Outbox
+from vllm_moe_offload.daemon.outbox import Outbox, Upload
 from vllm_moe_offload.trace.trace import Trace
 
 ONE = past_request(0)
@@ -36,26 +36,26 @@ class Post(RuleBasedStateMachine):
 
     @rule(fate=st.sampled_from(["delivered", "refused", "lost"]))
     def send(self, fate: str) -> None:
-        letter = self.outbox.next()
-        if letter is None:
+        upload = self.outbox.next()
+        if upload is None:
             return
-        self.look(letter)
+        self.look(upload)
         if fate == "delivered":
-            self.outbox.delivered(letter.number)
-            self.there.add(letter.number)
+            self.outbox.delivered(upload.number)
+            self.there.add(upload.number)
         elif fate == "refused":
-            self.outbox.drop(letter.number)
-            self.refused.add(letter.number)
-            self.kept.remove(letter.number)
+            self.outbox.drop(upload.number)
+            self.refused.add(upload.number)
+            self.kept.remove(upload.number)
         else:
             self.new_daemon()
 
-    def look(self, letter: Letter) -> None:
-        assert letter.trace is self.put[letter.number]
-        assert letter.number not in self.there | self.refused
-        assert all(letter.number > number for number in self.there)
-        assert letter.again == (letter.number in self.offered)
-        self.offered.add(letter.number)
+    def look(self, upload: Upload) -> None:
+        assert upload.trace is self.put[upload.number]
+        assert upload.number not in self.there | self.refused
+        assert all(upload.number > number for number in self.there)
+        assert upload.maybe_duplicate == (upload.number in self.offered)
+        self.offered.add(upload.number)
 
     @rule()
     def new_daemon(self) -> None:
@@ -79,14 +79,14 @@ def test_a_new_daemon_gets_the_latest_that_fit_once_each() -> None:
     for lost in (False, True, False):
         if lost:
             outbox.start_over()
-        while (letter := outbox.next()) is not None:
-            outbox.delivered(letter.number)
-            got.append((letter.number, letter.again))
+        while (upload := outbox.next()) is not None:
+            outbox.delivered(upload.number)
+            got.append((upload.number, upload.maybe_duplicate))
     assert got == [(number, again) for again in (False, True) for number in (3, 4, 5, 6)]
 
 
 def test_a_request_beyond_the_budget_is_sent_all_the_same() -> None:
     outbox = Outbox(BYTES)
     outbox.put(past_request(1, tokens=50))
-    letter = outbox.next()
-    assert letter is not None and letter.trace.num_tokens == 50
+    upload = outbox.next()
+    assert upload is not None and upload.trace.num_tokens == 50

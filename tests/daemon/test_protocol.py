@@ -47,7 +47,7 @@ REQUESTS = [
     Hint(0, pack_ids(np.arange(3))),
     Adopt(1, b"\1\0\0\0", b"\2\0\0\0"),
     OpenHistory("ab" * 16, (3, 8, 2), "fingerprint"),
-    Remember(PackedTrace(b"\1\0\0\0", b"\1", b"\0\x3c", phase=b"\0"), again=True),
+    Remember(PackedTrace(b"\1\0\0\0", b"\1", b"\0\x3c", phase=b"\0"), maybe_duplicate=True),
     Search(b"\0\0\x80\x3f", 1000),
     GetStatus(),
     Stop(),

@@ -16,7 +16,7 @@ from house import STORE, House
 from past import FINGERPRINT, SHAPE, past_request, same
 from wire import threads, wait_until
 
-from vllm_moe_offload.daemon import history_line
+from vllm_moe_offload.daemon import history_client
 from vllm_moe_offload.daemon.protocol import OpenHistory
 from vllm_moe_offload.daemon.remote_history import SharedHistory
 from vllm_moe_offload.predict.base import ModelShape
@@ -31,8 +31,8 @@ OPEN = OpenHistory(FINGERPRINT, SHAPE, STORE)
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(history_line, "RETRY_SECONDS", 0.05)
-    monkeypatch.setattr(history_line, "QUIET_SECONDS", 0.05)
+    monkeypatch.setattr(history_client, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(history_client, "QUIET_SECONDS", 0.05)
     before = threads()
     yield
     wait_until(lambda: threads() <= before, "no thread is left")
@@ -188,7 +188,7 @@ def test_a_request_the_daemon_does_not_want_is_said_and_the_others_still_go(tmp_
         first.history.add(past_request(1))
         first.history.add(replace(past_request(2), embeddings=None))
         wait_until(lambda: house.histories.open(OPEN).size.requests == 2, "both are there")
-        first._line.tell(replace(past_request(3), embeddings=np.zeros((1, 3), np.float16)))
+        first._client.tell(replace(past_request(3), embeddings=np.zeros((1, 3), np.float16)))
         wait_until(lambda: bool(said), "it hears the reason")
         first.history.add(past_request(4))
         wait_until(lambda: house.histories.open(OPEN).size.requests == 3, "the others go on")
@@ -208,12 +208,12 @@ def test_a_daemon_that_refuses_is_left_alone_and_named(tmp_path: Path) -> None:
 def test_whoever_cannot_use_an_answer_spoils_it_for_nobody_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(history_line, "GRUDGE_SECONDS", 0.05)
+    monkeypatch.setattr(history_client, "BACKOFF_SECONDS", 0.05)
     said: list[str] = []
     with House(tmp_path / "socket") as house, closing(engine(house.path, say=said.append)) as first:
-        assert first._line.ask(None, 10, lambda trace: 1 / 0)  # type: ignore[arg-type, return-value]
+        assert first._client.ask(None, 10, lambda trace: 1 / 0)  # type: ignore[arg-type, return-value]
         wait_until(lambda: bool(said), "it is said")
-        wait_until(lambda: first._line.connected, "it has connected again")
+        wait_until(lambda: first._client.connected, "it has connected again")
         first.history.add(past_request(1))
         wait_until(lambda: house.histories.open(OPEN).size.requests == 1, "requests are told")
         assert len(Seeker(first).last()) == 1
@@ -221,7 +221,7 @@ def test_whoever_cannot_use_an_answer_spoils_it_for_nobody_else(
 
 
 def test_an_engine_ends_promptly_although_the_daemon_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(history_line, "CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr(history_client, "CLOSE_SECONDS", 0.2)
     with House(tmp_path / "socket") as house:
         history = house.histories.open(OPEN)
         first = engine(house.path)

@@ -71,12 +71,12 @@ class HostedHistory:
             self._history.budget_bytes = budget
             self._tokens = self._history.num_tokens
 
-    def remember(self, trace: Trace, again: bool = False, user: int | None = None) -> None:
+    def remember(self, trace: Trace, maybe_duplicate: bool = False, user: int | None = None) -> None:
         """A request has ended.
 
         Args:
             trace: of ``shape``; sound.
-            again: leave it if it is here already.
+            maybe_duplicate: leave it if it is here already.
             user: whose it is; None for the one this process runs as.
 
         Raises:
@@ -86,7 +86,7 @@ class HostedHistory:
             raise ValueError(f"{trace.num_requests} requests at once; they are remembered one by one")
         with self._lock:
             complete = self._completed(trace)
-            if not (again and self._holds(trace)):
+            if not (maybe_duplicate and self._holds(trace)):
                 self._history.add(complete)
                 self._tokens = self._history.num_tokens
                 self._note_user(user)

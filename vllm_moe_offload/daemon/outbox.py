@@ -12,12 +12,12 @@ from ..trace.trace import Trace
 DEFAULT_BUDGET_BYTES = 32 << 20
 
 
-class Letter(NamedTuple):
+class Upload(NamedTuple):
     """A trace that a daemon should have."""
 
     number: int
     trace: Trace
-    again: bool
+    maybe_duplicate: bool
     """A daemon may have had it before."""
 
 
@@ -44,14 +44,14 @@ class Outbox:
             while self._nbytes > self._budget_bytes and len(self._traces) > 1:
                 self._nbytes -= _nbytes(self._traces.popleft()[1])
 
-    def next(self) -> Letter | None:
+    def next(self) -> Upload | None:
         """What the present daemon should have next; None if it has everything. It counts as offered now."""
         with self._lock:
             for number, trace in self._traces:
                 if number >= self._next:
-                    again = number < self._offered
+                    maybe_duplicate = number < self._offered
                     self._offered = max(self._offered, number + 1)
-                    return Letter(number, trace, again)
+                    return Upload(number, trace, maybe_duplicate)
             return None
 
     @property

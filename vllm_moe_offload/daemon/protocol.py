@@ -176,7 +176,7 @@ class Remember(Message, frozen=True):
     """A request has ended; its trace."""
 
     trace: PackedTrace
-    again: bool = False
+    maybe_duplicate: bool = False
     """It may be there already: the worker does not know whether an earlier daemon has saved it."""
 
 

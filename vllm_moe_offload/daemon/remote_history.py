@@ -18,7 +18,7 @@ from ..trace.history import HistoryStore, PastRequest
 from ..trace.persistence import PersistentHistory
 from ..trace.trace import Trace
 from ..trace.trace_file import write_trace
-from .history_line import HistoryLine
+from .history_client import HistoryClient
 from .protocol import OpenHistory
 
 BUDGET_BYTES = 32 << 20
@@ -33,34 +33,34 @@ class RemoteHistory(HistoryStore):
     """The requests at hand. Its counts are those of the daemon's history where that is larger.
 
     Args:
-        line: to the daemon.
+        client: of the daemon's history.
         shape: of the traces.
         most_found: tokens that a search may bring.
         tells: whether this worker tells the daemon of requests that have ended.
     """
 
-    def __init__(self, line: HistoryLine, shape: tuple[int, int, int], most_found: int, tells: bool):
+    def __init__(self, client: HistoryClient, shape: tuple[int, int, int], most_found: int, tells: bool):
         super().__init__(shape, BUDGET_BYTES)
-        self._line, self._most_found, self._tells = line, most_found, tells
+        self._client, self._most_found, self._tells = client, most_found, tells
         self._at_hand = threading.Lock()
-        latest = line.find(None, FIRST_TOKENS)
+        latest = client.find(None, FIRST_TOKENS)
         if latest is not None:
             for trace in reversed(list(latest.requests())):
                 super().add(trace)
 
     @property
     def num_requests(self) -> int:
-        return max(self._line.size.requests, super().num_requests)
+        return max(self._client.size.requests, super().num_requests)
 
     @property
     def num_tokens(self) -> int:
-        return max(self._line.size.tokens, super().num_tokens)
+        return max(self._client.size.tokens, super().num_tokens)
 
     def add(self, trace: Trace) -> None:
         with self._at_hand:
             super().add(trace)
         if self._tells and trace.num_tokens:
-            self._line.tell(trace)
+            self._client.tell(trace)
 
     def seek(
         self, embedding: NDArray[np.floating] | None, count: int, found: Callable[[list[PastRequest]], None]
@@ -71,7 +71,7 @@ class RemoteHistory(HistoryStore):
             found(self._nearest_at_hand(embedding, count) if trace is None else _past(trace)[:count])
 
         found([])
-        if not self._line.ask(embedding, self._most_found, answered):
+        if not self._client.ask(embedding, self._most_found, answered):
             answered(None)
 
     def _nearest_at_hand(self, embedding: NDArray[np.floating] | None, count: int) -> list[PastRequest]:
@@ -92,9 +92,9 @@ class SharedHistory(PersistentHistory):
 
     def __init__(self, path: Path, request: OpenHistory, most_found: int, tells: bool, say: Callable[[str], None]):
         self.fingerprint = request.fingerprint
-        self._line = HistoryLine(path, request, say)
-        self.history: HistoryStore = RemoteHistory(self._line, request.shape, most_found, tells)
-        folder = self._line.folder
+        self._client = HistoryClient(path, request, say)
+        self.history: HistoryStore = RemoteHistory(self._client, request.shape, most_found, tells)
+        folder = self._client.folder
         self.folder = folder if folder is not None and _can_write(folder) else None
 
     def save(self) -> None:
@@ -106,14 +106,14 @@ class SharedHistory(PersistentHistory):
             outline = HistoryArchive(self.folder.parent).outline(self.fingerprint)
             if outline is not None and outline[0] >= wanted:
                 return self.folder / HISTORY_FILE
-        trace = self._line.find(None, self.history.num_tokens)
+        trace = self._client.find(None, self.history.num_tokens)
         if trace is None or (self.folder is not None and trace.num_tokens < wanted):
             return None
         write_trace(directory / HISTORY_FILE, replace(trace, fingerprint=self.fingerprint), compress=False)
         return directory / HISTORY_FILE
 
     def close(self) -> None:
-        self._line.close()
+        self._client.close()
 
 
 def _past(trace: Trace) -> list[PastRequest]:

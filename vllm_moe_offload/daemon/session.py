@@ -202,7 +202,7 @@ class Session:
 
     def _remember(self, request: Remember) -> None:
         history = self._opened(request)
-        history.remember(unpack_trace(request.trace, history.shape), request.again, self._peer.uid)
+        history.remember(unpack_trace(request.trace, history.shape), request.maybe_duplicate, self._peer.uid)
         self._daemon.histories.keep_within_bounds()
         self._channel.send(Remembered(history.size))
 

@@ -1,4 +1,4 @@
-"""An engine's line to the history that the daemon keeps. It must never make a step wait: a thread of its own talks.
+"""An engine's client of the history that the daemon keeps. It must never make a step wait: it has its own thread.
 
 It goes on without a daemon, and brings the next one what this engine's latest requests have left.
 """
@@ -26,8 +26,8 @@ OPEN_SECONDS = 60.0
 """The daemon may have to load the history."""
 ANSWER_SECONDS = 10.0
 RETRY_SECONDS = 1.0
-GRUDGE_SECONDS = 60.0
-"""How long a daemon that refused is left alone."""
+BACKOFF_SECONDS = 60.0
+"""How long a daemon that refused is not asked again."""
 QUIET_SECONDS = 10.0
 """Without anything to say, ask whether the daemon is still there and how much it knows by now."""
 CLOSE_SECONDS = 5.0
@@ -43,7 +43,7 @@ class _Question(NamedTuple):
     answered: Answered
 
 
-class HistoryLine:
+class HistoryClient:
     """Tells a daemon of requests that have ended and asks it for what resembles new ones.
 
     Args:
@@ -63,7 +63,7 @@ class HistoryLine:
         self._wake = threading.Condition()
         self._closing = False
         self._told = ""
-        self._not_before = 0.0
+        self._retry_at = 0.0
         self._connection: Connection | None = None
         self._opening: Connection | None = None
         self._connect()
@@ -97,7 +97,7 @@ class HistoryLine:
         return self._search(Search(pack_embedding(embedding), max_tokens))
 
     def close(self) -> None:
-        """Send what is still to be sent, if that does not take long, and hang up. Idempotent."""
+        """Send what is still to be sent, if that does not take long, and disconnect. Idempotent."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -106,15 +106,15 @@ class HistoryLine:
             if connection is not None:
                 connection.close()
         self._thread.join()
-        self._hang_up()
+        self._disconnect()
 
     def _work(self) -> None:
         while self._wait_for_work():
             try:
                 self._do_next()
             except Exception as error:  # whatever it is, the engine serves without, and asks again later
-                self._hang_up()
-                self._bear_a_grudge(error)
+                self._disconnect()
+                self._back_off(error)
 
     def _do_next(self) -> None:
         question = self._take_question()
@@ -142,7 +142,7 @@ class HistoryLine:
                 connected = self._connection is not None
                 if connected and (self._questions or not self._outbox.empty):
                     return True
-                left = (quiet_until if connected else self._not_before) - time.monotonic()
+                left = (quiet_until if connected else self._retry_at) - time.monotonic()
                 if self._closing or left <= 0:
                     return not self._closing
                 self._wake.wait(left)
@@ -152,13 +152,13 @@ class HistoryLine:
             return self._questions.popleft() if self._questions else None
 
     def _connect(self) -> None:
-        self._not_before = time.monotonic() + RETRY_SECONDS
+        self._retry_at = time.monotonic() + RETRY_SECONDS
         try:
             connection = Connection.connect(self._path, "history", CONNECT_SECONDS)
         except DaemonGoneError:
             return
         except RefusedError as error:
-            self._bear_a_grudge(error)
+            self._back_off(error)
             return
         self._opening = connection
         try:
@@ -167,7 +167,7 @@ class HistoryLine:
             connection.wait_at_most(ANSWER_SECONDS)
         except (DaemonGoneError, RefusedError) as error:
             connection.close()
-            self._bear_a_grudge(error)
+            self._back_off(error)
             return
         finally:
             self._opening = None
@@ -177,18 +177,18 @@ class HistoryLine:
         self._connection = connection
 
     def _send_next(self) -> None:
-        letter, connection = self._outbox.next(), self._connection
-        if letter is None or connection is None:
+        upload, connection = self._outbox.next(), self._connection
+        if upload is None or connection is None:
             return
         try:
-            self.size = connection.request(Remember(pack_trace(letter.trace), letter.again)).size
+            self.size = connection.request(Remember(pack_trace(upload.trace), upload.maybe_duplicate)).size
         except DaemonGoneError:
-            self._hang_up()
+            self._disconnect()
         except (RefusedError, ValueError) as error:
-            self._outbox.drop(letter.number)
+            self._outbox.drop(upload.number)
             self._tell_once(f"a request is not remembered: {error}")
         else:
-            self._outbox.delivered(letter.number)
+            self._outbox.delivered(upload.number)
 
     def _search(self, search: Search) -> Trace | None:
         connection = self._connection
@@ -198,7 +198,7 @@ class HistoryLine:
             found = connection.request(search)
             return self._unpacked(found)
         except DaemonGoneError:
-            self._hang_up()
+            self._disconnect()
         except (RefusedError, ValueError) as error:
             self._tell_once(f"no help from the history of the daemon: {error}")
         return None
@@ -207,7 +207,7 @@ class HistoryLine:
         self.size = found.size
         return unpack_trace(found.trace, self._request.shape)
 
-    def _hang_up(self) -> None:
+    def _disconnect(self) -> None:
         with self._wake:
             connection, self._connection = self._connection, None
             questions = list(self._questions)
@@ -221,8 +221,8 @@ class HistoryLine:
             except Exception as error:  # whoever asked is wrong, and the others wait
                 self._tell_once(f"an answer of the history was not understood: {type(error).__name__}: {error}")
 
-    def _bear_a_grudge(self, error: Exception) -> None:
-        self._not_before = time.monotonic() + GRUDGE_SECONDS
+    def _back_off(self, error: Exception) -> None:
+        self._retry_at = time.monotonic() + BACKOFF_SECONDS
         reason = str(error) if isinstance(error, OffloadError) else f"{type(error).__name__}: {error}"
         self._tell_once(f"the daemon does not share its history with this engine: {reason}")
 
