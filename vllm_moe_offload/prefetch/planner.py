@@ -76,6 +76,7 @@ class Estimates:
 
     def note_load(self, seconds: float) -> None:
         """A record took ``seconds`` of the link's time."""
+        assert seconds >= 0
         share = self.chunk_seconds / self.load_seconds
         self.load_seconds = blend(self.load_seconds, seconds)
         self.chunk_seconds = self.load_seconds * share
@@ -85,6 +86,7 @@ class Estimates:
 
         ``link_seconds`` may exceed ``seconds``: then demands stalled the layer and the link is the bottleneck.
         """
+        assert seconds >= 0 and demands >= 0
         self.layer_seconds = blend(self.layer_seconds, seconds)
         self.busy = blend(self.busy, min(1.0, link_seconds / seconds) if seconds > 0 else 1.0)
         self.demands_per_layer = blend(self.demands_per_layer, demands)
@@ -131,6 +133,7 @@ class Throttle:
         elif self._saved < self._spent:
             self.off |= self.backoff >= _MOST_BACKOFF
             self.backoff = min(_MOST_BACKOFF, self.backoff * 2)
+        assert 1 <= self.backoff <= _MOST_BACKOFF
         self._steps = 0
 
 
@@ -154,6 +157,8 @@ class Planner:
         Args:
             queue_seconds: link time of everything already queued or in flight ahead of these loads.
         """
+        assert outlook.layers_ahead >= 1
+        assert outlook.probabilities.shape == outlook.absent.shape
         throttle = self._throttle[phase]
         if throttle.off:
             return _NONE
@@ -194,6 +199,7 @@ class Planner:
         """
         measured = self._break_even(layers_ahead, queue_seconds, 1.0)
         backed_off = self._break_even(layers_ahead, queue_seconds, backoff)
+        assert 0 <= measured <= 1 and 0 <= backed_off <= 1
         return max(measured, min(backed_off, _SURE))
 
     def _break_even(self, layers_ahead: int, queue_seconds: float, backoff: float) -> float:
