@@ -30,8 +30,8 @@ from vllm_moe_offload.daemon.connection import Connection
 from vllm_moe_offload.daemon.protocol import Attach, Stop
 from vllm_moe_offload.daemon.start import start_daemon
 from vllm_moe_offload.observe import Counters
+from vllm_moe_offload.pool import local_pools
 from vllm_moe_offload.runtime import Batch, OffloadRuntime
-from vllm_moe_offload.slots import embedded_pools
 from vllm_moe_offload.store.pools import pools_of
 from vllm_moe_offload.store.reader import Store
 
@@ -112,7 +112,7 @@ def main() -> None:
     total = sum(layout.payload_bytes * experts for layout, experts in slots.items())
     budget = int(total * share) if share else options.budget.size
     own = {layout: max(options.top_k, int(experts * budget / total)) for layout, experts in slots.items()}
-    embedded = OffloadRuntime(store, embedded_pools(store, own, options.policy, None), Counters())
+    embedded = OffloadRuntime(store, local_pools(store, own, options.policy, None), Counters())
     checkouts = {"daemon": Path(__file__).parent.parent, **dict(options.checkout)}
     with contextlib.ExitStack() as daemons:
         arms = {"embedded": embedded}

@@ -10,7 +10,7 @@ from vllm_moe_offload.daemon.epochs import Reader
 from vllm_moe_offload.daemon.hosted_pool import HostedPool
 from vllm_moe_offload.daemon.table import ABSENT, DONE
 from vllm_moe_offload.daemon.uses import UseWriter
-from vllm_moe_offload.prefetch.loader import RecordLoader
+from vllm_moe_offload.pool.loader import RecordLoader
 from vllm_moe_offload.store import RecordLayout
 
 LAYERS, EXPERTS = 4, 8

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tests.runtime.record_stores import LAYOUTS, MIXED, build_store, layout
 from vllm_moe_offload.daemon.arena import Arena, arena_bytes
 from vllm_moe_offload.daemon.mapping import PeerMemoryError
-from vllm_moe_offload.devices.huge_pages import SETTINGS, shared_page_bytes
-from vllm_moe_offload.prefetch.loader import Load, RecordLoader
+from vllm_moe_offload.pool.huge_pages import SETTINGS, shared_page_bytes
+from vllm_moe_offload.pool.loader import Load, RecordLoader
 from vllm_moe_offload.store import RecordLayout
 
 PAGE = 4096

@@ -18,7 +18,7 @@ from vllm_moe_offload.daemon.client import ALONE, CLOSED, CONNECTED, REJOINING, 
 from vllm_moe_offload.daemon.connection import Connection, DaemonGoneError
 from vllm_moe_offload.daemon.death import Death
 from vllm_moe_offload.daemon.protocol import GetStatus, StatusReport
-from vllm_moe_offload.prefetch import loader
+from vllm_moe_offload.pool import loader
 
 SMALL, LARGE = layout(8192, 4096), layout(6000, 100)
 BUDGET = 1 << 20

@@ -11,7 +11,7 @@ from tests.daemon.fuzzing import Fuzzer
 from tests.daemon.pools import Pool
 from tests.daemon.wire import wait_until
 from tests.runtime.record_stores import ALIGNED, MIXED
-from vllm_moe_offload.prefetch import loader
+from vllm_moe_offload.pool import loader
 from vllm_moe_offload.store import RecordLayout
 
 WORKERS, LIMIT = 3, 12

@@ -10,7 +10,7 @@ import pytest
 from tests.daemon.pools import EXPERTS, N, Pool, Worker
 from vllm_moe_offload.daemon.lease import lease
 from vllm_moe_offload.daemon.table import ABSENT
-from vllm_moe_offload.prefetch import loader
+from vllm_moe_offload.pool import loader
 
 
 def test_a_slot_hidden_twice_is_exposed_until_both_readers_have_left(tmp_path: Path) -> None:

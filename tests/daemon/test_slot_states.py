@@ -12,7 +12,7 @@ from tests.daemon.fuzzing import Fuzzer
 from tests.daemon.pools import N, Pool, Worker
 from vllm_moe_offload.daemon.lease import lease
 from vllm_moe_offload.daemon.reclaim import SlotState
-from vllm_moe_offload.prefetch import loader
+from vllm_moe_offload.pool import loader
 
 FREE, DIRTY, LOADING = SlotState.FREE, SlotState.DIRTY, SlotState.LOADING
 PUBLISHED, RETIRED, UNPUBLISHED = SlotState.PUBLISHED, SlotState.RETIRED, SlotState.UNPUBLISHED

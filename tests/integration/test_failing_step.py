@@ -17,8 +17,8 @@ from vllm_moe_offload.integration.serving import ServedModel
 from vllm_moe_offload.integration.step import _attach_failures, _run_step
 from vllm_moe_offload.integration.worker import WorkerOffload
 from vllm_moe_offload.observe import Counters
+from vllm_moe_offload.pool import local_pools
 from vllm_moe_offload.runtime import OffloadRuntime
-from vllm_moe_offload.slots import embedded_pools
 
 CHOSEN = np.array([[0, 1], [2, 3], [4, 5], [0, 2]], dtype=np.int32)
 """Of four rows, in the order of the batch: two of "b", one of "a", one of "c"."""
@@ -30,7 +30,7 @@ class Worker:
 
     def __init__(self, folder: Path):
         self.made = build_store(folder, [(ODD, 8)])
-        pools = embedded_pools(self.made.store, {ODD: 6}, "lfu", None)
+        pools = local_pools(self.made.store, {ODD: 6}, "lfu", None)
         served = ServedModel.__new__(ServedModel)
         served.runtime = OffloadRuntime(self.made.store, pools, Counters())
         served._daemon = served._history = served._step = None

@@ -8,10 +8,10 @@ import pytest
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_moe_offload.config import OffloadConfig
-from vllm_moe_offload.devices.memory import equal_share
 from vllm_moe_offload.integration.engine_config import offload_config
 from vllm_moe_offload.integration.placement import auto_budget, worker_budget
 from vllm_moe_offload.integration.serving import mark_graph
+from vllm_moe_offload.pool.memory_limits import equal_share
 
 GIB = 2**30
 _FORKS = multiprocessing.get_context("fork")

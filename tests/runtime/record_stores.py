@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_moe_offload.devices import HostPool
+from vllm_moe_offload.pool import HostMemory
 from vllm_moe_offload.store import Component, RecordLayout, Store, StoreIdentity, StoreRoot, StoreWriter
 
 Parts = list[NDArray[np.uint8]]
@@ -43,7 +43,7 @@ class RecordStore:
             file.seek(offset)
             file.write(bytes([value ^ 16]))
 
-    def holds(self, pool: HostPool, slot: int, layer: int, expert: int) -> bool:
+    def holds(self, pool: HostMemory, slot: int, layer: int, expert: int) -> bool:
         """Whether a slot has exactly the bytes of a record."""
         expected = self.records[layer][expert]
         return all(np.array_equal(mine, right) for mine, right in zip(pool.slot(slot), expected, strict=True))

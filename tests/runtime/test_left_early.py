@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import vllm_moe_offload
 from tests.runtime.record_stores import ODD, RecordStore, build_store
 from tests.runtime.test_runtime_serves import Checked, Guesser
-from vllm_moe_offload.prefetch import loader
+from vllm_moe_offload.pool import loader
 from vllm_moe_offload.runtime import Batch, runtime
 
 EXPERTS, LAYERS = 8, 3

@@ -15,10 +15,10 @@ from tests.runtime.test_runtime_serves import runtime_of
 from vllm_moe_offload.cache import POLICY_NAMES
 from vllm_moe_offload.cache.cache import ABSENT
 from vllm_moe_offload.observe import NOTHING, Counters, LoadReport
-from vllm_moe_offload.prefetch.loader import Load
+from vllm_moe_offload.pool.loader import Load
+from vllm_moe_offload.pool.local import LocalPool
 from vllm_moe_offload.runtime import Batch, OffloadRuntime
 from vllm_moe_offload.runtime import runtime as runtime_module
-from vllm_moe_offload.slots.embedded import EmbeddedPool
 
 EXPERTS, LAYERS, TOP_K = 8, 3, 2
 NEEDED = ("hold", "hold_streaming", "start_hold")
@@ -28,7 +28,7 @@ REPORTED = (*NEEDED, "find", "finish_hold", "wait_for", "settle", "stream_ahead"
 class Audit:
     """Adds up what a pool reports, and compares every report with what the call has changed."""
 
-    def __init__(self, pool: EmbeddedPool):
+    def __init__(self, pool: LocalPool):
         self.pool = pool
         self.total = NOTHING
         self.needed = self.missing = self.submitted = 0
@@ -146,7 +146,7 @@ def test_reports_add_up_to_what_cache_and_loader_did(
     runtime = runtime_of(made, {ODD: slots}, policy)
     runtime.prefetcher = Guesses(runtime, seed)  # type: ignore[assignment]
     (pool,) = runtime.pools
-    assert isinstance(pool, EmbeddedPool)
+    assert isinstance(pool, LocalPool)
     audit, random = Audit(pool), np.random.default_rng(seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runtime_module, "SPLIT_SECONDS", split_seconds)

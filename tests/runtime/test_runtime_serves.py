@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.prefetch.test_loader import Reads
+from tests.pool.test_loader import Reads
 from tests.runtime.record_stores import MIXED, ODD, RecordStore, build_store, layout
 from vllm_moe_offload.cache import POLICY_NAMES
 from vllm_moe_offload.cache.cache import FREE
 from vllm_moe_offload.errors import LoadError
 from vllm_moe_offload.observe import NOTHING, Counters, LoadReport
+from vllm_moe_offload.pool import local_pools
 from vllm_moe_offload.runtime import Batch, OffloadRuntime, PooledLayer, runtime
-from vllm_moe_offload.slots import embedded_pools
 from vllm_moe_offload.store import RecordLayout, Store
 
 SMALL = layout(4096, 100)
@@ -89,7 +89,7 @@ def scripts(draw: st.DrawFn, damage: bool = False) -> Script:
 
 def runtime_of(made: RecordStore, slots: dict[RecordLayout, int], policy: str) -> OffloadRuntime:
     store = Store.open(made.store.path)
-    return OffloadRuntime(store, embedded_pools(store, slots, policy, None), Counters())
+    return OffloadRuntime(store, local_pools(store, slots, policy, None), Counters())
 
 
 class Checked:

@@ -12,9 +12,9 @@ import vllm_moe_offload
 from tests.runtime.record_stores import ALIGNED, build_store
 from vllm_moe_offload import threads
 from vllm_moe_offload.cli.checks import HINT, OK, check_affinity
-from vllm_moe_offload.devices import HostPool
 from vllm_moe_offload.learning.background import Background
-from vllm_moe_offload.prefetch.loader import Load, RecordLoader
+from vllm_moe_offload.pool import HostMemory
+from vllm_moe_offload.pool.loader import Load, RecordLoader
 from vllm_moe_offload.threads import ReportedThread, failed_threads, processors_for_reading
 
 NO_SUCH_PROCESSOR = {100_000}
@@ -47,7 +47,7 @@ def test_a_thread_that_ends_by_an_exception_is_logged_and_counted(
 
 
 def test_readers_that_may_not_be_bound_read_all_the_same(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    built, memory = build_store(tmp_path, [(ALIGNED, 8)]), HostPool(ALIGNED, 8)
+    built, memory = build_store(tmp_path, [(ALIGNED, 8)]), HostMemory(ALIGNED, 8)
     with caplog.at_level(logging.WARNING, "vllm.moe_offload"):
         loader = RecordLoader(built.store, cpus=NO_SUCH_PROCESSOR)
         load = Load(0, 1, memory.slot(1))

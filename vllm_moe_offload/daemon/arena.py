@@ -1,4 +1,4 @@
-"""Slots in shared memory: what devices.HostPool is to one engine, for all engines of a host.
+"""Slots in shared memory: what pool.HostMemory is to one engine, for all engines of a host.
 
 There is a slot for every expert of a pool; how many may be occupied at a time is the daemon's business. A slot must
 never take memory beyond its own bytes, but for small pages that it shares with a neighbour.

@@ -13,8 +13,8 @@ from ..cache.base import IntArray
 from ..cache.outcomes import SpeculativeLoads, speculative_room
 from ..errors import LoadError
 from ..observe import NOTHING, Counters, LoadReport
-from ..prefetch.loader import DamagedRecordError
-from ..slots.base import Failure, Hold, SlotPool, Span
+from ..pool.base import Failure, Hold, SlotPool, Span
+from ..pool.loader import DamagedRecordError
 from .arena import Arena
 from .connection import Connection, DaemonGoneError
 from .epochs import Reader

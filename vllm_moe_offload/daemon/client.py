@@ -30,10 +30,10 @@ from ..cache import ExpertCache, create_policy
 from ..cache.cache import ABSENT
 from ..errors import OffloadError
 from ..observe import Counters
-from ..prefetch.loader import RecordLoader
-from ..slots.base import SlotPool
-from ..slots.embedded import EmbeddedPool
-from ..slots.operations import Operations
+from ..pool.base import SlotPool
+from ..pool.loader import RecordLoader
+from ..pool.local import LocalPool
+from ..pool.operations import Operations
 from ..store.layout import RecordLayout
 from ..store.pools import PoolMembers, pools_of
 from ..store.reader import Store
@@ -216,7 +216,7 @@ class DaemonClient:
                 experts = np.flatnonzero(table.slot_of != ABSENT)
                 cache.adopt(experts, table.slot_of[experts])
                 kept += len(experts)
-            pool.keep(EmbeddedPool(members, arena, cache, operations))
+            pool.keep(LocalPool(members, arena, cache, operations))
         return kept
 
     def _restore_lease(self) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import LoadError
-from ..prefetch.loader import Load
+from ..pool.loader import Load
 
 
 @dataclass

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from ..errors import OffloadError
-from ..prefetch.loader import RecordLoader
+from ..pool.loader import RecordLoader
 from ..store.layout import RecordLayout
 from ..store.pools import pools_of
 from ..store.reader import Store

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..cache import Acquisition, ExpertCache, create_policy
 from ..cache.base import IntArray
 from ..cache.cache import ABSENT
-from ..prefetch.loader import RecordLoader
+from ..pool.loader import RecordLoader
 from ..store.layout import RecordLayout
 from ..store.pools import PoolMembers
 from ..store.reader import Store

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from ..devices.huge_pages import HUGE_PAGE_BYTES, shared_page_bytes
 from ..errors import ConfigError, OffloadError
+from ..pool.huge_pages import HUGE_PAGE_BYTES, shared_page_bytes
 
 NAME_PREFIX = "moe-offload:"
 """Of every memfd of this package; ``/proc/PID/maps`` shows ``/memfd:moe-offload:…``."""

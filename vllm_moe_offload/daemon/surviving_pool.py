@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..cache.base import IntArray
 from ..errors import OffloadError
 from ..observe import NOTHING, LoadReport
-from ..slots.base import Hold, SlotPool, Span
+from ..pool.base import Hold, SlotPool, Span
 from .arena import Arena
 from .connection import DaemonGoneError, RefusedError
 

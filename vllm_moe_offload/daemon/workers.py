@@ -6,7 +6,7 @@ Whatever comes from it is checked before it is believed.
 import os
 from collections.abc import Callable, Iterable, Sequence
 
-from ..prefetch.loader import DamagedRecordError
+from ..pool.loader import DamagedRecordError
 from ..store.reader import Store
 from .adoption import adopt
 from .hosted_pool import HostedPool

@@ -14,9 +14,9 @@ from ..cache.sizing import LayoutNeeds, slots_for_budget
 from ..config import OffloadConfig
 from ..daemon.client import DaemonClient
 from ..daemon.joining import bytes_with_pages
-from ..devices.memory import Limits, equal_share, memory_limits
 from ..observe import Counters
-from ..slots import SlotPool, embedded_pools
+from ..pool import SlotPool, local_pools
+from ..pool.memory_limits import Limits, equal_share, memory_limits
 from ..store.files import size_text
 from ..store.layout import RecordLayout
 from ..store.reader import Store
@@ -146,7 +146,7 @@ def slots_of_models(
             continue
         of_model = {layout: count for (owner, layout), count in slots.items() if owner == number}
         resident = all(count == needs[number, layout].experts for layout, count in of_model.items())
-        pools = embedded_pools(model.store, of_model, config.policy, io_cpus)
+        pools = local_pools(model.store, of_model, config.policy, io_cpus)
         found.append(ModelSlots(pools, counters[number], resident, None))
     return found
 

@@ -14,12 +14,12 @@ from ..config import OffloadConfig
 from ..errors import UnsupportedError
 from ..learning.supervisor import LearningSupervisor
 from ..observe import Counters
+from ..pool.loader import CHUNK_BYTES
 from ..predict.base import ModelShape, Predictor
 from ..predict.gate import GatePredictor
 from ..predict.history import HistoryPredictor
 from ..predict.registry import predictor_for_engine
 from ..predict.token_vectors import ModelVectors
-from ..prefetch.loader import CHUNK_BYTES
 from ..prefetch.optional import Switch
 from ..prefetch.planner import Estimates
 from ..prefetch.prefetcher import Prefetcher, PrefetchLayer

@@ -8,7 +8,7 @@ from vllm.logger import init_logger
 from ..config import OffloadConfig
 from ..daemon.attached_pool import slots_taken_back
 from ..errors import StoreError
-from ..prefetch.loader import DamagedRecordError
+from ..pool.loader import DamagedRecordError
 from ..runtime import OffloadRuntime
 from ..store.root import StoreRoot
 from ..threads import failed_threads

@@ -5,7 +5,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import UnsupportedError
-from ..slots.base import SlotMemory
+from ..pool.base import SlotMemory
 from ..store.layout import Component, RecordLayout
 
 NOT_EXPERT_WEIGHTS = frozenset(

@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 
 from ..cache import EvictionPolicy
 from ..observe import LoadReport
+from ..pool.waves import streams
 from ..prefetch.governor import PredictionGovernor, kind_of
 from ..prefetch.planner import Estimates, Outlook, Phase, Planner
 from ..prefetch.prefetcher import MOST_ROWS
-from ..prefetch.waves import streams
 from ..trace.trace import PREFILL, Trace
 from .forecast import Forecast
 from .hardware import HardwareProfile, ModelProfile

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from ..errors import LoadError
 from ..observe import Counters, LoadReport
+from ..pool import Hold, SlotPool, Span
+from ..pool.waves import group_rows, order_arrivals, streams
 from ..prefetch.prefetcher import Prefetcher
-from ..prefetch.waves import group_rows, order_arrivals, streams
-from ..slots import Hold, SlotPool, Span
 from ..store.layout import RecordLayout
 from ..store.reader import Store
 from ..trace.recorder import routing_shares

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from vllm_moe_offload.prefetch.waves import group_rows, order_arrivals, streams
+from vllm_moe_offload.pool.waves import group_rows, order_arrivals, streams
 
 
 @st.composite

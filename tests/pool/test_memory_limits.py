@@ -11,8 +11,8 @@ import numpy as np
 import psutil
 import pytest
 
-from vllm_moe_offload.devices import HostPool
-from vllm_moe_offload.devices.memory import equal_share, memory_limits, room_on_nodes
+from vllm_moe_offload.pool import HostMemory
+from vllm_moe_offload.pool.memory_limits import equal_share, memory_limits, room_on_nodes
 from vllm_moe_offload.store import Component, RecordLayout
 
 MIB = 2**20
@@ -23,7 +23,7 @@ def layout(*sizes: int) -> RecordLayout:
 
 
 def test_slots_are_dense_page_aligned_and_apart() -> None:
-    pool = HostPool(layout(8192, 100, 0), 5)
+    pool = HostMemory(layout(8192, 100, 0), 5)
     assert [component.shape for component in pool.components] == [(5, 8192), (5, 100), (5, 0)]
     for component in pool.components[:2]:
         assert component.flags.c_contiguous and component.flags.writeable
@@ -38,7 +38,7 @@ def test_slots_are_dense_page_aligned_and_apart() -> None:
 def test_memory_is_taken_when_a_slot_is_filled() -> None:
     process = psutil.Process()
     before = process.memory_info().rss
-    pool = HostPool(layout(MIB), 256)
+    pool = HostMemory(layout(MIB), 256)
     assert process.memory_info().rss - before < 16 * MIB
     for slot in range(64):
         pool.slot(slot)[0][:] = 1
@@ -73,7 +73,7 @@ def memory_group() -> Iterator[Path]:
 USE = """
 import os, sys
 open(sys.argv[1] + "/cgroup.procs", "w").write(str(os.getpid()))
-from vllm_moe_offload.devices.memory import memory_limits
+from vllm_moe_offload.pool.memory_limits import memory_limits
 before = min(memory_limits().values())
 taken = bytearray(b"x") * (100 << 20)
 after_memory = min(memory_limits().values())
@@ -98,7 +98,7 @@ def test_the_tightest_control_group_counts_and_its_page_cache_is_room(memory_gro
 
 
 def test_components_do_not_share_memory() -> None:
-    pool = HostPool(layout(4096, 4096), 2)
+    pool = HostMemory(layout(4096, 4096), 2)
     assert not np.shares_memory(*pool.components)
 
 

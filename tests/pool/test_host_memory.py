@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vllm_moe_offload.devices import HostPool
-from vllm_moe_offload.devices.huge_pages import HUGE_PAGE_BYTES, private_huge_pages
+from vllm_moe_offload.pool import HostMemory
+from vllm_moe_offload.pool.huge_pages import HUGE_PAGE_BYTES, private_huge_pages
 from vllm_moe_offload.store.layout import Component, RecordLayout
 
 SIZES = (3 * HUGE_PAGE_BYTES // 2, 4096, 100)
@@ -31,7 +31,7 @@ def resident(part: np.ndarray) -> dict[str, int]:
 
 
 def test_slots_take_no_memory_before_they_are_written_and_no_more_than_theirs_after() -> None:
-    pool = HostPool(layout(*SIZES), 5)
+    pool = HostMemory(layout(*SIZES), 5)
     large = pool.components[0]
     assert resident(large)["Rss"] == 0
     for index in range(pool.slots):
@@ -45,6 +45,6 @@ def test_slots_take_no_memory_before_they_are_written_and_no_more_than_theirs_af
 
 @pytest.mark.skipif(not private_huge_pages(), reason="transparent huge pages are off")
 def test_slots_lie_in_huge_pages() -> None:
-    (component,) = HostPool(layout(5 << 20), 7).components
+    (component,) = HostMemory(layout(5 << 20), 7).components
     component[:] = 1
     assert resident(component)["AnonHugePages"] == component.nbytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES

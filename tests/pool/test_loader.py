@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.runtime.record_stores import ALIGNED, LAYOUTS, MIXED, ODD, RecordStore, build_store, layout
-from vllm_moe_offload.devices import HostPool
 from vllm_moe_offload.errors import LoadError
-from vllm_moe_offload.prefetch.loader import CHUNK_BYTES, GUESS_READERS, DamagedRecordError, Load, RecordLoader
+from vllm_moe_offload.pool import HostMemory
+from vllm_moe_offload.pool.loader import CHUNK_BYTES, GUESS_READERS, DamagedRecordError, Load, RecordLoader
 from vllm_moe_offload.store import Store
 
 EXPERTS = 6
@@ -60,7 +60,7 @@ def wait_for(loads: list[Load]) -> None:
         load.done.release()
 
 
-def loads_of_layer(pool: HostPool, layer: int, first_slot: int = 0) -> list[Load]:
+def loads_of_layer(pool: HostMemory, layer: int, first_slot: int = 0) -> list[Load]:
     return [Load(layer, expert, pool.slot(first_slot + expert)) for expert in range(EXPERTS)]
 
 
@@ -70,7 +70,7 @@ def test_records_arrive_in_their_slots_and_nowhere_else(
     tmp_path: Path, opened: Opener, name: str, threads: int
 ) -> None:
     made = build_store(tmp_path, [(LAYOUTS[name], EXPERTS)] * 2)
-    pool = HostPool(LAYOUTS[name], EXPERTS + 2)
+    pool = HostMemory(LAYOUTS[name], EXPERTS + 2)
     loader = opened(made.store, threads)
     loads = loads_of_layer(pool, layer=1, first_slot=1)
     loader.demand(loads)
@@ -84,7 +84,7 @@ def test_records_arrive_in_their_slots_and_nowhere_else(
 def test_started_and_demanded_loads_of_several_layouts_at_once(tmp_path: Path, opened: Opener) -> None:
     made = build_store(tmp_path, [(ALIGNED, EXPERTS), (ODD, EXPERTS), (MIXED, EXPERTS)] * 4)
     loader = opened(made.store, 8)
-    pools = {layout: HostPool(layout, 4 * EXPERTS) for layout in (ALIGNED, ODD, MIXED)}
+    pools = {layout: HostMemory(layout, 4 * EXPERTS) for layout in (ALIGNED, ODD, MIXED)}
     shuffle = random.Random(0).shuffle
     for _ in range(20):
         for pool in pools.values():
@@ -108,7 +108,7 @@ def test_started_and_demanded_loads_of_several_layouts_at_once(tmp_path: Path, o
 
 def test_a_worker_takes_up_demands_before_what_was_started_earlier(tmp_path: Path, opened: Opener) -> None:
     made = build_store(tmp_path, [(ODD, EXPERTS)])
-    loader, pool = opened(made.store, 1), HostPool(ODD, EXPERTS)
+    loader, pool = opened(made.store, 1), HostMemory(ODD, EXPERTS)
     order: list[str] = []
     worker_busy, worker_may_go, caller_busy, caller_may_go = (threading.Event() for _ in range(4))
 
@@ -171,7 +171,7 @@ def test_a_demand_goes_before_the_next_piece_of_a_guess(
     tmp_path: Path, opened: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = build_store(tmp_path, [(BIG, EXPERTS)])
-    reads, loader, pool = Reads(made, monkeypatch), opened(made.store, 1), HostPool(BIG, EXPERTS)
+    reads, loader, pool = Reads(made, monkeypatch), opened(made.store, 1), HostMemory(BIG, EXPERTS)
     reads.hold(0, 1)
     loads = loads_of_layer(pool, 0)
     loader.start(loads[:1], guesses=True)
@@ -194,7 +194,7 @@ def test_a_guess_that_is_waited_for_makes_no_way(
     tmp_path: Path, opened: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = build_store(tmp_path, [(BIG, EXPERTS)])
-    reads, loader, pool = Reads(made, monkeypatch), opened(made.store, 2), HostPool(BIG, EXPERTS)
+    reads, loader, pool = Reads(made, monkeypatch), opened(made.store, 2), HostMemory(BIG, EXPERTS)
     reads.hold(0, 1)
     loads = loads_of_layer(pool, 0)
     loader.start(loads[:1], guesses=True)
@@ -215,7 +215,7 @@ def test_guesses_leave_threads_free_for_demands(
     tmp_path: Path, opened: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = build_store(tmp_path, [(BIG, 12)])
-    reads, loader, pool = Reads(made, monkeypatch), opened(made.store, GUESS_READERS + 1), HostPool(BIG, 12)
+    reads, loader, pool = Reads(made, monkeypatch), opened(made.store, GUESS_READERS + 1), HostMemory(BIG, 12)
     guessed = range(GUESS_READERS + 2)
     reads.hold(*guessed, 9)
     loads = [Load(0, expert, pool.slot(expert)) for expert in range(12)]
@@ -237,7 +237,7 @@ def test_guesses_leave_threads_free_for_demands(
 
 def test_joining_reads_what_no_worker_has_taken_up(tmp_path: Path, opened: Opener) -> None:
     made = build_store(tmp_path, [(ODD, EXPERTS)])
-    loader, pool = opened(made.store, 0), HostPool(ODD, EXPERTS)
+    loader, pool = opened(made.store, 0), HostMemory(ODD, EXPERTS)
     loads = loads_of_layer(pool, 0)
     loader.start(loads)
     assert not any(load.finished for load in loads)
@@ -252,7 +252,7 @@ def test_a_changed_record_is_an_error_after_one_retry_and_right_again_once_resto
     tmp_path: Path, opened: Opener, threads: int
 ) -> None:
     made = build_store(tmp_path, [(MIXED, EXPERTS)])
-    loader, pool = opened(made.store, threads), HostPool(MIXED, EXPERTS)
+    loader, pool = opened(made.store, threads), HostMemory(MIXED, EXPERTS)
     made.flip(0, 2, byte=4096 + 99)
     attempts: list[int] = []
     loads = loads_of_layer(pool, 0)
@@ -274,7 +274,7 @@ def test_a_changed_record_is_an_error_after_one_retry_and_right_again_once_resto
 
 def test_the_retry_saves_a_record_whose_first_read_went_wrong(tmp_path: Path, opened: Opener) -> None:
     made = build_store(tmp_path, [(ALIGNED, EXPERTS)])
-    loader, pool = opened(made.store, 0), HostPool(ALIGNED, 1)
+    loader, pool = opened(made.store, 0), HostMemory(ALIGNED, 1)
     made.flip(0, 4)
     touches: list[None] = []
 
@@ -300,7 +300,7 @@ def test_whatever_is_damaged_a_load_is_right_or_an_error(
         made.flip(0, 0, byte)
     if data.draw(st.booleans()):
         os.truncate(made.file, data.draw(st.integers(0, size)))
-    loader, pool = RecordLoader(made.store, data.draw(st.integers(0, 3))), HostPool(shape, EXPERTS)
+    loader, pool = RecordLoader(made.store, data.draw(st.integers(0, 3))), HostMemory(shape, EXPERTS)
     for _ in range(2):
         loads = loads_of_layer(pool, 0)
         loader.demand(loads)
@@ -313,7 +313,7 @@ def test_whatever_is_damaged_a_load_is_right_or_an_error(
 
 def test_a_file_cut_while_open_fails_what_is_gone_and_serves_the_rest(tmp_path: Path, opened: Opener) -> None:
     made = build_store(tmp_path, [(ODD, EXPERTS)] * 2)
-    loader, pool = opened(made.store, 2), HostPool(ODD, EXPERTS)
+    loader, pool = opened(made.store, 2), HostMemory(ODD, EXPERTS)
     loader.demand(loads_of_layer(pool, 1))
     os.truncate(made.file, made.store.offset(1, 3) + 4096)
     loads = loads_of_layer(pool, 1)
@@ -337,7 +337,7 @@ def test_system_errors_fail_the_loads_and_not_the_loader(
 ) -> None:
     """Reading the first pages of one's own memory, which are never mapped, is a real EIO."""
     made = build_store(tmp_path, [(ODD, EXPERTS)])
-    loader, pool = opened(made.store, 2), HostPool(ODD, EXPERTS)
+    loader, pool = opened(made.store, 2), HostMemory(ODD, EXPERTS)
     sound, broken = os.dup(made.store.fd), os.open(path, flags)
     os.dup2(broken, made.store.fd)
     loads = loads_of_layer(pool, 0)
@@ -356,7 +356,7 @@ def test_system_errors_fail_the_loads_and_not_the_loader(
 def test_a_mistake_in_the_loader_never_passes_for_a_loaded_record(tmp_path: Path, opened: Opener) -> None:
     """The kernel will not write into memory that Python calls read-only: TypeError, on a worker."""
     made = build_store(tmp_path, [(ALIGNED, EXPERTS)])
-    loader, pool = opened(made.store, 1), HostPool(ALIGNED, 1)
+    loader, pool = opened(made.store, 1), HostMemory(ALIGNED, 1)
     parts = pool.slot(0)
     for part in parts:
         part.flags.writeable = False
@@ -370,7 +370,7 @@ def test_a_mistake_in_the_loader_never_passes_for_a_loaded_record(tmp_path: Path
 
 def test_a_removed_store_goes_on_serving(tmp_path: Path, opened: Opener) -> None:
     made = build_store(tmp_path / "stores", [(MIXED, EXPERTS)])
-    loader, pool = opened(made.store, 2), HostPool(MIXED, EXPERTS)
+    loader, pool = opened(made.store, 2), HostMemory(MIXED, EXPERTS)
     shutil.rmtree(tmp_path / "stores")
     loads = loads_of_layer(pool, 0)
     loader.demand(loads)
@@ -393,7 +393,7 @@ def ramfs(tmp_path: Path) -> Iterator[Path]:
 def test_a_file_system_without_direct_io_serves_the_same_bytes(ramfs: Path, opened: Opener, name: str) -> None:
     made = build_store(ramfs, [(LAYOUTS[name], EXPERTS)])
     assert not made.store.direct
-    loader, pool = opened(made.store, 4), HostPool(LAYOUTS[name], EXPERTS)
+    loader, pool = opened(made.store, 4), HostMemory(LAYOUTS[name], EXPERTS)
     made.flip(0, 5)
     loads = loads_of_layer(pool, 0)
     loader.demand(loads)
@@ -408,7 +408,7 @@ def test_buffered_reads_leave_nothing_in_the_page_cache(tmp_path: Path, opened: 
     os.dup2(fd, buffered.fd)
     buffered.direct = False
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    loader, pool = opened(buffered, 4), HostPool(ODD, 1)
+    loader, pool = opened(buffered, 4), HostMemory(ODD, 1)
     for expert in random.Random(0).sample(range(400), 200):
         loader.demand([Load(0, expert, pool.slot(0))])
         assert made.holds(pool, 0, 0, expert)
@@ -427,7 +427,7 @@ def cached_bytes(fd: int) -> int:
 def test_closing_ends_idle_threads_and_leaves_queued_loads_to_whoever_joins_them(tmp_path: Path) -> None:
     made = build_store(tmp_path, [(ODD, EXPERTS)])
     before = set(threading.enumerate())
-    loader, pool = RecordLoader(made.store, 1), HostPool(ODD, EXPERTS)
+    loader, pool = RecordLoader(made.store, 1), HostMemory(ODD, EXPERTS)
     (worker,) = set(threading.enumerate()) - before
     busy, may_go = threading.Event(), threading.Event()
 
@@ -452,7 +452,7 @@ def test_closing_ends_idle_threads_and_leaves_queued_loads_to_whoever_joins_them
 def test_idle_threads_neither_run_nor_wake(tmp_path: Path, opened: Opener) -> None:
     made = build_store(tmp_path, [(ODD, EXPERTS)])
     before = set(threading.enumerate())
-    loader, pool = opened(made.store, 4), HostPool(ODD, EXPERTS)
+    loader, pool = opened(made.store, 4), HostMemory(ODD, EXPERTS)
     workers = set(threading.enumerate()) - before
     loader.demand(loads_of_layer(pool, 0))
 
@@ -487,7 +487,7 @@ def switches(thread: int) -> str:
 def test_threads_run_where_they_are_told_to(tmp_path: Path, opened: Opener) -> None:
     made = build_store(tmp_path, [(ODD, EXPERTS)])
     cpu = max(os.sched_getaffinity(0))
-    loader, pool = opened(made.store, 1, cpus={cpu}), HostPool(ODD, 1)
+    loader, pool = opened(made.store, 1, cpus={cpu}), HostMemory(ODD, 1)
     seen: list[set[int]] = []
     touched = threading.Event()
 
@@ -506,7 +506,7 @@ def test_a_read_that_was_cut_short_is_no_damage_while_the_file_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A medium may return a part before it reports its error; no store is set aside for that."""
-    built, memory = build_store(tmp_path, [(ALIGNED, 4)]), HostPool(ALIGNED, 4)
+    built, memory = build_store(tmp_path, [(ALIGNED, 4)]), HostMemory(ALIGNED, 4)
     loader, whole = RecordLoader(built.store, threads=1), os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, parts, offset: whole(fd, parts[:1], offset))
     load = Load(0, 1, memory.slot(1))

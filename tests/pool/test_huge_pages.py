@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_moe_offload.devices.huge_pages import private_huge_pages, shared_page_bytes
+from vllm_moe_offload.pool.huge_pages import private_huge_pages, shared_page_bytes
 
 KIB, MIB = 2**10, 2**20
 

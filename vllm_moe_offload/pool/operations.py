@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol
 
-from ..prefetch.loader import RecordLoader
+from .loader import RecordLoader
 
 
 class Emptied(Protocol):

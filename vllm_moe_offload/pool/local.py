@@ -14,15 +14,15 @@ from ..cache.base import IntArray
 from ..cache.cache import ABSENT
 from ..cache.outcomes import SpeculativeLoads, speculative_room, stream_share
 from ..cache.policies import PredictionAwarePolicy
-from ..devices import HostPool
 from ..observe import NOTHING, LoadReport
-from ..prefetch.ahead import InFlightLoads
-from ..prefetch.loader import Load, RecordLoader
 from ..prefetch.planner import blend
 from ..store.layout import RecordLayout
 from ..store.pools import PoolMembers
 from ..store.reader import Store
 from .base import Failure, Hold, SlotMemory, SlotPool, Span
+from .in_flight import InFlightLoads
+from .loader import Load, RecordLoader
+from .memory import HostMemory
 from .operations import Operations
 
 
@@ -37,7 +37,7 @@ class _LoadingHold(Hold):
         self.started = time.perf_counter()
 
 
-class EmbeddedPool(SlotPool):
+class LocalPool(SlotPool):
     """Wires cache, memory and loader together.
 
     A started hold reads ahead of everything but demands, on all threads of the loader.
@@ -310,7 +310,7 @@ class EmbeddedPool(SlotPool):
         return LoadReport(loads=len(loads), loaded_bytes=len(loads) * self._record_bytes, failed=failed)
 
 
-def embedded_pools(
+def local_pools(
     store: Store, slots: Mapping[RecordLayout, int], policy: str, io_cpus: set[int] | None
 ) -> dict[RecordLayout, SlotPool]:
     """One pool per record layout, all fed by one loader.
@@ -325,5 +325,5 @@ def embedded_pools(
     for layout, count in slots.items():
         members = PoolMembers.of(store.layers, layout)
         cache = ExpertCache(members.layer_of, count, create_policy(policy, members.layer_of))
-        pools[layout] = EmbeddedPool(members, HostPool(layout, count), cache, operations)
+        pools[layout] = LocalPool(members, HostMemory(layout, count), cache, operations)
     return pools

@@ -10,7 +10,7 @@ from ..store.layout import RecordLayout
 from .huge_pages import HUGE_PAGE_BYTES
 
 
-class HostPool:
+class HostMemory:
     """``slots`` records taken apart: per component of the layout one contiguous uint8 array ``[slots, nbytes]``.
 
     CPU kernels accept a strided first dimension but then compute wrong numbers, hence one dense array per component.
