@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from vllm_moe_offload.daemon.arena import Arena
-from vllm_moe_offload.daemon.epochs import Reader, Reclaimer
-from vllm_moe_offload.daemon.table import ABSENT, ResidencyTable
+from vllm_moe_offload.ipc.arena import Arena
+from vllm_moe_offload.ipc.epochs import Reader, Reclaimer
+from vllm_moe_offload.ipc.table import ABSENT, ResidencyTable
 from vllm_moe_offload.store.layout import Component, RecordLayout
 
 LAYOUT = RecordLayout((Component("payload", "uint8", (2048,), 2048), Component("label", "int64", (2,), 16)))

@@ -27,8 +27,8 @@ from rich.table import Table
 from vllm_moe_offload.config import CacheBudget
 from vllm_moe_offload.daemon.client import DaemonClient
 from vllm_moe_offload.daemon.connection import Connection
-from vllm_moe_offload.daemon.protocol import Attach, Stop
 from vllm_moe_offload.daemon.start import start_daemon
+from vllm_moe_offload.ipc.protocol import Attach, Stop
 from vllm_moe_offload.observe import Counters
 from vllm_moe_offload.pool import local_pools
 from vllm_moe_offload.runtime import Batch, OffloadRuntime

@@ -22,8 +22,8 @@ from rich.table import Table
 
 from vllm_moe_offload.config import CacheBudget
 from vllm_moe_offload.daemon.connection import Connection
-from vllm_moe_offload.daemon.protocol import Stop
 from vllm_moe_offload.daemon.start import start_daemon
+from vllm_moe_offload.ipc.protocol import Stop
 from vllm_moe_offload.store import default_root
 
 TINY_MOE = Path(__file__).parent.parent / "examples" / "models" / "tiny-moe"

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 
 from tests.daemon.pools import EXPERTS, LAYERS, Pool, Worker
-from vllm_moe_offload.daemon.table import ABSENT
+from vllm_moe_offload.ipc.table import ABSENT
 
 STEPS = 250
 

@@ -11,7 +11,10 @@ import numpy as np
 
 from vllm_moe_offload.daemon.connection import Connection
 from vllm_moe_offload.daemon.hosted_histories import HostedHistories
-from vllm_moe_offload.daemon.protocol import (
+from vllm_moe_offload.daemon.server import DaemonServer
+from vllm_moe_offload.daemon.socket_file import SocketFile
+from vllm_moe_offload.errors import StoreError
+from vllm_moe_offload.ipc.protocol import (
     Adopt,
     Adopted,
     Attach,
@@ -25,9 +28,6 @@ from vllm_moe_offload.daemon.protocol import (
     pack_ids,
     unpack_ids,
 )
-from vllm_moe_offload.daemon.server import DaemonServer
-from vllm_moe_offload.daemon.socket_file import SocketFile
-from vllm_moe_offload.errors import StoreError
 
 EXPERTS = 64
 STORE = "f" * 32

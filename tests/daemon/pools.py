@@ -6,10 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.runtime.record_stores import ALIGNED, RecordStore, build_store
-from vllm_moe_offload.daemon.epochs import Reader
 from vllm_moe_offload.daemon.hosted_pool import HostedPool
-from vllm_moe_offload.daemon.table import ABSENT, DONE
-from vllm_moe_offload.daemon.uses import UseWriter
+from vllm_moe_offload.ipc.epochs import Reader
+from vllm_moe_offload.ipc.table import ABSENT, DONE
+from vllm_moe_offload.ipc.uses import UseWriter
 from vllm_moe_offload.pool.loader import RecordLoader
 from vllm_moe_offload.store import RecordLayout
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vllm_moe_offload.daemon.connection import Connection, DaemonGoneError
-from vllm_moe_offload.daemon.protocol import GetStatus, StatusReport
+from vllm_moe_offload.ipc.protocol import GetStatus, StatusReport
 
 ANSWER_SECONDS = 60.0
 COMMAND = (sys.executable, "-m", "vllm_moe_offload")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from tests.daemon.waits import Waits
 from vllm_moe_offload.daemon.client import DaemonClient
-from vllm_moe_offload.daemon.protocol import Attach
+from vllm_moe_offload.ipc.protocol import Attach
 from vllm_moe_offload.observe import Counters
 from vllm_moe_offload.runtime import Batch, OffloadRuntime, PooledLayer
 from vllm_moe_offload.store import Store

@@ -9,8 +9,8 @@ from types import TracebackType
 
 import msgspec
 
-from vllm_moe_offload.daemon.protocol import VERSION, Hello, Message, Request, Welcome
-from vllm_moe_offload.daemon.transport import Channel
+from vllm_moe_offload.ipc.protocol import VERSION, Hello, Message, Request, Welcome
+from vllm_moe_offload.ipc.transport import Channel
 
 Answer = Callable[[Request], Message | None]
 

@@ -16,8 +16,8 @@ from tests.runtime.record_stores import build_store, layout
 from vllm_moe_offload.daemon import client, worker_attachment
 from vllm_moe_offload.daemon.client import ALONE, CLOSED, CONNECTED, REJOINING, TRANSITIONS, ClientState
 from vllm_moe_offload.daemon.connection import Connection, DaemonGoneError
-from vllm_moe_offload.daemon.death import Death
-from vllm_moe_offload.daemon.protocol import GetStatus, StatusReport
+from vllm_moe_offload.ipc.death import Death
+from vllm_moe_offload.ipc.protocol import GetStatus, StatusReport
 from vllm_moe_offload.pool import loader
 
 SMALL, LARGE = layout(8192, 4096), layout(6000, 100)

@@ -18,8 +18,8 @@ import pytest
 
 from tests.runtime.record_stores import ODD, RecordStore, build_store
 from vllm_moe_offload.daemon.connection import Connection, DaemonGoneError
-from vllm_moe_offload.daemon.protocol import Attach, Demand, StatusReport, pack_ids
 from vllm_moe_offload.daemon.socket_file import lock_path
+from vllm_moe_offload.ipc.protocol import Attach, Demand, StatusReport, pack_ids
 
 COMMAND = [sys.executable, "-m", "vllm_moe_offload", "daemon"]
 LAYERS, EXPERTS = 3, 8

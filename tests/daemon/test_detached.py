@@ -16,8 +16,8 @@ from tests.runtime.record_stores import ALIGNED, build_store
 from vllm_moe_offload.daemon import client, worker_attachment
 from vllm_moe_offload.daemon.attached_pool import AttachedPool
 from vllm_moe_offload.daemon.connection import DaemonGoneError
-from vllm_moe_offload.daemon.protocol import Demand, Hint, Supplied, pack_ids, unpack_ids
-from vllm_moe_offload.daemon.table import ABSENT
+from vllm_moe_offload.ipc.protocol import Demand, Hint, Supplied, pack_ids, unpack_ids
+from vllm_moe_offload.ipc.table import ABSENT
 from vllm_moe_offload.observe import Counters
 
 ENTRY = 3

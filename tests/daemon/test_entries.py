@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from vllm_moe_offload.daemon.entries import Entries
-from vllm_moe_offload.daemon.protocol import MAX_WORKERS
+from vllm_moe_offload.ipc.protocol import MAX_WORKERS
 
 
 @pytest.fixture

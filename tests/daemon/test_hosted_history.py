@@ -23,8 +23,8 @@ from vllm_moe_offload.daemon import hosted_histories
 from vllm_moe_offload.daemon.connection import Connection, DaemonGoneError, RefusedError
 from vllm_moe_offload.daemon.hosted_histories import HostedHistories
 from vllm_moe_offload.daemon.hosted_history import HostedHistory
-from vllm_moe_offload.daemon.packed_trace import pack_embedding, pack_trace, unpack_trace
-from vllm_moe_offload.daemon.protocol import (
+from vllm_moe_offload.errors import ConfigError, OffloadError, TraceError
+from vllm_moe_offload.ipc.protocol import (
     VERSION,
     GetStatus,
     Hello,
@@ -33,7 +33,7 @@ from vllm_moe_offload.daemon.protocol import (
     Remember,
     Search,
 )
-from vllm_moe_offload.errors import ConfigError, OffloadError, TraceError
+from vllm_moe_offload.ipc.trace_codec import pack_embedding, pack_trace, unpack_trace
 from vllm_moe_offload.trace import persistence
 from vllm_moe_offload.trace.archive import HistoryArchive
 from vllm_moe_offload.trace.history import HistoryStore

@@ -14,13 +14,13 @@ import pytest
 from tests.daemon.wire import wait_until
 from tests.runtime.record_stores import ALIGNED, MIXED, RecordStore, build_store
 from vllm_moe_offload.daemon import hosted_model, hosted_models
-from vllm_moe_offload.daemon.arena import Arena
-from vllm_moe_offload.daemon.epochs import Reader
 from vllm_moe_offload.daemon.hosted_models import HostedModels
-from vllm_moe_offload.daemon.protocol import Adopt, Attach, Demand, Hint, Supplied, pack_ids, unpack_ids
-from vllm_moe_offload.daemon.table import ABSENT, DONE, ResidencyTable
 from vllm_moe_offload.daemon.workers import Worker
 from vllm_moe_offload.errors import ConfigError, LoadError, OffloadError, StoreError
+from vllm_moe_offload.ipc.arena import Arena
+from vllm_moe_offload.ipc.epochs import Reader
+from vllm_moe_offload.ipc.protocol import Adopt, Attach, Demand, Hint, Supplied, pack_ids, unpack_ids
+from vllm_moe_offload.ipc.table import ABSENT, DONE, ResidencyTable
 from vllm_moe_offload.store import RecordLayout
 
 LAYERS, EXPERTS = 4, 8

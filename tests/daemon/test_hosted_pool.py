@@ -13,7 +13,7 @@ from tests.runtime.record_stores import LAYOUTS
 from vllm_moe_offload.daemon import placement
 from vllm_moe_offload.daemon.adoption import adopt
 from vllm_moe_offload.daemon.lease import lease
-from vllm_moe_offload.daemon.table import ABSENT
+from vllm_moe_offload.ipc.table import ABSENT
 
 
 def in_threads(*jobs) -> None:

@@ -12,11 +12,14 @@ from tests.daemon.scripted import ScriptedDaemon
 from tests.daemon.serving import serving
 from tests.daemon.wire import open_fds, packet, wait_until
 from tests.runtime.record_stores import ODD, RecordStore, build_store
-from vllm_moe_offload.daemon import connection, membarrier, socket_file, worker_attachment
+from vllm_moe_offload.daemon import connection, worker_attachment
 from vllm_moe_offload.daemon.client import DaemonClient
 from vllm_moe_offload.daemon.connection import Connection
 from vllm_moe_offload.daemon.joining import join_daemon, socket_of
-from vllm_moe_offload.daemon.protocol import (
+from vllm_moe_offload.daemon.socket_file import SocketFile
+from vllm_moe_offload.errors import ConfigError
+from vllm_moe_offload.ipc import address, membarrier
+from vllm_moe_offload.ipc.protocol import (
     VERSION,
     Attach,
     GetStatus,
@@ -27,8 +30,6 @@ from vllm_moe_offload.daemon.protocol import (
     Stop,
     Welcome,
 )
-from vllm_moe_offload.daemon.socket_file import SocketFile
-from vllm_moe_offload.errors import ConfigError
 from vllm_moe_offload.observe import Counters
 
 
@@ -167,7 +168,7 @@ def test_a_default_place_somebody_else_has_made_is_said(engine: Engine, monkeypa
 
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     monkeypatch.setattr(os.path, "lexists", lambda path: True)
-    monkeypatch.setattr(socket_file, "_check_private", squatted)
+    monkeypatch.setattr(address, "_check_private", squatted)
     assert engine.start("auto") is None
     assert "is not a folder of this user alone" in engine.lines[0]
     with pytest.raises(ConfigError, match=r"daemon = 'start': .*is not a folder of this user alone"):

@@ -12,8 +12,8 @@ from tests.daemon.past import FINGERPRINT, SHAPE, WIDTH, past_request, same
 from tests.daemon.test_socket_file import as_root, open_to_all
 from vllm_moe_offload.daemon.connection import Connection
 from vllm_moe_offload.daemon.hosted_history import HostedHistory
-from vllm_moe_offload.daemon.packed_trace import pack_embedding, pack_trace, unpack_trace
-from vllm_moe_offload.daemon.protocol import OpenHistory, Remember, Search
+from vllm_moe_offload.ipc.protocol import OpenHistory, Remember, Search
+from vllm_moe_offload.ipc.trace_codec import pack_embedding, pack_trace, unpack_trace
 from vllm_moe_offload.predict.base import UNKNOWN_TOKEN
 from vllm_moe_offload.trace.trace import Trace
 

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from wire import ALL_SEALS, NULL, connected, in_memfd, memfd, open_fds, packet, pair, threads, wait_until
 
-from vllm_moe_offload.daemon.protocol import (
+from vllm_moe_offload.ipc.protocol import (
     VERSION,
     Adopt,
     Attach,
@@ -35,7 +35,7 @@ from vllm_moe_offload.daemon.protocol import (
     Stop,
     pack_ids,
 )
-from vllm_moe_offload.daemon.transport import PACKET_BYTES, Channel, PeerError
+from vllm_moe_offload.ipc.transport import PACKET_BYTES, Channel, PeerError
 
 RAW_CONNECTIONS = 16_000
 RAW_MESSAGES = 100_000

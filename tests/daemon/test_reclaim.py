@@ -9,7 +9,7 @@ import pytest
 
 from tests.daemon.pools import EXPERTS, N, Pool, Worker
 from vllm_moe_offload.daemon.lease import lease
-from vllm_moe_offload.daemon.table import ABSENT
+from vllm_moe_offload.ipc.table import ABSENT
 from vllm_moe_offload.pool import loader
 
 

@@ -17,8 +17,8 @@ from past import FINGERPRINT, SHAPE, past_request, same
 from wire import threads, wait_until
 
 from vllm_moe_offload.daemon import history_client
-from vllm_moe_offload.daemon.protocol import OpenHistory
 from vllm_moe_offload.daemon.remote_history import SharedHistory
+from vllm_moe_offload.ipc.protocol import OpenHistory
 from vllm_moe_offload.predict.base import ModelShape
 from vllm_moe_offload.predict.history import HistoryPredictor
 from vllm_moe_offload.predict.registry import predictor_for_engine

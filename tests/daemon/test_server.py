@@ -31,9 +31,10 @@ from wire import (
     wait_until,
 )
 
-from vllm_moe_offload.daemon import server, transport
+from vllm_moe_offload.daemon import server
 from vllm_moe_offload.daemon.connection import DaemonGoneError, RefusedError
-from vllm_moe_offload.daemon.protocol import (
+from vllm_moe_offload.ipc import transport
+from vllm_moe_offload.ipc.protocol import (
     VERSION,
     Adopt,
     Attach,
@@ -46,7 +47,7 @@ from vllm_moe_offload.daemon.protocol import (
     Stop,
     pack_ids,
 )
-from vllm_moe_offload.daemon.transport import PACKET_BYTES, Channel
+from vllm_moe_offload.ipc.transport import PACKET_BYTES, Channel
 
 HELLO, CONTROL = packet(Hello(VERSION, "worker")), packet(Hello(VERSION, "control"))
 ATTACHING = [HELLO, packet(ATTACH)]

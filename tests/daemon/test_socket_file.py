@@ -13,8 +13,9 @@ from house import House
 from wire import open_fds
 
 from vllm_moe_offload.daemon.connection import Connection, DaemonGoneError
-from vllm_moe_offload.daemon.socket_file import SocketFile, default_socket_path, find_group, lock_path
+from vllm_moe_offload.daemon.socket_file import SocketFile, find_group, lock_path
 from vllm_moe_offload.errors import ConfigError
+from vllm_moe_offload.ipc.address import default_socket_path
 
 NOBODY = 65534
 DAEMON = (
@@ -178,7 +179,7 @@ def test_a_runtime_folder_that_is_not_ours_alone_does_not_count(
     # as after `su`: the folder of the user before, which cannot even be looked into
     tmp_path.chmod(0o700)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(private))
-    code = "from vllm_moe_offload.daemon.socket_file import default_socket_path as path; print(path(), path().exists())"
+    code = "from vllm_moe_offload.ipc.address import default_socket_path as path; print(path(), path().exists())"
     command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c", code]
     said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     assert said == "/tmp/vllm-moe-offload-65534/daemon.sock False\n"

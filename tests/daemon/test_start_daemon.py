@@ -13,9 +13,9 @@ from wire import open_fds, wait_until
 
 from tests.runtime.record_stores import ODD, build_store
 from vllm_moe_offload.daemon.connection import Connection, DaemonGoneError
-from vllm_moe_offload.daemon.protocol import Attach, Stop
 from vllm_moe_offload.daemon.start import StartError, log_path, start_daemon
 from vllm_moe_offload.errors import ConfigError
+from vllm_moe_offload.ipc.protocol import Attach, Stop
 
 
 def parent_of(pid: int) -> int:

@@ -13,9 +13,9 @@ from tests.daemon.house import House
 from tests.daemon.scripted import ScriptedDaemon
 from tests.daemon.test_socket_file import as_root, open_to_all
 from tests.daemon.wire import open_fds
-from vllm_moe_offload.daemon import credentials
 from vllm_moe_offload.daemon.connection import Connection, UntrustedDaemonError
-from vllm_moe_offload.daemon.protocol import GetStatus, Refused
+from vllm_moe_offload.ipc import credentials
+from vllm_moe_offload.ipc.protocol import GetStatus, Refused
 
 OTHER = 65534
 

@@ -12,7 +12,7 @@ from tests.daemon.wire import wait_until
 from tests.runtime.record_stores import ALIGNED, LAYOUTS
 from vllm_moe_offload.daemon.adoption import adopt
 from vllm_moe_offload.daemon.lease import lease
-from vllm_moe_offload.daemon.table import ABSENT
+from vllm_moe_offload.ipc.table import ABSENT
 
 GUARD_SECONDS = 60.0
 

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from vllm_moe_offload.cache import create_policy
 from vllm_moe_offload.cli import app
 from vllm_moe_offload.config import OffloadConfig, resolve
-from vllm_moe_offload.daemon import protocol
 from vllm_moe_offload.errors import ConfigError
+from vllm_moe_offload.ipc import protocol
 from vllm_moe_offload.predict.base import ModelShape, Predictor
 from vllm_moe_offload.predict.registry import predictor_for_engine, predictor_for_replay
 from vllm_moe_offload.trace.history import HistoryStore

@@ -14,16 +14,17 @@ from rich.live import Live
 
 from vllm_moe_offload.cache import POLICY_NAMES, policy_class
 from vllm_moe_offload.config import CacheBudget
-from vllm_moe_offload.daemon import membarrier
 from vllm_moe_offload.daemon.connection import Connection
-from vllm_moe_offload.daemon.death import Death
 from vllm_moe_offload.daemon.hosted_histories import HostedHistories
 from vllm_moe_offload.daemon.metrics import serve_metrics
 from vllm_moe_offload.daemon.notify import notify
-from vllm_moe_offload.daemon.protocol import GetStatus, Stop
 from vllm_moe_offload.daemon.server import DaemonServer
-from vllm_moe_offload.daemon.socket_file import SocketFile, default_socket_path, find_group
+from vllm_moe_offload.daemon.socket_file import SocketFile, find_group
 from vllm_moe_offload.errors import ConfigError
+from vllm_moe_offload.ipc import membarrier
+from vllm_moe_offload.ipc.address import default_socket_path
+from vllm_moe_offload.ipc.death import Death
+from vllm_moe_offload.ipc.protocol import GetStatus, Stop
 from vllm_moe_offload.store import default_root
 from vllm_moe_offload.store.files import named_path, size_text
 

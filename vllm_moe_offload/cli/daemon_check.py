@@ -4,9 +4,9 @@ import contextlib
 import os
 
 from vllm_moe_offload.daemon.connection import Connection
-from vllm_moe_offload.daemon.protocol import GetStatus
-from vllm_moe_offload.daemon.socket_file import default_socket_path
 from vllm_moe_offload.errors import OffloadError
+from vllm_moe_offload.ipc.address import default_socket_path
+from vllm_moe_offload.ipc.protocol import GetStatus
 
 ANSWER_SECONDS = 5.0
 

@@ -3,7 +3,7 @@
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from vllm_moe_offload.daemon.protocol import ModelStatus, StatusReport, WorkerStatus
+from vllm_moe_offload.ipc.protocol import ModelStatus, StatusReport, WorkerStatus
 from vllm_moe_offload.store.files import size_text
 
 _MODEL_COLUMNS = (

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..daemon.mapping import Mapping
 from ..errors import OffloadError
+from ..ipc.shm import Mapping
 from ..pool.huge_pages import HUGE_PAGE_BYTES, LARGE_PAGE_BYTES, SETTINGS, private_huge_pages, shared_page_bytes
 from ..store.direct import aligned_buffer
 from ..store.files import size_text

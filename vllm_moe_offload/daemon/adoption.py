@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from ..cache.cache import ABSENT
 from ..errors import LoadError
+from ..ipc.arena import Arena
 from ..store.reader import Store
-from .arena import Arena
 from .hosted_load import HostedLoad
 from .hosted_pool import HostedPool
 

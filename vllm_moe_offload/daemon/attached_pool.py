@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 from ..cache.base import IntArray
 from ..cache.outcomes import SpeculativeLoads, speculative_room
 from ..errors import LoadError
+from ..ipc.arena import Arena
+from ..ipc.epochs import Reader
+from ..ipc.protocol import Demand, Hint, Supplied, pack_ids, unpack_ids
+from ..ipc.table import ABSENT, ATTACHED, COUNTERS, DONE, ResidencyTable
+from ..ipc.uses import STEP, UseWriter
 from ..observe import NOTHING, Counters, LoadReport
 from ..pool.base import Failure, Hold, SlotPool, Span
 from ..pool.loader import DamagedRecordError
-from .arena import Arena
 from .connection import Connection, DaemonGoneError
-from .epochs import Reader
-from .protocol import Demand, Hint, Supplied, pack_ids, unpack_ids
-from .table import ABSENT, ATTACHED, COUNTERS, DONE, ResidencyTable
-from .uses import STEP, UseWriter
 
 _STEP = np.array([STEP], dtype=np.int32)
 _STEPS_BETWEEN_LOOKS_BACK = 16

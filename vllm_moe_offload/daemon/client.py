@@ -29,6 +29,10 @@ import numpy as np
 from ..cache import ExpertCache, create_policy
 from ..cache.cache import ABSENT
 from ..errors import OffloadError
+from ..ipc import membarrier
+from ..ipc.arena import Arena
+from ..ipc.protocol import Adopt, Attach, pack_ids
+from ..ipc.table import ResidencyTable
 from ..observe import Counters
 from ..pool.base import SlotPool
 from ..pool.loader import RecordLoader
@@ -38,12 +42,8 @@ from ..store.layout import RecordLayout
 from ..store.pools import PoolMembers, pools_of
 from ..store.reader import Store
 from ..threads import ReportedThread
-from . import membarrier
-from .arena import Arena
 from .connection import DaemonGoneError, RefusedError
-from .protocol import Adopt, Attach, pack_ids
 from .surviving_pool import SurvivingPool
-from .table import ResidencyTable
 from .worker_attachment import WorkerAttachment
 
 RETRY_SECONDS = 1.0

@@ -11,8 +11,8 @@ from typing import overload
 import msgspec
 
 from ..errors import OffloadError
-from .credentials import peer_of
-from .protocol import (
+from ..ipc.credentials import peer_of
+from ..ipc.protocol import (
     HISTORY_MESSAGE_BYTES,
     VERSION,
     Adopt,
@@ -38,7 +38,7 @@ from .protocol import (
     Supplied,
     Welcome,
 )
-from .transport import Channel, PeerError
+from ..ipc.transport import Channel, PeerError
 from .trust import objection_to
 
 MAX_FDS = 64

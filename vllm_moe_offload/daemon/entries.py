@@ -1,7 +1,7 @@
 """Which entries of a model's tables are free, and which of them nobody can be writing any more."""
 
-from .death import Death
-from .protocol import MAX_WORKERS
+from ..ipc.death import Death
+from ..ipc.protocol import MAX_WORKERS
 
 
 class Entries:

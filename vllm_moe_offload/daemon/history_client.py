@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import OffloadError
+from ..ipc.protocol import Found, HistorySize, OpenHistory, Remember, Search
+from ..ipc.trace_codec import pack_embedding, pack_trace, unpack_trace
 from ..threads import ReportedThread
 from ..trace.trace import Trace
 from .connection import Connection, DaemonGoneError, RefusedError
 from .outbox import Outbox
-from .packed_trace import pack_embedding, pack_trace, unpack_trace
-from .protocol import Found, HistorySize, OpenHistory, Remember, Search
 
 CONNECT_SECONDS = 5.0
 OPEN_SECONDS = 60.0

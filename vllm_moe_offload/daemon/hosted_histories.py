@@ -8,12 +8,12 @@ from pathlib import Path
 import msgspec
 
 from ..errors import ConfigError, OffloadError, TraceError
+from ..ipc.protocol import HistorySize, ModelStatus, OpenHistory
+from ..ipc.trace_codec import Shape
+from ..ipc.transport import LARGE_MESSAGES
 from ..learning.background import Background
 from ..trace.archive import HistoryArchive
 from .hosted_history import HostedHistory
-from .packed_trace import Shape
-from .protocol import HistorySize, ModelStatus, OpenHistory
-from .transport import LARGE_MESSAGES
 
 MOST_HISTORIES = 16
 """In memory at a time; those that no engine uses make room for others."""

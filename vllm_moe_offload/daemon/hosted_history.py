@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import TraceError
+from ..ipc.protocol import HISTORY_MESSAGE_BYTES, HistorySize
+from ..ipc.trace_codec import Shape
 from ..trace.archive import HistoryArchive
 from ..trace.history import PastRequest
 from ..trace.persistence import LocalHistory
 from ..trace.trace import UNKNOWN_TOKEN, Trace, concat
-from .packed_trace import Shape
-from .protocol import HISTORY_MESSAGE_BYTES, HistorySize
 
 MOST_BYTES = HISTORY_MESSAGE_BYTES // 2
 """Of traces in one answer."""

@@ -11,6 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from ..errors import OffloadError
+from ..ipc.protocol import MAX_WORKERS, Attach, ModelStatus, WorkerStatus
+from ..ipc.shm import whole_pages
+from ..ipc.table import COUNTERS
 from ..pool.loader import RecordLoader
 from ..store.layout import RecordLayout
 from ..store.pools import pools_of
@@ -19,9 +22,6 @@ from ..threads import ReportedThread
 from .budget import PoolSize, bytes_for, slots_within
 from .entries import Entries
 from .hosted_pool import HostedPool
-from .mapping import whole_pages
-from .protocol import MAX_WORKERS, Attach, ModelStatus, WorkerStatus
-from .table import COUNTERS
 from .workers import Worker
 
 _LOOK_SECONDS = 0.25

@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..errors import ConfigError, OffloadError, StoreError
+from ..ipc.protocol import Attach, ModelStatus
 from ..store.manifest import RECORDS_NAME
 from ..store.reader import Store
 from ..threads import ReportedThread
 from .budget import Claim, split
 from .hosted_model import HostedModel
-from .protocol import Attach, ModelStatus
 from .workers import Worker
 
 _NAME = re.compile(r"[0-9a-f]{32}")

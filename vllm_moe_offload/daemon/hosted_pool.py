@@ -15,17 +15,17 @@ from numpy.typing import NDArray
 from ..cache import Acquisition, ExpertCache, create_policy
 from ..cache.base import IntArray
 from ..cache.cache import ABSENT
+from ..ipc.arena import Arena
+from ..ipc.table import ResidencyTable
 from ..pool.loader import RecordLoader
 from ..store.layout import RecordLayout
 from ..store.pools import PoolMembers
 from ..store.reader import Store
-from .arena import Arena
 from .hosted_load import HostedLoad, PoolCounters, Supply
 from .pins import WorkerPins
 from .placement import Placement
 from .reclaim import SlotReclaimer
 from .shared_policy import SharedPredictions
-from .table import ResidencyTable
 from .under_way import UnderWay
 
 

@@ -9,13 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import ConfigError, OffloadError
+from ..ipc.address import default_socket_path
+from ..ipc.protocol import Attach
 from ..observe import Counters
 from ..store.reader import Store
 from .client import DaemonClient
 from .connection import DaemonGoneError
 from .hosted_model import slot_bytes
-from .protocol import Attach
-from .socket_file import default_socket_path
 from .start import start_daemon
 
 LEAVE_AFTER_SECONDS = 60.0

@@ -8,7 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from ..errors import ConfigError
-from .protocol import ModelStatus, StatusReport
+from ..ipc.protocol import ModelStatus, StatusReport
 
 ADDRESS = "127.0.0.1"
 PREFIX = "vllm_moe_offload_daemon"

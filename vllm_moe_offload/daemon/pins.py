@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from ..cache import EvictionPolicy, ExpertCache
 from ..cache.base import IntArray
-from .table import ResidencyTable
-from .uses import STEP, UseReader
+from ..ipc.table import ResidencyTable
+from ..ipc.uses import STEP, UseReader
 
 
 class WorkerPins:

@@ -35,9 +35,9 @@ import numpy as np
 from ..cache import ExpertCache
 from ..cache.base import IntArray
 from ..cache.cache import ABSENT, FREE
-from .arena import Arena
-from .epochs import Reclaimer
-from .table import ResidencyTable
+from ..ipc.arena import Arena
+from ..ipc.epochs import Reclaimer
+from ..ipc.table import ResidencyTable
 
 _RESERVE_SHARE = 50
 _RESERVE_LEAST = 8

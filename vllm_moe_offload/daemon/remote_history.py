@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ..ipc.protocol import OpenHistory
 from ..trace.archive import HISTORY_FILE, HistoryArchive
 from ..trace.history import HistoryStore, PastRequest
 from ..trace.persistence import PersistentHistory
 from ..trace.trace import Trace
 from ..trace.trace_file import write_trace
 from .history_client import HistoryClient
-from .protocol import OpenHistory
 
 BUDGET_BYTES = 32 << 20
 """Of requests at hand."""

@@ -14,13 +14,13 @@ from collections.abc import Callable
 
 import msgspec
 
+from ..ipc.credentials import Peer, peer_of
+from ..ipc.protocol import Refused, Request, StatusReport
+from ..ipc.transport import Channel, PeerError
 from ..threads import ReportedThread, failed_threads
-from .credentials import Peer, peer_of
 from .hosted_histories import HostedHistories
-from .protocol import Refused, Request, StatusReport
 from .session import MAX_FDS, Models, Session
 from .socket_file import SocketFile
-from .transport import Channel, PeerError
 
 MAX_PEERS = 256
 COMPLAINT_SECONDS = 10.0

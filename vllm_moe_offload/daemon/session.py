@@ -11,11 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from ..errors import OffloadError
-from .credentials import Peer
-from .hosted_histories import HostedHistories
-from .hosted_history import HostedHistory
-from .packed_trace import pack_trace, unpack_embedding, unpack_trace
-from .protocol import (
+from ..ipc.credentials import Peer
+from ..ipc.protocol import (
     HISTORY_MESSAGE_BYTES,
     VERSION,
     Adopt,
@@ -40,7 +37,10 @@ from .protocol import (
     Supplied,
     Welcome,
 )
-from .transport import PEER_SECONDS, Channel, PeerError
+from ..ipc.trace_codec import pack_trace, unpack_embedding, unpack_trace
+from ..ipc.transport import PEER_SECONDS, Channel, PeerError
+from .hosted_histories import HostedHistories
+from .hosted_history import HostedHistory
 
 if TYPE_CHECKING:
     from .workers import Worker  # reads stores, which a daemon that finds another one running never does

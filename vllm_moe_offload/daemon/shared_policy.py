@@ -7,7 +7,7 @@ import numpy as np
 from ..cache import EvictionPolicy
 from ..cache.base import FloatArray, IntArray
 from ..cache.policies import PredictionAwarePolicy
-from .table import ResidencyTable
+from ..ipc.table import ResidencyTable
 
 
 class SharedPredictions(PredictionAwarePolicy):

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..ipc.address import make_folder
 from ..store.files import try_lock
 from .connection import Connection, DaemonGoneError
-from .socket_file import make_folder
 
 LAST_LINES = 8
 

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from ..cache.base import IntArray
 from ..errors import OffloadError
+from ..ipc.arena import Arena
 from ..observe import NOTHING, LoadReport
 from ..pool.base import Hold, SlotPool, Span
-from .arena import Arena
 from .connection import DaemonGoneError, RefusedError
 
 _GONE = (DaemonGoneError, RefusedError)

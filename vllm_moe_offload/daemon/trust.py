@@ -4,14 +4,12 @@ A daemon learns what its engines are asked, and gives them the weights they comp
 """
 
 import os
-import stat
 from collections.abc import Container
 from pathlib import Path
 
+from ..ipc.address import SHARED, writable_by_others
+from ..ipc.credentials import Peer
 from ..users import is_known
-from .credentials import Peer
-
-_SHARED = stat.S_IWGRP | stat.S_IWOTH
 
 
 def objection_to(daemon: Peer, socket: Path) -> str | None:
@@ -32,17 +30,12 @@ def objection_to(daemon: Peer, socket: Path) -> str | None:
     )
 
 
-def writable_by_others(status: os.stat_result, owners: Container[int]) -> bool:
-    """Whether users who are not ``owners`` can replace what these put into a folder; in a sticky folder they cannot."""
-    return status.st_uid not in owners or bool(status.st_mode & _SHARED and not status.st_mode & stat.S_ISVTX)
-
-
 def _belongs_to(folder: Path, own: Container[int], other: int) -> bool:
     """Whether no user but ``own`` and ``other`` can put anything at this path, and ``other`` only if ``own`` let it."""
     statuses = [each.stat() for each in (folder, *folder.parents)]
-    if statuses[0].st_mode & _SHARED:
+    if statuses[0].st_mode & SHARED:
         return False
     for status, below in zip(statuses[1:], statuses, strict=False):
-        if status.st_mode & _SHARED and below.st_uid not in own:
+        if status.st_mode & SHARED and below.st_uid not in own:
             return False
     return not any(writable_by_others(status, (0, os.geteuid(), other)) for status in statuses)

@@ -12,13 +12,13 @@ from ..cache import Acquisition, ExpertCache
 from ..cache.base import IntArray
 from ..cache.outcomes import SpeculativeLoads
 from ..errors import ConfigError, LoadError
+from ..ipc.arena import Arena
+from ..ipc.table import ResidencyTable
 from ..store.layout import ALIGNMENT
 from ..store.pools import PoolMembers
 from ..store.reader import Store
-from .arena import Arena
 from .hosted_load import HostedLoad, PoolCounters
 from .reclaim import SlotReclaimer
-from .table import ResidencyTable
 
 
 class UnderWay:

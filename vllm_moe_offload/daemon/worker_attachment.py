@@ -11,15 +11,15 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..ipc.arena import Arena, arena_bytes
+from ..ipc.death import Death
+from ..ipc.protocol import Attach, Attached, GetStatus
+from ..ipc.shm import check_descriptor, whole_pages
+from ..ipc.table import ResidencyTable
 from ..observe import Counters
 from ..store.pools import PoolMembers
-from .arena import Arena, arena_bytes
 from .attached_pool import AttachedPool
 from .connection import Connection, DaemonGoneError
-from .death import Death
-from .mapping import check_descriptor, whole_pages
-from .protocol import Attach, Attached, GetStatus
-from .table import ResidencyTable
 
 CONNECT_SECONDS = 5.0
 STATUS_SECONDS = 15.0

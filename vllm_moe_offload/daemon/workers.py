@@ -6,12 +6,7 @@ Whatever comes from it is checked before it is believed.
 import os
 from collections.abc import Callable, Iterable, Sequence
 
-from ..pool.loader import DamagedRecordError
-from ..store.reader import Store
-from .adoption import adopt
-from .hosted_pool import HostedPool
-from .lease import lease
-from .protocol import (
+from ..ipc.protocol import (
     Adopt,
     Adopted,
     Attach,
@@ -24,6 +19,11 @@ from .protocol import (
     pack_ids,
     unpack_ids,
 )
+from ..pool.loader import DamagedRecordError
+from ..store.reader import Store
+from .adoption import adopt
+from .hosted_pool import HostedPool
+from .lease import lease
 
 
 class Worker:

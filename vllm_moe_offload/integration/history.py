@@ -15,9 +15,9 @@ from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
 from ..config import OffloadConfig
-from ..daemon.protocol import OpenHistory
 from ..daemon.remote_history import SharedHistory
 from ..errors import ConfigError, OffloadError
+from ..ipc.protocol import OpenHistory
 from ..learning.background import Background
 from ..learning.supervisor import LearningSupervisor
 from ..predict.base import ModelShape, Predictor, RequestState

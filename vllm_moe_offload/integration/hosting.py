@@ -10,7 +10,7 @@ from vllm.logger import init_logger
 from ..config import OffloadConfig
 from ..daemon.client import DaemonClient
 from ..daemon.joining import join_daemon, socket_of
-from ..daemon.protocol import Attach
+from ..ipc.protocol import Attach
 from ..observe import Counters
 from ..store.reader import Store
 

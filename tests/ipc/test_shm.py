@@ -15,8 +15,8 @@ import numpy as np
 import psutil
 import pytest
 
-from vllm_moe_offload.daemon.mapping import Mapping, PeerMemoryError, whole_pages
 from vllm_moe_offload.errors import ConfigError
+from vllm_moe_offload.ipc.shm import Mapping, PeerMemoryError, whole_pages
 
 PAGE = mmap.PAGESIZE
 MIB = 2**20
@@ -42,7 +42,7 @@ def pages_taken(mapping: Mapping) -> int:
 
 
 def in_other_process(code: str, *arguments: int, fds: tuple[int, ...]) -> subprocess.CompletedProcess[str]:
-    prelude = "import os, sys, numpy as np\nfrom vllm_moe_offload.daemon.mapping import Mapping\n"
+    prelude = "import os, sys, numpy as np\nfrom vllm_moe_offload.ipc.shm import Mapping\n"
     command = [sys.executable, "-c", prelude + textwrap.dedent(code), *map(str, arguments)]
     return subprocess.run(command, pass_fds=fds, capture_output=True, text=True, timeout=60)
 

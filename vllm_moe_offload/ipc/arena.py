@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..store.layout import RecordLayout
-from .mapping import Mapping, whole_pages
+from .shm import Mapping, whole_pages
 
 
 def arena_bytes(layout: RecordLayout, slots: int) -> int:

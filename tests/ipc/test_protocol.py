@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_moe_offload.daemon.protocol import (
+from vllm_moe_offload.ipc.protocol import (
     Adopt,
     Adopted,
     Attach,

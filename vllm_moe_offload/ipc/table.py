@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .mapping import Mapping, PeerMemoryError, whole_pages
 from .protocol import MAX_WORKERS, VERSION
+from .shm import Mapping, PeerMemoryError, whole_pages
 
 ABSENT = -1
 RING = 65536

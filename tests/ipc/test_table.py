@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_moe_offload.daemon import table as tables
-from vllm_moe_offload.daemon.mapping import Mapping, PeerMemoryError
-from vllm_moe_offload.daemon.protocol import MAX_WORKERS
-from vllm_moe_offload.daemon.table import ABSENT, COUNTERS, RING, ResidencyTable, table_bytes
+from vllm_moe_offload.ipc import table as tables
+from vllm_moe_offload.ipc.protocol import MAX_WORKERS
+from vllm_moe_offload.ipc.shm import Mapping, PeerMemoryError
+from vllm_moe_offload.ipc.table import ABSENT, COUNTERS, RING, ResidencyTable, table_bytes
 
 LINE = 64
 PER_WORKER = ("entries", "counters", "expected", "uses")

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.runtime.record_stores import LAYOUTS, MIXED, build_store, layout
-from vllm_moe_offload.daemon.arena import Arena, arena_bytes
-from vllm_moe_offload.daemon.mapping import PeerMemoryError
+from vllm_moe_offload.ipc.arena import Arena, arena_bytes
+from vllm_moe_offload.ipc.shm import PeerMemoryError
 from vllm_moe_offload.pool.huge_pages import SETTINGS, shared_page_bytes
 from vllm_moe_offload.pool.loader import Load, RecordLoader
 from vllm_moe_offload.store import RecordLayout

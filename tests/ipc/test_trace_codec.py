@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from past import SHAPE, past_request, same
 
-from vllm_moe_offload.daemon.packed_trace import pack_embedding, pack_trace, unpack_embedding, unpack_trace
-from vllm_moe_offload.daemon.protocol import PackedTrace
+from tests.daemon.past import SHAPE, past_request, same
+from vllm_moe_offload.ipc.protocol import PackedTrace
+from vllm_moe_offload.ipc.trace_codec import pack_embedding, pack_trace, unpack_embedding, unpack_trace
 from vllm_moe_offload.trace.trace import Trace, concat
 
 GOOD = pack_trace(past_request(1))

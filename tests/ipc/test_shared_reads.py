@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from daemon_stress import LAYOUT, Evictor, Violence, acquire, fill, is_right, run
 
-from vllm_moe_offload.daemon.arena import Arena
-from vllm_moe_offload.daemon.epochs import Reader, Reclaimer
-from vllm_moe_offload.daemon.table import ResidencyTable
+from vllm_moe_offload.ipc.arena import Arena
+from vllm_moe_offload.ipc.epochs import Reader, Reclaimer
+from vllm_moe_offload.ipc.table import ResidencyTable
 
 
 class HastyReclaimer(Reclaimer):

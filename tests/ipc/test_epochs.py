@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_moe_offload.daemon.epochs import Reader, Reclaimer
-from vllm_moe_offload.daemon.table import ABSENT, EPOCH, ResidencyTable
+from vllm_moe_offload.ipc.epochs import Reader, Reclaimer
+from vllm_moe_offload.ipc.table import ABSENT, EPOCH, ResidencyTable
 
 WORKER = 1
 VICTIM, NEW, SLOT = 0, 1, 0
@@ -214,8 +214,8 @@ def test_a_reader_that_comes_later_holds_nothing_up() -> None:
 
 DIE_READING = """
 import sys
-from vllm_moe_offload.daemon.epochs import Reader
-from vllm_moe_offload.daemon.table import ResidencyTable
+from vllm_moe_offload.ipc.epochs import Reader
+from vllm_moe_offload.ipc.table import ResidencyTable
 reader = Reader(ResidencyTable.attach(int(sys.argv[1]), 2), 1)
 reader.enter()
 print("reading", flush=True)

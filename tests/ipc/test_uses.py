@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_moe_offload.daemon.table import HEAD, RING, ResidencyTable
-from vllm_moe_offload.daemon.uses import LONGEST, STEP, UseReader, UseWriter
+from vllm_moe_offload.ipc.table import HEAD, RING, ResidencyTable
+from vllm_moe_offload.ipc.uses import LONGEST, STEP, UseReader, UseWriter
 
 WORKER = 2
 
@@ -73,8 +73,8 @@ def test_more_than_may_be_half_written_is_refused() -> None:
 WRITE = """
 import sys
 import numpy as np
-from vllm_moe_offload.daemon.table import ResidencyTable
-from vllm_moe_offload.daemon.uses import UseWriter
+from vllm_moe_offload.ipc.table import ResidencyTable
+from vllm_moe_offload.ipc.uses import UseWriter
 fd, experts = map(int, sys.argv[1:])
 table = ResidencyTable.attach(fd, experts)
 writer = UseWriter(table, 2)

@@ -23,8 +23,8 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from ..errors import OffloadError
-from .mapping import NAME_PREFIX, SIZE_SEALS, PeerMemoryError, check_descriptor
 from .protocol import MESSAGE_BYTES, Message
+from .shm import NAME_PREFIX, SIZE_SEALS, PeerMemoryError, check_descriptor
 
 PEER_SECONDS = 10.0
 """How long a peer is waited for until it reads what it was sent, or says Hello; and how long it waits for its turn with
