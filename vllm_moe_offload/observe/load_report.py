@@ -1,4 +1,4 @@
-"""What one call of a pool of slots did: added to the counters, and told to whoever prefetches."""
+"""What one call of a pool of slots did. The runtime adds it to the counters and hands it to the prefetcher."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ class LoadReport(NamedTuple):
     streamed: int = 0
     """Loads started because a long prefill is about to reach their layer."""
     loads: int = 0
-    """Reads that have ended, whoever had started them."""
+    """Reads that have ended, demanded or not."""
     loaded_bytes: int = 0
     failed: int = 0
     """Of ``loads``, those whose record could not be read."""

@@ -11,7 +11,7 @@ class Switch:
     """On until it is turned off.
 
     Args:
-        report: told once, in a sentence without a subject, what went wrong and where.
+        report: called once, with what was raised and where.
     """
 
     def __init__(self, report: Callable[[str], None] = lambda reason: None):
@@ -42,7 +42,7 @@ class Switch:
 
 
 class Switched(Protocol):
-    """Whoever has methods that are ``optional``."""
+    """A class with methods that are ``optional``."""
 
     switch: Switch
 

@@ -1,7 +1,7 @@
-"""What is worth loading on a guess: pure arithmetic on probabilities, residency and measured speeds.
+"""What is worth loading before it is needed: arithmetic on probabilities, residency and measured speeds.
 
 A load is admitted only if the stall it is expected to save exceeds the time its bytes are expected to take from other
-loads. It must never touch a slot, a queue or a clock: whoever asks says how things stand, and executes the answer.
+loads. It must never touch a slot, a queue or a clock: the caller says how things stand, and executes the answer.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ _RETRY_AFTER = 512
 _STEPS_PER_HALVING = 256
 """Steps without a judgement after which backoff is halved: where nothing is admitted, nothing is judged.
 
-Guesses of which fewer than ``_WINDOW`` end in so many steps cost little.
+Speculative loads of which fewer than ``_WINDOW`` end in so many steps cost little.
 """
 _NONE = np.empty(0, np.int64)
 
@@ -62,7 +62,7 @@ class Estimates:
     layer_seconds: float
     """One layer of a step, stalls excluded."""
     chunk_seconds: float
-    """The part of a transfer that cannot be interrupted: a guess may delay a demand by this much."""
+    """The part of a transfer that cannot be interrupted: a speculative load may delay a demand by this much."""
     busy: float = 0.5
     """Share of time the link moves anything."""
     demands_per_layer: float = 0.5

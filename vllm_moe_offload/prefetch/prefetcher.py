@@ -30,7 +30,7 @@ class PrefetchPool(Protocol):
         """``[len(layer)]``: which experts have no slot and are not being loaded."""
 
     def enable_predictions(self) -> None:
-        """From now on ``expect`` will be called: let eviction heed it."""
+        """From now on ``expect`` will be called: eviction takes account of it."""
 
     def expect(self, layer: range, probabilities: NDArray[np.float32] | float) -> None:
         """With these probabilities ``[len(layer)]`` the running step will use the layer's experts."""
@@ -80,10 +80,10 @@ class Prefetcher:
     """Looks ahead for one worker, as long as nothing about it raises.
 
     Args:
-        layers: in the order in which they run. The eviction of their pools heeds from now on what is predicted.
+        layers: in the order in which they run. From now on the eviction of their pools takes account of predictions.
         estimates: what is known of this machine; kept up to date here.
         clock: seconds.
-        counters: count the loads that are started here; whoever serves a layer counts its report, and hands it on.
+        counters: count the loads that are started here. What a layer needed is counted by the caller of ``note``.
         switch: turned off by what raises.
     """
 
