@@ -64,7 +64,7 @@ class GateScore:
             said = self._said.pop((layer, distance), None)
             if said is not None and self.counts:
                 self.accuracy.note(distance, layer, said, experts)
-        self._predictor.see(lambda: hidden)
+        self._predictor.note_router_input(lambda: hidden)
         self._step.observe(layer, experts, weights[:rows])
         for distance in DISTANCES:
             if layer + distance < self.shape.layers:

@@ -123,7 +123,7 @@ def test_neighbours_are_those_of_all_engines_as_soon_as_the_daemon_has_answered(
         first.history.add(past)
         wait_until(lambda: second.history.num_requests == 1, "the daemon has it")
         state = predictor.start_request(np.eye(6, dtype=np.float32)[3])
-        wait_until(lambda: len(state.notes.tokens) == 40, "candidates are there")  # type: ignore[attr-defined]
+        wait_until(lambda: len(state.predictor_state.tokens) == 40, "candidates are there")  # type: ignore[attr-defined]
         step = predictor.begin([state.context()])
         for layer in range(3):
             step.observe(layer, past.experts[7:8, layer], past.weights[7:8, layer])

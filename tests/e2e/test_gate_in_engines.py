@@ -29,7 +29,7 @@ def watch_own_routers(worker: Any) -> None:
 
     def look(read: Any) -> None:
         shown.append(read())
-        predictor.see(read)
+        predictor.note_router_input(read)
 
     def compare(layer: int, experts: np.ndarray, weights: np.ndarray) -> None:
         margins = predictor.routers[layer].margins(shown.pop(), predictor.shape.top_k)

@@ -62,7 +62,7 @@ def test_the_layers_ahead_are_asked_with_what_this_layers_router_reads() -> None
     made = predictor()
     hidden = np.random.default_rng(1).standard_normal((6, HIDDEN)).astype(np.float32)
     step = made.begin([made.start_request().context()] * 4)
-    made.see(lambda: hidden)
+    made.note_router_input(lambda: hidden)
     chosen = chosen_by(made.routers[0], hidden)[:4]
     step.observe(0, chosen, np.full(chosen.shape, 1 / 3))
     ranked = np.argsort(-step.predict(2), axis=1)[:, : SHAPE.top_k]
@@ -73,14 +73,14 @@ def test_the_layers_ahead_are_asked_with_what_this_layers_router_reads() -> None
 def test_a_gate_that_is_shown_nothing_says_so() -> None:
     made = predictor()
     step = made.begin([made.start_request().context()])
-    with pytest.raises(ValueError, match="not shown"):
+    with pytest.raises(ValueError, match="not given"):
         step.observe(0, np.array([[0, 1, 2]]), np.full((1, 3), 1 / 3))
 
 
 def test_what_is_read_is_read_only_where_a_step_is_predicted() -> None:
     made = predictor()
     for layer in range(SHAPE.layers):
-        made.see(lambda layer=layer: pytest.fail(f"layer {layer} was read"))
+        made.note_router_input(lambda layer=layer: pytest.fail(f"layer {layer} was read"))
 
 
 @pytest.mark.parametrize("drift", [0.05, 0.3, 1.0, 10.0])
@@ -99,7 +99,7 @@ def test_probabilities_come_to_mean_what_they_say(drift: float) -> None:
                 said.append(probabilities)
                 true.append(np.zeros((2, SHAPE.experts), bool))
                 np.put_along_axis(true[-1], chosen, True, axis=1)
-            made.see(lambda hidden=hidden: hidden)
+            made.note_router_input(lambda hidden=hidden: hidden)
             step.observe(layer, chosen, np.full(chosen.shape, 1 / 3))
             if layer + 1 < SHAPE.layers:
                 probabilities = step.predict(layer + 1)

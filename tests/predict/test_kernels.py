@@ -77,7 +77,7 @@ def test_a_head_answers_what_its_network_says(seed, rows):
     state, context, bias = normal(rows, WIDTH), normal(rows, 6), normal(EXPERTS)
     inner, outer = normal(WIDTH, 6), 30 * normal(6, EXPERTS)
     answer = np.empty((rows, EXPERTS), np.float32)
-    kernels.ask_head(state, context, inner.T.copy(), outer.T.copy(), bias, answer)
+    kernels.evaluate_head(state, context, inner.T.copy(), outer.T.copy(), bias, answer)
     outputs = (np.maximum(state @ inner + context, 0) @ outer + bias).astype(np.float64)
     assert np.allclose(answer, 1 / (1 + np.exp(-outputs.clip(-80, 80))), atol=1e-4)
 

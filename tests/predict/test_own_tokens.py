@@ -111,7 +111,7 @@ def test_a_history_that_answers_late_does_not_cost_the_own_tokens(past, unseen):
     history.answer()
     step = passed(predictor, state, unseen, 50, 10)
     assert set(np.argsort(-step.predict(12)[0])[:4]) == set(unseen.experts[50, 12].tolist())
-    assert state.notes.count() == past.num_tokens + unseen.num_tokens
+    assert state.predictor_state.count() == past.num_tokens + unseen.num_tokens
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ class EvictionPolicy(ABC):
     """Says how much each expert is worth keeping.
 
     Experts are flat ids ``0 … N-1`` over all layers that share a slot pool. A policy only remembers and scores: it
-    never knows about pins or free slots, which are the cache's business. The engine's forward passes are its only
+    never sees pins or free slots, which belong to the cache. The engine's forward passes are its only
     clock (``begin_step``), so that the same policy gives the same decisions in the engine and in replay.
 
     A policy is made as ``Class(layer_of)``, int ``[N]``: the layer of each expert. It is called while a layer waits, so

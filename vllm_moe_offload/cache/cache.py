@@ -18,7 +18,7 @@ class Acquisition(NamedTuple):
     """What an acquire or admit decided. ``missing[i]`` must be loaded into ``missing_slots[i]``."""
 
     slots: NDArray[np.int32]
-    """Slot of each expert asked for, in the order asked."""
+    """Slot of each expert asked for, in the order of the request."""
     missing: NDArray[np.int64]
     missing_slots: NDArray[np.int32]
     evicted: NDArray[np.int64]
@@ -35,9 +35,9 @@ class ExpertCache:
     is the first to go, until an ordinary ``acquire`` uses it.
 
     A *retired* slot (``retire``) still holds its expert, but is given away before any other that is occupied, in the
-    order of retirement; whoever asks for the expert meanwhile gets it back.
+    order of retirement; it is kept if its expert is used again before.
 
-    An *exposed* slot may be read by somebody who has not pinned it; its owner keeps ``exposed`` up to date. It may be
+    An *exposed* slot may be read without a pin; its owner keeps ``exposed`` up to date. It may be
     retired, but is never given away nor emptied, so whatever is loaded can be written into its slot at once.
 
     Args:
@@ -98,7 +98,7 @@ class ExpertCache:
         slot returned carries one more pin, to be given back with ``release``.
 
         Args:
-            use: tell the policy that the running pass reads them; whoever tells it otherwise says False.
+            use: count it as a use by the running pass; False where uses are counted elsewhere.
             beyond_limit: occupy free slots above the limit where nothing else is available.
 
         Raises:
@@ -197,7 +197,7 @@ class ExpertCache:
         slots = self.slot_of[experts]
         assert slots.min(initial=0) >= 0, "an absent expert is forgotten"
         assert not self.pins[slots].any(), "a pinned slot is emptied"
-        assert not self.exposed[slots].any(), "a slot is emptied that somebody may be reading"
+        assert not self.exposed[slots].any(), "a slot is emptied that may be read"
         self.slot_of[experts] = ABSENT
         self.expert_of[slots] = FREE
         self.occupied -= len(slots)
@@ -217,7 +217,7 @@ class ExpertCache:
     def retire(self, count: int) -> NDArray[np.int64]:
         """Choose up to ``count`` more unpinned experts that shall leave next, and return them.
 
-        They stay resident until their slots are given away or they are forgotten. Those asked for again stay for good.
+        They stay resident until their slots are given away or they are forgotten. Those used again stay for good.
         """
         return self._retire(self._least_worth(count))
 
@@ -370,7 +370,7 @@ class ExpertCache:
         return self.expert_of[slots].astype(np.int64)
 
     def _least_worth(self, count: int, exposed: bool | None = None) -> NDArray[np.integer]:
-        """Up to ``count`` slots that are neither free nor pinned nor retired, and exposed or not where that is said."""
+        """Up to ``count`` slots that are neither free nor pinned nor retired, and ``exposed`` or not if given."""
         if count <= 0:
             return _NO_SLOTS
         candidate = self.pins == 0

@@ -158,7 +158,7 @@ def create_policy(name: str, layer_of: IntArray) -> EvictionPolicy:
         _try_a_step(cls(layer_of), np.arange(min(len(layer_of), 2)))
         return cls(layer_of)
     except Exception as error:
-        way_out = "it is made of the layers of all experts alone and must answer as vllm_moe_offload.cache.base says"
+        way_out = "it is made of the layers of all experts alone and must answer as in vllm_moe_offload.cache.base"
         raise failure("policy", name, "fails on a first step", error, way_out) from error
 
 

@@ -166,7 +166,7 @@ def _gate_predictor(
 
     predictor = GatePredictor(shape, layer_routers(model, [layer for layer, _ in layers.values()]))
     for _, method in layers.values():
-        method.show = prediction.guard(predictor.see)
+        method.show = prediction.guard(predictor.note_router_input)
     return predictor
 
 

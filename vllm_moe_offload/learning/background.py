@@ -12,7 +12,7 @@ class Background:
 
     Args:
         job: called every ``period_seconds``.
-        failed: told of every exception it or an errand ends with; the next call comes all the same.
+        failed: called with every exception of the job or an errand; the next call comes all the same.
         cpus: where the thread may run; None leaves it where the process runs.
     """
 

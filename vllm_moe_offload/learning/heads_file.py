@@ -43,7 +43,7 @@ class SavedHeads(NamedTuple):
 
 
 def request_digest(trace: Trace) -> int:
-    """64 bits that tell one request from others by what its tokens were routed to."""
+    """64 bits that identify a request by what its tokens were routed to."""
     routed = np.ascontiguousarray(trace.experts, "<u2")
     return int.from_bytes(blake2b(routed.tobytes(), digest_size=8).digest(), "little")
 
@@ -76,7 +76,7 @@ def read_heads(path: Path, fingerprint: str, size: NetworkSize, learned: bool) -
         learned: whether vectors must have been learned along.
 
     Raises:
-        TraceError: the file is missing, damaged, of another version, model or size; names it and says which.
+        TraceError: the file is missing, damaged, of another version, model or size; says which.
         TraceReadError: it cannot be read at present.
     """
     try:

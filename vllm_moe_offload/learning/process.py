@@ -1,7 +1,7 @@
 """``python -m vllm_moe_offload.learning.process JOB``: trains heads on a history, in a process of its own.
 
 Training beside a serving engine must not take its interpreter lock, its processors or its BLAS threads. This process
-runs at the lowest priority, sleeps most of the time, and ends when whoever started it does.
+runs at the lowest priority, sleeps most of the time, and ends with the process that started it.
 """
 
 import os

@@ -39,7 +39,7 @@ class LearningSupervisor:
     """The training of one engine's predictor.
 
     Args:
-        predictor: whose history is learned from, and who is given the heads.
+        predictor: whose history is trained on, and into which the heads are loaded.
         kept: the history, and where it is kept.
         vectors: the model's own token embeddings; None to learn some.
         cpus: where the training may run; None leaves it where this process runs.

@@ -1,7 +1,7 @@
 """The contract of a predictor, and the words it is written in.
 
-A predictor sees each forward pass as a **step** over rows; a row is one token of one request. It never knows what is
-resident or how fast loads are: those are the planner's concern.
+A predictor sees each forward pass as a **step** over rows; a row is one token of one request. It never sees what is
+resident or how fast loads are: those belong to the planner.
 """
 
 from abc import ABC, abstractmethod
@@ -71,8 +71,8 @@ class RequestState:
     def __init__(self, shape: tuple[int, int, int], embedding: NDArray[np.floating] | None, memory: TokenMemory):
         layers, experts, _ = shape
         self.embedding = embedding
-        self.notes: object = None
-        """Whatever the predictor that opened this request keeps about it."""
+        self.predictor_state: object = None
+        """Whatever the predictor that started this request keeps about it."""
         self._memory = memory
         self._previous: TokenMap | None = None
         self._previous_token = UNKNOWN_TOKEN
@@ -87,7 +87,7 @@ class RequestState:
         return TokenContext(self, token, self._previous_token, self._previous, same, self._frequency())
 
     def contexts_side_by_side(self, tokens: NDArray[np.integer]) -> list[TokenContext]:
-        """Rows for tokens of a prefill chunk: none knows the map of the one before it."""
+        """Rows for tokens of a prefill chunk: none has the map of the one before it."""
         before = [self._previous_token, *tokens[:-1].tolist()]
         recall, frequency = self._memory.recall, self._frequency()
         return [
@@ -96,7 +96,7 @@ class RequestState:
         ]
 
     def advance(self, token: int, token_map: TokenMap) -> None:
-        """``token`` has run and was routed as ``token_map`` says. Contexts taken before stay as they were."""
+        """``token`` has run and was routed as in ``token_map``. Contexts taken before stay as they were."""
         self._news.append(token_map)
         if len(self._news) == _MOST_NEWS:
             self._frequency()
@@ -105,7 +105,7 @@ class RequestState:
         self._memory.remember(token, token_map)
 
     def _frequency(self) -> NDArray[np.float32]:
-        """``TokenContext.frequency`` now. Worked out when asked for: steps that are left alone never do."""
+        """``TokenContext.frequency`` now. Computed on demand: steps that are not predicted never need it."""
         if self._news:
             places = np.stack([news.experts for news in self._news]) + self._first
             shares = (1 - _DECAY) * _DECAY ** np.arange(len(places) - 1, -1, -1, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""FineMoE (EuroSys '26, arXiv 2502.05370) as a predictor: the single most similar stored map says what comes.
+"""FineMoE (EuroSys '26, arXiv 2502.05370) as a predictor: the single most similar stored map is the prediction.
 
 Store capacity ``C`` = 1000 maps of single iterations. Semantic search (cosine of token embeddings) serves the layers
 before anything has been observed; trajectory search (cosine of the concatenated observed rows) the others. After every

@@ -1,7 +1,7 @@
 """Predicts by the routers themselves: what a layer's router reads, given to the routers of the layers ahead.
 
-The literature's next-gate lookahead (Mixtral-Offloading, HOBBIT, Fate). It knows nothing before the step's first layer
-has been routed, and nothing of earlier tokens.
+The literature's next-gate lookahead (Mixtral-Offloading, HOBBIT, Fate). It predicts nothing before the step's first
+layer has been routed, and uses nothing of earlier tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -75,7 +75,7 @@ def _line(scores: Array, count: int) -> Array:
 
 
 class GatePredictor(Predictor):
-    """``routers``: one per MoE layer. Only an engine can feed it: whoever runs the model calls ``see``."""
+    """``routers``: one per MoE layer. Only an engine can feed it, by ``note_router_input``."""
 
     def __init__(self, shape: ModelShape, routers: Sequence[Router]):
         super().__init__(shape)
@@ -83,7 +83,7 @@ class GatePredictor(Predictor):
         self.calibrations = [[margin_calibration() for _ in range(_FARTHEST)] for _ in routers]
         self._read: Callable[[], Array] | None = None
 
-    def see(self, read: Callable[[], Array]) -> None:
+    def note_router_input(self, read: Callable[[], Array]) -> None:
         """The next layer observed is about to route what ``read`` returns: float32 ``[B or more, h]``.
 
         ``read`` is called only where a step is predicted, and not after that layer has been observed.
@@ -97,10 +97,10 @@ class GatePredictor(Predictor):
         """Of predictions for ``layer`` made ``distance`` layers before it."""
         return self.calibrations[layer][min(distance, _FARTHEST) - 1]
 
-    def hidden(self) -> Array:
-        """What was announced by ``see``."""
+    def router_input(self) -> Array:
+        """What was announced by ``note_router_input``."""
         if self._read is None:
-            raise ValueError("the gate predictor was not shown what the routers read")
+            raise ValueError("the gate predictor was not given what the routers read")
         read, self._read = self._read, None
         return read()
 
@@ -117,7 +117,7 @@ class GateStep(Step):
     def observe(self, layer: int, experts: Experts, weights: Weights) -> None:
         self._feedback.observe(layer, experts)
         self._layer = layer
-        self._hidden = self._predictor.hidden()[: self._rows]
+        self._hidden = self._predictor.router_input()[: self._rows]
 
     def predict(self, layer: int) -> Probabilities:
         """Every expert alike before the first layer has been observed."""

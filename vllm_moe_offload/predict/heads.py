@@ -102,7 +102,7 @@ class HeadsStep(Step):
         self._state = state
         self._known = known
         self._hidden: dict[int, Array] = {}
-        """Of the layers asked about so far."""
+        """Of the layers predicted so far."""
 
     def observe(self, layer: int, experts: Experts, weights: Weights) -> None:
         kernels.add_map(*kernels.as_map(experts, weights), self._weights.maps[layer], self._state)
@@ -113,7 +113,7 @@ class HeadsStep(Step):
             self._hidden[layer] = weights.hidden_before(layer, self._known)
         bias = weights.output_bias[layer]
         probabilities = np.empty((len(self._state), len(bias)), np.float32)
-        kernels.ask_head(
+        kernels.evaluate_head(
             self._state, self._hidden[layer], weights.heads[layer], weights.outputs[layer], bias, probabilities
         )
         return probabilities

@@ -130,11 +130,11 @@ class _ColdStartStep(Step):
     """Heads before the first layer, neighbours from then on."""
 
     def __init__(self, at_start: Step, afterwards: Step):
-        self._asked, self._afterwards = at_start, afterwards
+        self._current, self._afterwards = at_start, afterwards
 
     def observe(self, layer: int, experts: Experts, weights: Weights) -> None:
-        self._asked = self._afterwards
-        self._asked.observe(layer, experts, weights)
+        self._current = self._afterwards
+        self._current.observe(layer, experts, weights)
 
     def predict(self, layer: int) -> Probabilities:
-        return self._asked.predict(layer)
+        return self._current.predict(layer)

@@ -47,7 +47,7 @@ def _compiled(signature: str) -> Callable[[Callable[..., None]], Callable[..., N
 @_compiled("void(i8[:,:,::1], f4[:,:,::1], i8[::1], i8[:,:,::1], f4[:,:,::1])")
 def lay_out(maps, roots, places, experts, columns):  # type: ignore[no-untyped-def]
     """Put candidates with ``maps`` ``[n, L, K]`` and ``roots`` of their weights into ``experts`` ``[L, C, K]`` and
-    ``columns`` ``[L, E, C]`` at ``places`` ``[n]``, instead of who was there.
+    ``columns`` ``[L, E, C]`` at ``places`` ``[n]``, instead of those before.
     """
     top_k = maps.shape[2]
     for n in range(maps.shape[0]):
@@ -84,7 +84,7 @@ def add_map(experts, weights, rows, state):  # type: ignore[no-untyped-def]
 def add_context(  # type: ignore[no-untyped-def]
     layer, previous, previous_weights, same, same_weights, frequency, rows, frequency_rows, hidden
 ):
-    """Add to ``hidden`` ``[B, H]`` what the head of ``layer`` knows before the step.
+    """Add to ``hidden`` ``[B, H]`` what the head of ``layer`` is given before the step.
 
     Maps ``[B, L, K]`` of the previous token, read at the layer and those beside it, and of the same token's last time;
     a map that begins with a negative number is none. ``frequency`` ``[B, L, E]``. ``rows`` ``[4, E, 2H]`` as in
@@ -114,7 +114,7 @@ def add_context(  # type: ignore[no-untyped-def]
 
 
 @_compiled("void(f4[:,::1], f4[:,::1], f4[:,::1], f4[:,::1], f4[::1], f4[:,::1])")
-def ask_head(state, context, inner, outer, bias, probabilities):  # type: ignore[no-untyped-def]
+def evaluate_head(state, context, inner, outer, bias, probabilities):  # type: ignore[no-untyped-def]
     """``sigmoid(relu(state @ inner.T + context) @ outer.T + bias)``: ``[B, E]``.
 
     ``state`` ``[B, S]``, ``context`` ``[B, H]``, ``inner`` ``[H, S]``, ``outer`` ``[E, H]``, ``bias`` ``[E]``.

@@ -63,7 +63,7 @@ _OWN_ROOM = 0.25
 class Candidates:
     """The tokens a request is matched against: ``C`` of others, and up to ``room`` of its own, the latest.
 
-    A layer of the others is laid out when it is first asked for.
+    A layer of the others is laid out when it is first used.
     """
 
     def __init__(
@@ -159,8 +159,8 @@ class NeighboursPredictor(Predictor):
         room = min(_OWN_TOKENS, int(_OWN_ROOM * self._max_candidates))
 
         def found(requests: list[PastRequest]) -> None:
-            own = state.notes.own if isinstance(state.notes, Candidates) else ()
-            state.notes = Candidates(self.shape, parts_of(requests, self._max_candidates - room), room, own)
+            own = state.predictor_state.own if isinstance(state.predictor_state, Candidates) else ()
+            state.predictor_state = Candidates(self.shape, parts_of(requests, self._max_candidates - room), room, own)
 
         self._history.seek(state.embedding, _MAX_REQUESTS, found)
 
@@ -169,8 +169,8 @@ class NeighboursPredictor(Predictor):
         return NeighboursStep(self.shape, rows, self.calibrations, learns=self._steps % _STEPS_PER_FEEDBACK == 0)
 
     def learn(self, state: RequestState, token: int, token_map: TokenMap) -> None:
-        assert isinstance(state.notes, Candidates)
-        state.notes.add(token, token_map)
+        assert isinstance(state.predictor_state, Candidates)
+        state.predictor_state.add(token, token_map)
 
     def end_request(self, state: RequestState, trace: Trace) -> None:
         self._history.add(trace)
@@ -226,7 +226,7 @@ class _Group:
     """Rows of one request."""
 
     def __init__(self, shape: ModelShape, rows: list[TokenContext], indices: slice | NDArray[np.int64]):
-        candidates = rows[0].state.notes
+        candidates = rows[0].state.predictor_state
         assert isinstance(candidates, Candidates)
         self.indices = indices
         self._candidates, self._count = candidates, candidates.count()
@@ -236,8 +236,8 @@ class _Group:
         self._tokens = np.array([row.token for row in rows])
         self._matches = np.zeros((len(rows), self._count), np.float32)
         self._full_match = np.float32(0)
-        self._asked: _Shares | None = None
-        """Since the last layer was observed; several layers are asked about then."""
+        self._shares_now: _Shares | None = None
+        """Since the last layer was observed; several layers are predicted from them."""
 
     def observe(self, layer: int, experts: Experts, weights: Weights) -> None:
         chosen, shares = kernels.as_map(experts, weights)
@@ -245,20 +245,20 @@ class _Group:
             roots = np.sqrt(shares)
         kernels.follow(chosen, roots, self._candidates.columns(layer), _FADING, self._matches)
         self._full_match = _FADING * self._full_match + 1
-        self._asked = None
+        self._shares_now = None
 
     def predict(self, layer: int, curve: Array) -> tuple[Array, Probabilities]:
         """The rows' averages ``[b, E]``, and the same as probabilities by ``curve``."""
         own = np.ascontiguousarray(self._own[:, layer])
         if not self._count:
             return own, own
-        self._asked = self._asked or self._shares()
+        self._shares_now = self._shares_now or self._shares()
         predicted, probabilities = np.empty_like(own), np.empty_like(own)
         kernels.vote(
-            self._asked.of_candidates,
+            self._shares_now.of_candidates,
             self._candidates.experts(layer),
             own,
-            self._asked.own,
+            self._shares_now.own,
             curve,
             predicted,
             probabilities,

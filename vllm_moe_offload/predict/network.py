@@ -6,7 +6,7 @@ previous token's map around that layer, the same token's last map, the request's
 
     hidden = relu(state @ A + context @ C + b)      p = sigmoid(hidden @ O + c)
 
-One state serves every distance; the sum itself tells how many layers it has seen. Training follows binary
+One state serves every distance; the sum itself shows how many layers are in it. Training follows binary
 cross-entropy, so the outputs are probabilities as they come.
 """
 

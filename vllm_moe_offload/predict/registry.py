@@ -1,6 +1,6 @@
 """Predictors by name. A new one needs a line in ``_BUILT_IN``; one from outside is named ``package.module:Class``.
 
-Nothing is imported before it is asked for: the compiled predictors take a second.
+Nothing is imported before it is used: the compiled predictors take a second.
 """
 
 from collections.abc import Iterable, Sequence
@@ -114,7 +114,7 @@ def _fitted(name: str, choices: Sequence[str], shape: ModelShape, traces: Iterab
     try:
         _try_a_step(cls(shape))
     except Exception as error:
-        way_out = "it is made of the model's shape alone and must answer as vllm_moe_offload.predict.base says"
+        way_out = "it is made of the model's shape alone and must answer as in vllm_moe_offload.predict.base"
         raise failure(_SETTING, name, "fails on a first step", error, way_out) from error
     try:
         return _fit(cls(shape), traces)

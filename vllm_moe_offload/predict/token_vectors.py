@@ -12,7 +12,7 @@ Array = NDArray[np.float32]
 
 
 _AT_ONCE = 512
-"""Tokens whose vectors are worked out together: only the answer is as long as what was asked for."""
+"""Tokens whose vectors are computed together; only the result is as long as the input."""
 
 
 class TokenVectors(ABC):

@@ -1,4 +1,4 @@
-"""Training the heads in small steps, so that whoever trains can pause between them and stop at any moment."""
+"""Training the heads in small steps, so that a caller can pause between them and stop at any moment."""
 
 import numpy as np
 from numpy.typing import NDArray

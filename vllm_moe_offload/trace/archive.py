@@ -107,7 +107,7 @@ class HistoryArchive:
 
     @contextmanager
     def locked(self, fingerprint: str) -> Iterator[None]:
-        """Be the only one who writes this history.
+        """Hold the lock for writing this history.
 
         Raises:
             TimeoutError: another process writes it and does not come to an end.
@@ -134,7 +134,7 @@ class HistoryArchive:
     def load_locked(
         self, fingerprint: str, shape: tuple[int, int, int], budget_bytes: int = DEFAULT_BUDGET_BYTES
     ) -> tuple[HistoryStore, Path | None]:
-        """What is on disk now, for whoever adds to it while it is ``locked``.
+        """What is on disk now, to add to it while it is ``locked``.
 
         Returns the store, and the new path of the file if that was damaged and had to be set aside, else None.
 
@@ -167,7 +167,7 @@ class HistoryArchive:
         return store
 
     def _set_aside(self, fingerprint: str, shape: tuple[int, int, int]) -> str:
-        """Rename the file if it still cannot be used; says what became of it."""
+        """Rename the file if it still cannot be used; what became of it, in words."""
         try:
             with self.locked(fingerprint):
                 aside = self.load_locked(fingerprint, shape)[1]

@@ -1,7 +1,7 @@
 """The history: a bounded set of past requests, each with its expert maps and its prompt embedding.
 
 It evicts the request that is most like a newer one, or oldest, so that one chat cannot fill it and a rare domain is
-not forgotten. It knows nothing of files (``archive``) and of how maps are matched (``predict``).
+not forgotten. It has nothing to do with files (``archive``) and of how maps are matched (``predict``).
 """
 
 import functools

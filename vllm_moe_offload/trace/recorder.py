@@ -1,6 +1,6 @@
 """Puts together what the layers of each step route to, token by token, until a request ends and is a trace.
 
-Pure bookkeeping: it must never ask who is resident, and never keep an array that belongs to the engine.
+Pure bookkeeping: it must never depend on what is resident, and never keep an array that belongs to the engine.
 """
 
 from collections.abc import Sequence
@@ -98,7 +98,7 @@ class Recorder:
         self._noted += 1
 
     def end_step(self) -> list[RequestMaps]:
-        """The pass is over: the new maps of each of its requests. None of them where a layer was not heard of."""
+        """The pass is over: the new maps of each of its requests. None of them where a layer was not noted."""
         if not self._rows or self._noted != self.shape[0]:
             self._rows = []
             return []
