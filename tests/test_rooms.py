@@ -1,5 +1,6 @@
 """Rooms import only from floors below their own, however an import is written, and docs/structures.md has them all."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -36,6 +37,18 @@ def test_no_module_imports_itself_through_others(package: Package) -> None:
 def test_only_the_integration_imports_vllm_and_torch(package: Package) -> None:
     importers = {module for module, names in package.outside.items() if names & {"vllm", "torch", "transformers"}}
     assert {module for module in importers if not module.startswith("integration.")} == set()
+
+
+@pytest.mark.parametrize("room", ["cache", "predict", "prefetch", "replay"])
+def test_decisions_have_neither_clock_nor_devices(room: str, package: Package) -> None:
+    imported = set().union(*(names for module, names in package.outside.items() if module.partition(".")[0] == room))
+    assert not imported & {"time", "socket", "subprocess", "mmap", "tempfile", "shutil", "torch", "vllm"}
+
+
+def test_every_room_says_what_it_must_never_do(package: Package) -> None:
+    for room, file in package.files.items():
+        if file.name == "__init__.py" and room and "." not in room:
+            assert "must never" in (ast.get_docstring(ast.parse(file.read_text())) or ""), room
 
 
 TOP = {

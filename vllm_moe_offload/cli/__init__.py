@@ -1,4 +1,7 @@
-"""`vllm-moe-offload …`: what can be done without serving. Importing it must not import vLLM or torch."""
+"""`vllm-moe-offload …`: what can be done without serving.
+
+Importing it must never import vLLM or torch: every offline command works on a machine that has neither.
+"""
 
 from typing import Any
 

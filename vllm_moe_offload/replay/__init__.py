@@ -1,4 +1,4 @@
 """Replay: the engine's policies over a recorded trace, bounds beside them, and a timeline of what it would have cost.
 
-Deterministic; knows neither vLLM nor torch nor real time.
+Deterministic. It must never read a clock or decide anything by other code than the engine does.
 """
