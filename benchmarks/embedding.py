@@ -2,7 +2,8 @@
 
 Without --trace the bundled model answers the bundled prompts first, with the plugin recording. Every request is then
 held out in turn, and its generated tokens are predicted by neighbours among an equal number of tokens of other
-requests: the nearest in meaning, the most recent, random ones, or (where groups are known) random ones of its group.
+requests: those with the nearest prompt embeddings, the most recent, random ones, or (where groups are known) random
+ones of its group.
 
     python benchmarks/embedding.py [--prompts MORE.jsonl] [--save TRACE.npz]
     python benchmarks/embedding.py --trace TRACE.npz --candidates 5000
@@ -122,7 +123,7 @@ def orders(trace: Trace) -> dict[str, Order]:
     def recent(request: int) -> NDArray[np.integer]:
         return np.roll(everyone, -request)[:0:-1]
 
-    ways: dict[str, Order] = {"by meaning": nearest, "recent": recent, "random": shuffled}
+    ways: dict[str, Order] = {"by prompt embedding": nearest, "recent": recent, "random": shuffled}
     return ways if trace.group is None else ways | {"same group": same_group}
 
 

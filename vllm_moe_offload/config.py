@@ -112,7 +112,7 @@ class OffloadConfig(BaseModel):
     )
     embedding: str = Field(
         MODEL_EMBEDDING,
-        description="what stands for a request's meaning: 'model' (the mean of its token embeddings), or "
+        description="prompt embedder: 'model' (the mean of the prompt's token embeddings), or "
         "'package.module:function', given the list of a prompt's token ids and returning a 1-D array",
     )
     trace: Path | None = Field(

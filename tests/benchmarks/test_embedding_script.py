@@ -41,14 +41,14 @@ def first_layer_recall(trace: Trace, way: str) -> float:
 
 
 def test_meaning_that_tells_domains_apart_finds_the_right_candidates(trace):
-    assert first_layer_recall(trace, "by meaning") == first_layer_recall(trace, "same group") == 1
+    assert first_layer_recall(trace, "by prompt embedding") == first_layer_recall(trace, "same group") == 1
     assert first_layer_recall(trace, "random") < 0.9
     assert first_layer_recall(trace, "recent") < 0.5
 
 
 def test_meaning_that_tells_nothing_finds_nothing(trace):
     misleading = replace(trace, embeddings=np.eye(REQUESTS, dtype=np.float16))
-    assert first_layer_recall(misleading, "by meaning") < 1
+    assert first_layer_recall(misleading, "by prompt embedding") < 1
 
 
 def test_nobody_is_predicted_from_itself_and_only_what_was_generated_is(trace):

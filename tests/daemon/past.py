@@ -9,13 +9,13 @@ FINGERPRINT = "ab" * 16
 WIDTH = 6
 
 
-def past_request(seed: int, tokens: int = 5, meaning: int | None = None, experts: int = SHAPE[1]) -> Trace:
-    """A request of its own kind: everything in it follows from ``seed``. ``meaning``: axis of its embedding."""
+def past_request(seed: int, tokens: int = 5, axis: int | None = None, experts: int = SHAPE[1]) -> Trace:
+    """A request of its own kind: everything in it follows from ``seed``. ``axis``: of its prompt embedding."""
     draw = np.random.default_rng(seed)
     layers, _, top_k = SHAPE
     chosen = np.argsort(draw.random((tokens, layers, experts)), axis=2)[:, :, :top_k]
     weights = draw.random((tokens, layers, top_k)) + 0.1
-    axis = seed % WIDTH if meaning is None else meaning
+    axis = seed % WIDTH if axis is None else axis
     return Trace(
         experts=chosen.astype(np.uint8 if experts <= 256 else np.uint16),
         weights=(weights / weights.sum(axis=2, keepdims=True)).astype(np.float16),

@@ -55,10 +55,10 @@ def lengths(trace: Trace) -> list[int]:
 def test_the_nearest_come_first_and_the_latest_have_their_share() -> None:
     history = hosted()
     for number in range(12):
-        history.remember(past_request(number, tokens=10 + number, meaning=number % 3))
+        history.remember(past_request(number, tokens=10 + number, axis=number % 3))
     found = history.search(SOMEWHERE[1], 100)
     assert lengths(found) == [11, 14, 17, 20, 10, 12, 16], "the nearest within nine tenths, then the latest"
-    assert same(found.request(0), past_request(1, tokens=11, meaning=1))
+    assert same(found.request(0), past_request(1, tokens=11, axis=1))
     assert lengths(history.search(None, 30)) == [21, 9]
     assert lengths(history.search(SOMEWHERE[1], 0)) == lengths(history.search(None, -5)) == []
     assert sum(lengths(history.search(SOMEWHERE[0], 1 << 60))) == history.size.tokens
@@ -94,15 +94,15 @@ def test_what_a_daemon_may_have_already_is_kept_once() -> None:
 
 def test_a_request_that_knows_less_does_not_make_the_others_forget() -> None:
     history = hosted()
-    history.remember(past_request(1, meaning=2))
+    history.remember(past_request(1, axis=2))
     history.remember(replace(past_request(2), tokens=None, phase=None, embeddings=None))
     found = history.search(SOMEWHERE[2], 10)
-    assert same(found.request(0), past_request(1, meaning=2))
+    assert same(found.request(0), past_request(1, axis=2))
     assert found.tokens is not None and found.embeddings is not None
     assert found.tokens[5:].tolist() == [-1] * 5 and not found.embeddings[1].any()
     with pytest.raises(ValueError, match="an embedding of 3 numbers among such of 6"):
         history.remember(replace(past_request(3), embeddings=np.zeros((1, 3), np.float16)))
-    with pytest.raises(ValueError, match="meaning sought has 5 numbers"):
+    with pytest.raises(ValueError, match="embedding sought has 5 numbers"):
         history.search(np.zeros(5, np.float32), 10)
     with pytest.raises(ValueError, match="2 requests at once"):
         history.remember(replace(past_request(1), offsets=np.array([0, 2, 5])))
@@ -253,10 +253,10 @@ def test_two_engines_feed_one_history(tmp_path: Path) -> None:
     ):
         reply = first.request(OPEN)
         assert reply.folder == str(tmp_path / "kept" / FINGERPRINT) and reply.size == HistorySize(0, 0)
-        first.request(Remember(pack_trace(past_request(1, meaning=4))))
-        assert second.request(Remember(pack_trace(past_request(2, 7, meaning=5)))).size == HistorySize(2, 12)
+        first.request(Remember(pack_trace(past_request(1, axis=4))))
+        assert second.request(Remember(pack_trace(past_request(2, 7, axis=5)))).size == HistorySize(2, 12)
         found = second.request(Search(pack_embedding(SOMEWHERE[4]), 5))
-        assert same(unpack_trace(found.trace, SHAPE), past_request(1, meaning=4))
+        assert same(unpack_trace(found.trace, SHAPE), past_request(1, axis=4))
         (model,) = [*house.connect("control").request(GetStatus()).models]
         assert (model.history_requests, model.history_tokens) == (2, 12)
     assert HistoryArchive(tmp_path / "kept").read(FINGERPRINT).num_requests == 2

@@ -19,7 +19,7 @@ from vllm_moe_offload.trace.trace import Trace
 
 GROUP = 4321
 ANN, BOB = 65533, 65534
-MEANING = np.eye(WIDTH, dtype=np.float32)
+EMBEDDINGS = np.eye(WIDTH, dtype=np.float32)
 
 
 @contextmanager
@@ -37,8 +37,8 @@ def engine(path: Path, user: int) -> Iterator[Connection]:
         yield connection
 
 
-def found(connection: Connection, meaning: int | None) -> Trace:
-    embedding = None if meaning is None else MEANING[meaning]
+def found(connection: Connection, axis: int | None) -> Trace:
+    embedding = None if axis is None else EMBEDDINGS[axis]
     return unpack_trace(connection.request(Search(pack_embedding(embedding), 1000)).trace, SHAPE)
 
 
@@ -56,9 +56,9 @@ def test_of_another_user_s_request_nothing_but_its_experts_is_told(tmp_path: Pat
             with engine(house.path, user) as connection:
                 connection.request(Remember(pack_trace(trace)))
         for asker in requests:
-            for meaning in (None, 0, 1, 2):
+            for axis in (None, 0, 1, 2):
                 with engine(house.path, asker) as connection:
-                    answer = found(connection, meaning)
+                    answer = found(connection, axis)
                 assert answer.num_requests == len(requests)
                 for told in answer.requests():
                     (owner,) = [u for u, trace in requests.items() if np.array_equal(trace.experts, told.experts)]

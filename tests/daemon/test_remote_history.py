@@ -45,10 +45,10 @@ def engine(socket: Path, tells: bool = True, say=print) -> SharedHistory:
 class Seeker:
     """Collects the answers to one question."""
 
-    def __init__(self, kept: SharedHistory, meaning: int | None = None):
+    def __init__(self, kept: SharedHistory, axis: int | None = None):
         self.answers: list[list[PastRequest]] = []
         self.threads: list[threading.Thread] = []
-        embedding = None if meaning is None else np.eye(6, dtype=np.float32)[meaning]
+        embedding = None if axis is None else np.eye(6, dtype=np.float32)[axis]
         kept.history.seek(embedding, 256, self._hear)
 
     def _hear(self, found: list[PastRequest]) -> None:
@@ -85,11 +85,11 @@ def test_an_engine_finds_what_another_has_left(tmp_path: Path) -> None:
         closing(engine(house.path)) as second,
     ):
         for seed in range(4):
-            first.history.add(past_request(seed, meaning=seed))
+            first.history.add(past_request(seed, axis=seed))
         wait_until(lambda: second.history.num_requests == 4, "the other engine hears of it")
-        found = Seeker(second, meaning=2)
+        found = Seeker(second, axis=2)
         assert found.answers[0] == [], "a step does not wait for the daemon"
-        assert same(found.last()[0].trace, past_request(2, meaning=2))
+        assert same(found.last()[0].trace, past_request(2, axis=2))
         assert {past.trace.num_tokens for past in found.last()} == {5} and len(found.last()) == 4
         assert found.threads[0] is threading.current_thread() is not found.threads[1]
         assert (second.history.num_tokens, len(second.history.requests)) == (20, 0)
@@ -119,7 +119,7 @@ def test_neighbours_are_those_of_all_engines_as_soon_as_the_daemon_has_answered(
     ):
         predictor = predictor_for_engine("history", ModelShape(*SHAPE), second.history, None)
         assert isinstance(predictor, HistoryPredictor)
-        past = past_request(1, tokens=40, meaning=3)
+        past = past_request(1, tokens=40, axis=3)
         first.history.add(past)
         wait_until(lambda: second.history.num_requests == 1, "the daemon has it")
         state = predictor.start_request(np.eye(6, dtype=np.float32)[3])
@@ -142,9 +142,9 @@ def test_only_one_rank_tells(tmp_path: Path) -> None:
 def test_without_a_daemon_it_goes_on_with_its_own(tmp_path: Path) -> None:
     said: list[str] = []
     with closing(engine(tmp_path / "socket", say=said.append)) as alone:
-        alone.history.add(past_request(1, meaning=1))
-        found = Seeker(alone, meaning=1)
-        assert same(found.answers[-1][0].trace, past_request(1, meaning=1)) and alone.folder is None
+        alone.history.add(past_request(1, axis=1))
+        found = Seeker(alone, axis=1)
+        assert same(found.answers[-1][0].trace, past_request(1, axis=1)) and alone.folder is None
         assert alone.snapshot(tmp_path) is None
     assert not said
 
@@ -153,17 +153,17 @@ def test_what_a_killed_daemon_had_not_saved_goes_to_the_next_one(tmp_path: Path)
     """Two engines; the daemon saves nothing before it is killed."""
     socket = tmp_path / "socket"
     with daemon(tmp_path) as process, closing(engine(socket)) as first, closing(engine(socket)) as second:
-        first.history.add(past_request(1, meaning=1))
-        second.history.add(past_request(2, meaning=2))
+        first.history.add(past_request(1, axis=1))
+        second.history.add(past_request(2, axis=2))
         wait_until(lambda: first.history.num_requests == second.history.num_requests == 2, "it has both")
         process.kill()
         process.wait()
-        first.history.add(past_request(3, meaning=3))
-        wait_until(lambda: len(Seeker(first, meaning=3).answers) == 2, "it notices")
-        assert same(Seeker(first, meaning=3).last()[0].trace, past_request(3, meaning=3))
+        first.history.add(past_request(3, axis=3))
+        wait_until(lambda: len(Seeker(first, axis=3).answers) == 2, "it notices")
+        assert same(Seeker(first, axis=3).last()[0].trace, past_request(3, axis=3))
         with daemon(tmp_path):
-            wait_until(lambda: len(Seeker(second, meaning=3).last()) == 3, "the new daemon has all three")
-            assert same(Seeker(second, meaning=3).last()[0].trace, past_request(3, meaning=3))
+            wait_until(lambda: len(Seeker(second, axis=3).last()) == 3, "the new daemon has all three")
+            assert same(Seeker(second, axis=3).last()[0].trace, past_request(3, axis=3))
     assert not HistoryArchive(tmp_path / "kept").path(FINGERPRINT).exists()
 
 

@@ -24,7 +24,7 @@ from ..trace.trace import UNKNOWN_TOKEN, Trace, concat
 MOST_BYTES = HISTORY_MESSAGE_BYTES // 2
 """Of traces in one answer."""
 LATEST_SHARE = 0.1
-"""Of the tokens found by meaning, so many make room for those of the latest requests."""
+"""Of the tokens found by prompt embedding, so many make room for those of the latest requests."""
 
 
 class HostedHistory:
@@ -92,7 +92,7 @@ class HostedHistory:
                 self._note_user(user)
 
     def search(self, embedding: NDArray[np.float32] | None, max_tokens: int, user: int | None = None) -> Trace:
-        """What resembles a request, best first, then the latest of the others; the latest alone if its meaning is
+        """What resembles a request, best first, then the latest of the others; the latest alone if its embedding is
         unknown. At most ``max_tokens`` tokens in all.
 
         Args:
@@ -105,7 +105,7 @@ class HostedHistory:
         with self._lock:
             width = self._width()
             if embedding is not None and width is not None and len(embedding) != width:
-                raise ValueError(f"the meaning sought has {len(embedding)} numbers, those of this history {width}")
+                raise ValueError(f"the embedding sought has {len(embedding)} numbers, those of this history {width}")
             near = [] if embedding is None else self._history.nearest(embedding, self._history.num_requests)
             latest = self._history.requests[::-1]
         most = max(0, min(max_tokens, MOST_BYTES // _bytes_per_token(latest)))

@@ -194,7 +194,7 @@ class Search(Message, frozen=True):
 
 class Found(Message, frozen=True):
     trace: PackedTrace
-    """Requests near in meaning, best first, then the latest ones; the last of either kind may be cut short."""
+    """Requests with near prompt embeddings, nearest first, then the latest; the last of each kind may be cut."""
     size: HistorySize
 
 

@@ -63,7 +63,7 @@ def unpack_trace(packed: PackedTrace, shape: Shape) -> Trace:
 
 
 def pack_embedding(embedding: NDArray[np.floating] | None) -> bytes:
-    """A request's meaning as it travels; None is empty."""
+    """A prompt embedding as it travels; None is empty."""
     return b"" if embedding is None else _bytes(embedding, "<f4")
 
 
