@@ -166,7 +166,7 @@ def test_what_was_moved_home_is_found_there() -> None:
 
 def test_what_is_found_in_slots_is_resident_and_what_never_arrived_is_not_whoever_waits_for_it() -> None:
     cache = new_cache(N)
-    cache.adopt(np.array([3, 4]), np.array([9, 4]))
+    cache.insert_resident(np.array([3, 4]), np.array([9, 4]))
     assert len(cache.acquire(np.array([3, 4])).missing) == 0
     got = cache.acquire(np.array([3, 7]))
     cache.cancel(got.missing)

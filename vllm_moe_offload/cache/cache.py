@@ -259,7 +259,7 @@ class ExpertCache:
         self.pins[self.slot_of[experts]] = 0
         self.forget(experts)
 
-    def adopt(self, experts: IntArray, slots: IntArray) -> None:
+    def insert_resident(self, experts: IntArray, slots: IntArray) -> None:
         """``experts`` (distinct, absent) are found to be in ``slots`` (distinct, free) already."""
         assert (self.slot_of[experts] == ABSENT).all() and (self.expert_of[slots] == FREE).all()
         self.slot_of[experts] = slots
@@ -273,7 +273,7 @@ class ExpertCache:
         old = self.slot_of[expert]
         transient = self.transient[old]
         self.forget(np.array([expert]))
-        self.adopt(np.array([expert]), np.array([slot]))
+        self.insert_resident(np.array([expert]), np.array([slot]))
         self.transient[slot] = transient
 
     def check_integrity(self) -> None:
@@ -294,7 +294,7 @@ class ExpertCache:
 
         Free ones first, then those retired, then the least worth keeping.
         """
-        free = self._free_slots(experts, self._room)
+        free = self._free_slots(experts, self._free_room)
         victims = self._victims(len(experts) - len(free))
         return np.concatenate([free, victims], dtype=np.int32, casting="unsafe")
 
@@ -319,7 +319,7 @@ class ExpertCache:
 
     def _slots_to_stream(self, experts: NDArray[np.int64], share: int) -> NDArray[np.int32]:
         """Unpinned slots for up to all of ``experts`` (absent ones), in their order, as ``stream`` takes them."""
-        free = self._free_slots(experts, self._room)
+        free = self._free_slots(experts, self._free_room)
         wanted = len(experts) - len(free)
         passed = np.flatnonzero(self.transient & (self.pins == 0) & ~self.exposed)[:wanted]
         wanted = min(wanted - len(passed), self._room_to_stream(share, len(free)))
@@ -341,14 +341,9 @@ class ExpertCache:
         return np.concatenate([retired, self._least_worth(count - len(retired), exposed=False)])
 
     @property
-    def _room(self) -> int:
-        """How many more slots the limit allows."""
-        return min(self.limit, self.num_slots) - self.occupied
-
-    @property
     def _free_room(self) -> int:
         """How many free slots can be given away now."""
-        return max(0, self._room)
+        return max(0, min(self.limit, self.num_slots) - self.occupied)
 
     def _free_slots(self, experts: NDArray[np.int64], room: int, but: IntArray = _NO_SLOTS) -> NDArray[np.integer]:
         """Up to ``room`` free slots, none of ``but``, for the first of ``experts``."""

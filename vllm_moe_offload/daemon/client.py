@@ -214,7 +214,7 @@ class DaemonClient:
             cache = self._own_cache(members, table.limit)
             if self._trusted:
                 experts = np.flatnonzero(table.slot_of != ABSENT)
-                cache.adopt(experts, table.slot_of[experts])
+                cache.insert_resident(experts, table.slot_of[experts])
                 kept += len(experts)
             pool.keep(LocalPool(members, arena, cache, operations))
         return kept
