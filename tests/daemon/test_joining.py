@@ -45,10 +45,10 @@ class Engine:
         self.stored = stored
         self.lines: list[str] = []
 
-    def start(self, setting: str) -> DaemonClient | None:
+    def start(self, setting: str, policy: str = "lfu") -> DaemonClient | None:
         store = self.stored.store
         request = Attach(store.path.name, os.getpid(), 1 << 16, False, "g", 0, [2])
-        return join_daemon(setting, request, store, "lfu", 1 << 20, None, Counters(), self.lines.append)
+        return join_daemon(setting, request, store, policy, 1 << 20, None, Counters(), self.lines.append)
 
     def start_alone(self, path: Path) -> str:
         """With ``auto`` it starts and returns the line that says why alone. With ``unix:`` it says so and ends."""
@@ -195,3 +195,9 @@ def test_a_daemon_that_answers_and_leaves_is_followed_by_one_that_is_started(pat
     control.request(Stop())
     control.close()
     wait_until(lambda: not path.exists(), "it has ended")
+
+
+def test_a_daemon_that_is_started_gets_the_engines_eviction_policy(path: Path, engine: Engine) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)daemon = 'start': .*policy = 'no\.such:Policy' cannot be imported"):
+        engine.start("start", policy="no.such:Policy")
+    assert not path.exists()

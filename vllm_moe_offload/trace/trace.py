@@ -151,6 +151,7 @@ def concat(traces: Sequence[Trace], shape: tuple[int, int, int]) -> Trace:
     Args:
         shape: of the traces; also what an empty sequence becomes a trace of.
     """
+    assert all(trace.shape == shape for trace in traces), "traces of different models"
     layers, experts, top_k = shape
     dtype = np.uint8 if experts <= 256 else np.uint16
     columns: dict[str, Any] = {}
