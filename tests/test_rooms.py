@@ -34,9 +34,14 @@ def test_no_module_imports_itself_through_others(package: Package) -> None:
     assert not circles(package.imports)
 
 
-def test_only_the_integration_imports_vllm_and_torch(package: Package) -> None:
-    importers = {module for module, names in package.outside.items() if names & {"vllm", "torch", "transformers"}}
+def test_only_the_integration_imports_vllm(package: Package) -> None:
+    importers = {module for module, names in package.outside.items() if names & {"vllm", "transformers"}}
     assert {module for module in importers if not module.startswith("integration.")} == set()
+
+
+def test_only_the_integration_and_the_memory_of_slots_import_torch(package: Package) -> None:
+    importers = {module for module, names in package.outside.items() if "torch" in names}
+    assert {module for module in importers if not module.startswith("integration.")} == {"pool.memory"}
 
 
 @pytest.mark.parametrize("room", ["cache", "predict", "prefetch", "replay"])

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.runtime.record_stores import LAYOUTS, MIXED, build_store, layout
+from vllm_moe_offload.errors import ConfigError, LoadError
 from vllm_moe_offload.ipc.arena import Arena, arena_bytes
 from vllm_moe_offload.ipc.shm import PeerMemoryError
 from vllm_moe_offload.pool.huge_pages import SETTINGS, shared_page_bytes
@@ -56,7 +57,7 @@ def test_the_loader_fills_slots_that_others_read(tmp_path: Path, shape: RecordLa
     arena = Arena.create("test", shape, 6)
     seen = reader_of(arena)
     loader = RecordLoader(made.store, threads=2)
-    loads = [Load(0, expert, arena.slot(5 - expert)) for expert in range(6)]
+    loads = [Load(0, expert, arena, 5 - expert) for expert in range(6)]
     loader.demand(loads)
     loader.close()
     assert [load.error for load in loads] == [None] * 6
@@ -124,6 +125,29 @@ def test_slots_lie_in_large_pages_where_the_kernel_has_them() -> None:
         arena.punch(slot)
     assert pages_taken(arena) == 4 * (5 * MIB // PAGE + 1)
     assert all((arena.slot(slot)[0] == slot).all() for slot in range(1, 8, 2))
+
+
+def test_a_slot_that_will_be_copied_into_has_its_pages_before_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    arena = Arena.create("test", MIXED, 3)
+    seen = reader_of(arena)
+    seen.mapping.become_private()
+    seen.targets(1)
+    assert not pages_taken(arena), "what is another process's is not taken for it"
+    arena.targets(1)
+    taken = pages_taken(arena)
+    assert taken and arena.allocated.tolist() == [False, True, False]
+    arena.targets(1)
+    assert pages_taken(arena) == taken
+    arena.punch(1)
+    assert not arena.allocated.any()
+
+    def no_room(offset: int, nbytes: int) -> None:
+        raise ConfigError("no room for it")
+
+    monkeypatch.setattr(arena.mapping, "allocate", no_room)
+    with pytest.raises(LoadError, match="no room for it"):
+        arena.targets(1)
+    assert not arena.allocated.any()
 
 
 def test_memory_for_other_records_is_refused() -> None:

@@ -35,7 +35,7 @@ def test_slots_take_no_memory_before_they_are_written_and_no_more_than_theirs_af
     large = pool.components[0]
     assert resident(large)["Rss"] == 0
     for index in range(pool.slots):
-        for part in pool.slot(index):
+        for part in pool.targets(index):
             part[:] = index + 1
     assert large.nbytes <= resident(large)["Rss"] <= large.nbytes + 4096
     for size, component in zip(SIZES, pool.components, strict=True):

@@ -21,6 +21,7 @@ from tests.runtime.record_stores import ALIGNED, LAYOUTS, MIXED, ODD, RecordStor
 from vllm_moe_offload.errors import LoadError
 from vllm_moe_offload.pool import HostMemory
 from vllm_moe_offload.pool.loader import CHUNK_BYTES, GUESS_READERS, DamagedRecordError, Load, RecordLoader
+from vllm_moe_offload.pool.memory import SlotMemory
 from vllm_moe_offload.store import Store
 
 EXPERTS = 6
@@ -41,16 +42,25 @@ def opened() -> Iterator[Opener]:
         loader.close()
 
 
-class WatchedSlot(list):
-    """A slot that tells when the loader turns to it, before it gives its memory away."""
+class WatchedMemory(SlotMemory):
+    """Tells when the loader turns to a slot, before it gives it away, and when a record is complete."""
 
-    def __init__(self, parts: list[np.ndarray], on_touch: Callable[[], object]):
-        super().__init__(parts)
+    def __init__(self, memory: HostMemory, on_touch: Callable[[], object] = lambda: None):
+        self.layout, self.slots = memory.layout, memory.slots
+        self.committed: list[int] = []
+        self._memory = memory
         self._on_touch = on_touch
 
-    def __iter__(self) -> Iterator[np.ndarray]:
+    def targets(self, slot: int) -> list[np.ndarray]:
         self._on_touch()
-        return super().__iter__()
+        return self._memory.targets(slot)
+
+    def commit(self, slot: int) -> None:
+        self.committed.append(slot)
+        self._memory.commit(slot)
+
+    def tensors(self) -> tuple:
+        return self._memory.tensors()
 
 
 def wait_for(loads: list[Load]) -> None:
@@ -61,7 +71,7 @@ def wait_for(loads: list[Load]) -> None:
 
 
 def loads_of_layer(pool: HostMemory, layer: int, first_slot: int = 0) -> list[Load]:
-    return [Load(layer, expert, pool.slot(first_slot + expert)) for expert in range(EXPERTS)]
+    return [Load(layer, expert, pool, first_slot + expert) for expert in range(EXPERTS)]
 
 
 @pytest.mark.parametrize("threads", [0, 1, 8])
@@ -77,7 +87,7 @@ def test_records_arrive_in_their_slots_and_nowhere_else(
     assert all(load.finished and load.error is None for load in loads)
     assert all(made.holds(pool, 1 + expert, 1, expert) for expert in range(EXPERTS))
     for untouched in (0, EXPERTS + 1):
-        assert not any(part.any() for part in pool.slot(untouched))
+        assert not any(part.any() for part in pool.targets(untouched))
     loader.demand([])
 
 
@@ -91,7 +101,7 @@ def test_started_and_demanded_loads_of_several_layouts_at_once(tmp_path: Path, o
             for component in pool.components:
                 component[:] = 0
         loads = [
-            Load(layer, expert, pools[entry.layout].slot(layer // 3 * EXPERTS + expert))
+            Load(layer, expert, pools[entry.layout], layer // 3 * EXPERTS + expert)
             for layer, entry in enumerate(made.store.layers)
             for expert in range(EXPERTS)
         ]
@@ -120,7 +130,7 @@ def test_a_worker_takes_up_demands_before_what_was_started_earlier(tmp_path: Pat
                 busy.set()
                 assert may_go.wait(30)
 
-        return Load(0, expert, WatchedSlot(pool.slot(expert), touched))
+        return Load(0, expert, WatchedMemory(pool, touched), expert)
 
     started = [watched(0, "busy worker", worker_busy, worker_may_go), watched(1, "started 1"), watched(2, "started 2")]
     demanded = [watched(3, "busy caller", caller_busy, caller_may_go), watched(4, "demand 1"), watched(5, "demand 2")]
@@ -218,7 +228,7 @@ def test_guesses_leave_threads_free_for_demands(
     reads, loader, pool = Reads(made, monkeypatch), opened(made.store, GUESS_READERS + 1), HostMemory(BIG, 12)
     guessed = range(GUESS_READERS + 2)
     reads.hold(*guessed, 9)
-    loads = [Load(0, expert, pool.slot(expert)) for expert in range(12)]
+    loads = [Load(0, expert, pool, expert) for expert in range(12)]
     loader.start([loads[expert] for expert in guessed], guesses=True)
     for expert in range(GUESS_READERS):
         assert reads.began[expert].wait(30)
@@ -256,7 +266,7 @@ def test_a_changed_record_is_an_error_after_one_retry_and_right_again_once_resto
     made.flip(0, 2, byte=4096 + 99)
     attempts: list[int] = []
     loads = loads_of_layer(pool, 0)
-    loads[2].parts = WatchedSlot(pool.slot(2), lambda: attempts.append(threading.get_ident()))
+    loads[2].memory = watched = WatchedMemory(pool, lambda: attempts.append(threading.get_ident()))
     loader.demand(loads)
     assert [load.expert for load in loads if load.error is not None] == [2]
     assert isinstance(loads[2].error, DamagedRecordError)
@@ -264,10 +274,9 @@ def test_a_changed_record_is_an_error_after_one_retry_and_right_again_once_resto
         f"expert 2 of layer 0 could not be read from {made.store.path} (attempt 2 of 2): "
         "its checksum does not match: the store is damaged"
     )
-    # the slot is turned to once for reading, once for the checksum, in each of two attempts
-    assert len(attempts) == 4
+    assert len(attempts) == 2 and not watched.committed
     made.flip(0, 2, byte=4096 + 99)
-    again = Load(0, 2, pool.slot(2))
+    again = Load(0, 2, pool, 2)
     loader.demand([again])
     assert again.error is None and made.holds(pool, 2, 0, 2)
 
@@ -280,12 +289,13 @@ def test_the_retry_saves_a_record_whose_first_read_went_wrong(tmp_path: Path, op
 
     def restore_before_the_second_attempt() -> None:
         touches.append(None)
-        if len(touches) == 3:
+        if len(touches) == 2:
             made.flip(0, 4)
 
-    load = Load(0, 4, WatchedSlot(pool.slot(0), restore_before_the_second_attempt))
+    watched = WatchedMemory(pool, restore_before_the_second_attempt)
+    load = Load(0, 4, watched, 0)
     loader.demand([load])
-    assert load.error is None and made.holds(pool, 0, 0, 4)
+    assert load.error is None and watched.committed == [0] and made.holds(pool, 0, 0, 4)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -357,11 +367,10 @@ def test_a_mistake_in_the_loader_never_passes_for_a_loaded_record(tmp_path: Path
     """The kernel will not write into memory that Python calls read-only: TypeError, on a worker."""
     made = build_store(tmp_path, [(ALIGNED, EXPERTS)])
     loader, pool = opened(made.store, 1), HostMemory(ALIGNED, 1)
-    parts = pool.slot(0)
-    for part in parts:
-        part.flags.writeable = False
+    for component in pool.components:
+        component.flags.writeable = False
     taken = threading.Event()
-    load = Load(0, 0, WatchedSlot(parts, taken.set))
+    load = Load(0, 0, WatchedMemory(pool, taken.set), 0)
     loader.start([load])
     assert taken.wait(30)
     loader.join([load])
@@ -410,7 +419,7 @@ def test_buffered_reads_leave_nothing_in_the_page_cache(tmp_path: Path, opened: 
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     loader, pool = opened(buffered, 4), HostMemory(ODD, 1)
     for expert in random.Random(0).sample(range(400), 200):
-        loader.demand([Load(0, expert, pool.slot(0))])
+        loader.demand([Load(0, expert, pool, 0)])
         assert made.holds(pool, 0, 0, expert)
     assert cached_bytes(fd) <= 8 * ODD.record_bytes
     os.close(fd)
@@ -435,7 +444,7 @@ def test_closing_ends_idle_threads_and_leaves_queued_loads_to_whoever_joins_them
         busy.set()
         assert may_go.wait(30)
 
-    loads = [Load(0, 0, WatchedSlot(pool.slot(0), hold)), Load(0, 1, pool.slot(1))]
+    loads = [Load(0, 0, WatchedMemory(pool, hold), 0), Load(0, 1, pool, 1)]
     loader.start(loads)
     assert busy.wait(30)
     with ThreadPoolExecutor(1) as other:
@@ -495,7 +504,7 @@ def test_threads_run_where_they_are_told_to(tmp_path: Path, opened: Opener) -> N
         seen.append(os.sched_getaffinity(0))
         touched.set()
 
-    load = Load(0, 0, WatchedSlot(pool.slot(0), look))
+    load = Load(0, 0, WatchedMemory(pool, look), 0)
     loader.start([load])
     assert touched.wait(30)
     loader.join([load])
@@ -509,12 +518,12 @@ def test_a_read_that_was_cut_short_is_no_damage_while_the_file_is_whole(
     built, memory = build_store(tmp_path, [(ALIGNED, 4)]), HostMemory(ALIGNED, 4)
     loader, whole = RecordLoader(built.store, threads=1), os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, parts, offset: whole(fd, parts[:1], offset))
-    load = Load(0, 1, memory.slot(1))
+    load = Load(0, 1, memory, 1)
     loader.demand([load])
     assert isinstance(load.error, LoadError) and not isinstance(load.error, DamagedRecordError)
     assert "the read was cut short" in str(load.error)
     monkeypatch.undo()
-    again = Load(0, 1, memory.slot(1))
+    again = Load(0, 1, memory, 1)
     loader.demand([again])
     loader.close()
     assert again.error is None

@@ -29,10 +29,10 @@ def test_slots_are_dense_page_aligned_and_apart() -> None:
         assert component.flags.c_contiguous and component.flags.writeable
         assert component.ctypes.data % mmap.PAGESIZE == 0
     for slot in range(5):
-        for part in pool.slot(slot):
+        for part in pool.targets(slot):
             part[:] = slot + 1
     for slot in range(5):
-        assert all((part == slot + 1).all() for part in pool.slot(slot))
+        assert all((part == slot + 1).all() for part in pool.targets(slot))
 
 
 def test_memory_is_taken_when_a_slot_is_filled() -> None:
@@ -41,9 +41,9 @@ def test_memory_is_taken_when_a_slot_is_filled() -> None:
     pool = HostMemory(layout(MIB), 256)
     assert process.memory_info().rss - before < 16 * MIB
     for slot in range(64):
-        pool.slot(slot)[0][:] = 1
+        pool.targets(slot)[0][:] = 1
     assert 56 * MIB < process.memory_info().rss - before < 96 * MIB
-    assert not pool.slot(200)[0].any()
+    assert not pool.targets(200)[0].any()
 
 
 def test_no_more_is_available_than_the_machine_has() -> None:

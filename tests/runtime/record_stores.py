@@ -46,7 +46,8 @@ class RecordStore:
     def holds(self, pool: HostMemory, slot: int, layer: int, expert: int) -> bool:
         """Whether a slot has exactly the bytes of a record."""
         expected = self.records[layer][expert]
-        return all(np.array_equal(mine, right) for mine, right in zip(pool.slot(slot), expected, strict=True))
+        found = (component[slot] for component in pool.components)
+        return all(np.array_equal(mine, right) for mine, right in zip(found, expected, strict=True))
 
 
 def build_store(root: Path, layers: Sequence[tuple[RecordLayout, int]], seed: int = 0) -> RecordStore:

@@ -50,11 +50,11 @@ def test_readers_that_may_not_be_bound_read_all_the_same(tmp_path: Path, caplog:
     built, memory = build_store(tmp_path, [(ALIGNED, 8)]), HostMemory(ALIGNED, 8)
     with caplog.at_level(logging.WARNING, "vllm.moe_offload"):
         loader = RecordLoader(built.store, cpus=NO_SUCH_PROCESSOR)
-        load = Load(0, 1, memory.slot(1))
+        load = Load(0, 1, memory, 1)
         loader.start([load], guesses=True)
         assert load.done.acquire(timeout=30), "nobody has read it"
         loader.close()
-    assert load.error is None and np.array_equal(memory.slot(1)[0], built.records[0][1][0])
+    assert load.error is None and np.array_equal(memory.targets(1)[0], built.records[0][1][0])
     assert len(caplog.records) == 1 and "not bound to processors 100000" in caplog.text
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache.cache import ABSENT
-from ..errors import LoadError
+from ..errors import ConfigError
 from ..ipc.arena import Arena
 from ..store.reader import Store
 from .hosted_load import HostedLoad
@@ -59,11 +59,13 @@ def _begin(pool: HostedPool, experts: NDArray[np.int32]) -> list[HostedLoad]:
 def _copy(pool: HostedPool, store: Store, older: Arena, slot: int, load: HostedLoad) -> None:
     """Take the record over if it is right; it has arrived then."""
     try:
-        pool.under_way.allocate(load)
-    except LoadError:
+        pool.arena.allocate(load.slot)
+    except ConfigError:
         return
-    for source, target in zip(older.slot(slot), load.parts, strict=True):
+    targets = pool.arena.targets(load.slot)
+    for source, target in zip(older.slot(slot), targets, strict=True):
         target[:] = source
-    if store.record_digest(load.parts) == store.checksum(load.layer, load.expert):
+    if store.record_digest(targets) == store.checksum(load.layer, load.expert):
+        pool.arena.commit(load.slot)
         load.copied = True
         load.finish()

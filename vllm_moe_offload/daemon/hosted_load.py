@@ -1,6 +1,6 @@
 """What a hosted pool keeps account of: records on their way, and what became of them. It must never decide anything."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from ..errors import LoadError
 from ..pool.loader import Load
+from ..pool.memory import SlotMemory
 
 
 @dataclass
@@ -56,36 +57,29 @@ class HostedLoad(Load):
         flat: the expert's id in the pool.
         guess_of: the worker on whose guess it was started, if it was.
         pinned: whether its slot has a pin for the load itself, since nobody has asked for it yet.
-        prepare: as ``Load.prepare``.
         arrived: told of the end.
     """
 
-    __slots__ = ("_arrived", "_prepare", "copied", "flat", "guess_of", "pinned", "slot")
+    __slots__ = ("_arrived", "copied", "flat", "guess_of", "pinned")
 
     def __init__(
         self,
         layer: int,
         expert: int,
-        parts: Sequence[NDArray[np.uint8]],
-        flat: int,
+        memory: SlotMemory,
         slot: int,
+        flat: int,
         guess_of: int | None,
         pinned: bool,
-        prepare: Callable[["HostedLoad"], None],
         arrived: Callable[["HostedLoad"], None],
     ):
-        super().__init__(layer, expert, parts)
+        super().__init__(layer, expert, memory, slot)
         self.flat = flat
-        self.slot = slot
         self.guess_of = guess_of
         self.pinned = pinned
         self.copied = False
         """Whether it came from memory instead of the store."""
-        self._prepare = prepare
         self._arrived = arrived
-
-    def prepare(self) -> None:
-        self._prepare(self)
 
     def finish(self) -> None:
         try:

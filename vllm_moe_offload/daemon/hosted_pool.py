@@ -64,7 +64,7 @@ class HostedPool:
         self.cache = ExpertCache(members.layer_of, self.experts, self._policy, at_home=True)
         self.reclaimer = SlotReclaimer(self.cache, self.arena, self.table)
         self._turn = threading.Condition(self.lock)
-        self.under_way = UnderWay(store, members, self.cache, self.reclaimer, self.arena, self.table, self._turn)
+        self.under_way = UnderWay(members, self.cache, self.reclaimer, self.arena, self.table, self._turn)
         self.pins: dict[int, WorkerPins] = {}
         """Of the attached workers, by entry."""
         layer_sizes = np.repeat(members.counts, members.counts)

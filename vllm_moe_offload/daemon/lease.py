@@ -102,7 +102,7 @@ def _move_some(pool: HostedPool) -> bool:
 
 def _move(pool: HostedPool, expert: int) -> None:
     old, only = int(pool.cache.slot_of[expert]), np.array([expert])
-    pool.reclaimer.allocate(expert)
+    pool.arena.allocate(expert)
     for source, target in zip(pool.arena.slot(old), pool.arena.slot(expert), strict=True):
         target[:] = source
     pool.cache.move(expert, expert)

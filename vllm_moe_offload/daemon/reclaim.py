@@ -75,8 +75,6 @@ class SlotReclaimer:
         """How often each slot has been retired while somebody may have been reading it who may still do so."""
         self.withheld: set[int] = set()
         """Experts that are not published, since they are going to be moved."""
-        self._allocated = np.zeros(arena.slots, dtype=bool)
-        """Slots whose memory has been allocated beforehand."""
         self._dirty: set[int] = set()
         """Slots with pages and perhaps without an expert."""
 
@@ -145,16 +143,6 @@ class SlotReclaimer:
         """Workers that keep slots RETIRED."""
         return self._epochs.holders()
 
-    def allocate(self, slot: int) -> None:
-        """Take memory for a slot that is about to be written, if it has none. Not under the lock.
-
-        Raises:
-            ConfigError: the system has not enough.
-        """
-        if not self._allocated[slot]:
-            self._arena.allocate(slot)
-            self._allocated[slot] = True
-
     def mark_dirty(self, slots: IntArray) -> None:
         """These slots have been, or may have been, written, and their experts forgotten."""
         assert not self._cache.exposed[slots].any()
@@ -218,7 +206,6 @@ class SlotReclaimer:
                 self._dirty.remove(slot)
             else:
                 self._arena.punch(slot)
-                self._allocated[slot] = False
                 self._dirty.remove(slot)
 
     def state_of(self, slot: int, loading: Container[int]) -> SlotState:
@@ -249,7 +236,7 @@ class SlotReclaimer:
         exposed = state in (SlotState.PUBLISHED, SlotState.RETIRED)
         assert cache.exposed[slot] == exposed, f"a slot is {state.value} and the cache believes otherwise"
         if state is SlotState.FREE:
-            assert not self._allocated[slot], "a slot that has pages is taken for one without"
+            assert not self._arena.allocated[slot], "a slot that has pages is taken for one without"
         if state is SlotState.LOADING:
             assert cache.pins[slot], "what is being written could be given away"
             assert not self._readers_left[slot], "what is being written may be read"

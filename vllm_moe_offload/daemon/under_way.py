@@ -11,12 +11,9 @@ import numpy as np
 from ..cache import Acquisition, ExpertCache
 from ..cache.base import IntArray
 from ..cache.outcomes import SpeculativeLoads
-from ..errors import ConfigError, LoadError
 from ..ipc.arena import Arena
 from ..ipc.table import ResidencyTable
-from ..store.layout import ALIGNMENT
 from ..store.pools import PoolMembers
-from ..store.reader import Store
 from .hosted_load import HostedLoad, PoolCounters
 from .reclaim import SlotReclaimer
 
@@ -33,7 +30,6 @@ class UnderWay:
 
     def __init__(
         self,
-        store: Store,
         members: PoolMembers,
         cache: ExpertCache,
         reclaimer: SlotReclaimer,
@@ -46,12 +42,9 @@ class UnderWay:
         """By expert (flat id)."""
         self.counters = PoolCounters()
         self._number_of = members.number_of.tolist()
-        self._store = store
         self._cache, self._reclaimer, self._arena, self._table = cache, reclaimer, arena, table
         self._changed = changed
         self._record_bytes = arena.layout.payload_bytes
-        # parts that are no whole blocks are read aside and copied; large pages have to be taken before anything is read
-        self._allocates = arena.takes_large_pages or any(part.nbytes % ALIGNMENT for part in arena.layout.components)
         self.speculative = SpeculativeLoads()
 
     def begin(self, acquired: Acquisition, guess_of: int | None = None, pinned: bool = False) -> list[HostedLoad]:
@@ -67,22 +60,6 @@ class UnderWay:
             self.speculative.start(acquired.missing)
             self.counters.prefetches += len(begun)
         return begun
-
-    def allocate(self, load: HostedLoad) -> None:
-        """Take memory for the slot of a load that is going to be written. Not under the lock.
-
-        Raises:
-            LoadError: the system has not enough; found out in copying, it would end the process.
-        """
-        try:
-            self._reclaimer.allocate(load.slot)
-        except ConfigError as error:
-            name = self._store.layers[load.layer].name
-            raise LoadError(f"expert {load.expert} of {name} was not loaded: {error}") from error
-
-    def _prepare(self, load: HostedLoad) -> None:
-        if self._allocates:
-            self.allocate(load)
 
     def forget(self, load: HostedLoad) -> None:
         """Nobody will read it, nor waits for it: it never finishes."""
@@ -152,9 +129,8 @@ class UnderWay:
         return void
 
     def _load(self, expert: int, slot: int, guess_of: int | None, pinned: bool) -> HostedLoad:
-        parts = [component[slot] for component in self._arena.components]
         layer, number = self.layer_of[expert], self._number_of[expert]
-        return HostedLoad(layer, number, parts, expert, slot, guess_of, pinned, self._prepare, self._arrived)
+        return HostedLoad(layer, number, self._arena, slot, expert, guess_of, pinned, self._arrived)
 
     def _end(self, load: HostedLoad) -> None:
         del self.loads[load.flat]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ..errors import StoreError, UnsupportedError
-from ..pool.base import SlotMemory
+from ..pool.memory import SlotMemory
 from .method import OffloadedMoEMethod
 from .tensors import expert_tensors, place_in_pool, record_layout, remove
 

@@ -5,7 +5,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import UnsupportedError
-from ..pool.base import SlotMemory
+from ..pool.memory import SlotMemory
 from ..store.layout import Component, RecordLayout
 
 NOT_EXPERT_WEIGHTS = frozenset(
@@ -75,9 +75,9 @@ def as_bytes(layer_name: str, tensors: dict[str, torch.Tensor]) -> list[NDArray[
 
 def place_in_pool(layer: torch.nn.Module, memory: SlotMemory, first: int, count: int) -> None:
     """Make slots ``first … first + count - 1`` the layer's expert tensors."""
-    for component, array in zip(memory.layout.components, memory.components, strict=True):
+    for component, tensor in zip(memory.layout.components, memory.tensors(), strict=True):
         dtype = getattr(torch, component.dtype)
-        slots = torch.from_numpy(array[first : first + count]).view(dtype).view(count, *component.shape)
+        slots = tensor[first : first + count].view(dtype).view(count, *component.shape)
         _replace(layer, component.name, slots)
 
 

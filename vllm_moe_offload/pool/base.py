@@ -5,7 +5,7 @@ experts. One thread asks, one forward pass at a time.
 """
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,18 +13,10 @@ from numpy.typing import NDArray
 from ..cache.base import IntArray
 from ..errors import LoadError
 from ..observe import NOTHING, LoadReport
-from ..store.layout import RecordLayout
+from .memory import SlotMemory
 
 Span = range
 """The flat ids of one layer."""
-
-
-class SlotMemory(Protocol):
-    """Where the records lie: per component of the layout one uint8 array ``[slots, nbytes]``."""
-
-    layout: RecordLayout
-    slots: int
-    components: tuple[NDArray[np.uint8], ...]
 
 
 class Failure(NamedTuple):

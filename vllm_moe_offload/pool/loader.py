@@ -18,6 +18,7 @@ from ..store.direct import aligned_buffer
 from ..store.layout import ALIGNMENT, align
 from ..store.reader import Store
 from ..threads import ReportedThread, bind_to
+from .memory import SlotMemory
 
 ATTEMPTS = 2
 CHUNK_BYTES = 2 << 20
@@ -34,12 +35,13 @@ class DamagedRecordError(LoadError):
 class Load:
     """One record on its way into one slot. After ``join``, ``error`` is None or says why the slot holds nothing."""
 
-    __slots__ = ("awaited", "done", "ended", "error", "expert", "guess", "layer", "parts")
+    __slots__ = ("awaited", "done", "ended", "error", "expert", "guess", "layer", "memory", "slot")
 
-    def __init__(self, layer: int, expert: int, parts: Sequence[NDArray[np.uint8]]):
+    def __init__(self, layer: int, expert: int, memory: SlotMemory, slot: int):
         self.layer = layer
         self.expert = expert
-        self.parts = parts
+        self.memory = memory
+        self.slot = slot
         self.error: LoadError | None = None
         self.guess = False
         self.awaited = False
@@ -52,13 +54,6 @@ class Load:
     @property
     def finished(self) -> bool:
         return not self.done.locked()
-
-    def prepare(self) -> None:
-        """Called by the thread that is about to write ``parts``.
-
-        Raises:
-            LoadError: they cannot be written.
-        """
 
     def finish(self) -> None:
         """The read has ended, well or not: said once, by the thread that read. Waiting ``join``s return after it."""
@@ -252,18 +247,18 @@ class RecordLoader:
     def _transfer(self, load: Load) -> None:
         layout = self._store.layers[load.layer].layout
         waited_for = load.awaited
+        parts = load.memory.targets(load.slot)
         buffers: list[NDArray[np.uint8]] = []
         unaligned: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]] = []
         aside = sum(align(part.nbytes) for part in layout.components if part.nbytes % ALIGNMENT)
         bounce = self._bounce_buffer(aside, waited_for)
-        for part in load.parts:
+        for part in parts:
             if part.nbytes % ALIGNMENT:
                 window, bounce = bounce[: align(part.nbytes)], bounce[align(part.nbytes) :]
                 unaligned.append((part, window))
                 buffers.append(window)
             else:
                 buffers.append(part)
-        load.prepare()
         position, count = self._store.offset(load.layer, load.expert), 0
         for piece in _pieces(buffers, layout.record_bytes if waited_for else CHUNK_BYTES):
             if count:
@@ -277,7 +272,8 @@ class RecordLoader:
             os.posix_fadvise(self._store.fd, position, count, os.POSIX_FADV_DONTNEED)
         for part, window in unaligned:
             part[:] = window[: part.nbytes]
-        self._verify(load)
+        self._verify(load, parts)
+        load.memory.commit(load.slot)
 
     def _raise_short_read(self, position: int, wanted: int, got: int) -> NoReturn:
         """Raise what a read that brought too little means: only a file that ends there is damaged."""
@@ -286,11 +282,11 @@ class RecordLoader:
             raise DamagedRecordError(f"{read}: the file is too short")
         raise LoadError(f"{read}: the read was cut short")
 
-    def _verify(self, load: Load) -> None:
+    def _verify(self, load: Load, parts: Sequence[NDArray[np.uint8]]) -> None:
         verified = self._verified[load.layer]
         if verified[load.expert]:
             return
-        if self._store.record_digest(load.parts) != self._store.checksum(load.layer, load.expert):
+        if self._store.record_digest(parts) != self._store.checksum(load.layer, load.expert):
             raise DamagedRecordError("its checksum does not match: the store is damaged")
         verified[load.expert] = True
 

@@ -19,10 +19,10 @@ from ..prefetch.planner import blend
 from ..store.layout import RecordLayout
 from ..store.pools import PoolMembers
 from ..store.reader import Store
-from .base import Failure, Hold, SlotMemory, SlotPool, Span
+from .base import Failure, Hold, SlotPool, Span
 from .in_flight import InFlightLoads
 from .loader import Load, RecordLoader
-from .memory import HostMemory
+from .memory import HostMemory, SlotMemory
 from .operations import Operations
 
 
@@ -285,8 +285,7 @@ class LocalPool(SlotPool):
         return [self._load(expert, slot) for expert, slot in pairs]
 
     def _load(self, expert: int, slot: int) -> Load:
-        parts = [component[slot] for component in self.memory.components]
-        return Load(self._layer_of[expert], self._number_of[expert], parts)
+        return Load(self._layer_of[expert], self._number_of[expert], self.memory, slot)
 
     def _demand(self, loads: Sequence[Load]) -> LoadReport:
         started = time.perf_counter()
