@@ -12,6 +12,7 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.utils.torch_utils import LayerName, direct_register_custom_op
 
 from ..runtime import OffloadRuntime, PooledLayer
+from .routing import experts_on_host, floats_on_host, on_device, own_experts_on_host
 from .tensors import remove
 
 LayerConsumer = Callable[[torch.nn.Module, "OffloadedMoEMethod"], None]
@@ -86,25 +87,23 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
     ) -> torch.Tensor:
         """``apply`` where Python has to look at the routing: what the opaque op runs."""
         if self.show is not None:
-            self.show(lambda: x.float().numpy())
-        experts = topk_ids.numpy()
+            self.show(lambda: floats_on_host(x))
         if self.traced is not None:
             runtime, number = self.traced
-            runtime.observe(number, experts, topk_weights.float().numpy())
+            runtime.observe(number, experts_on_host(topk_ids), floats_on_host(topk_weights))
         if self.pooled is None:
             return self.real.apply(layer, x, topk_weights, topk_ids, None, None)
         runtime, pooled_layer = self.pooled
-        expert_map = layer._expert_map
-        chosen = experts if expert_map is None else expert_map[topk_ids.long()].numpy()
+        chosen = own_experts_on_host(topk_ids, layer._expert_map)
         output: torch.Tensor | None = None
         with closing(runtime.serve(pooled_layer, chosen)) as waves:
             for wave in waves:
-                slots = torch.from_numpy(wave.slots).to(topk_ids.dtype)
+                slots = on_device(wave.slots, topk_ids).to(topk_ids.dtype)
                 if wave.rows is None:
                     output = self._compute_wave(layer, x, topk_weights, slots)
                 else:
                     output = torch.empty_like(x) if output is None else output
-                    rows = torch.from_numpy(wave.rows)
+                    rows = on_device(wave.rows, x)
                     output[rows] = self._compute_wave(layer, x[rows], topk_weights[rows], slots)
         if output is None:  # no rows
             output = torch.empty_like(x)
