@@ -38,6 +38,7 @@ class InFlightLoads:
 
     def add(self, loads: Sequence[Load], experts: IntArray, slots: IntArray, guess: bool) -> None:
         """``loads`` bring ``experts`` into ``slots``, which are pinned for them."""
+        assert len(loads) == len(experts) == len(slots)
         self.loads += map(Started, loads, experts.tolist(), slots.tolist(), [guess] * len(loads))
         if guess:
             self._speculative.start(experts)

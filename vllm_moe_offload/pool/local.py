@@ -86,6 +86,7 @@ class LocalPool(SlotPool):
             return NOTHING
 
     def load_all(self) -> LoadReport:
+        assert self.capacity >= self.experts
         with self._operations:
             acquired = self.cache.acquire(np.arange(self.experts))
             loads = self._loads(acquired)
@@ -216,6 +217,7 @@ class LocalPool(SlotPool):
         return report
 
     def _let_go(self, hold: _LoadingHold) -> None:
+        assert self._operations.held > 0
         self._operations.held -= 1
         self.cache.release(hold.slots)
         if hold.failures:
@@ -224,6 +226,7 @@ class LocalPool(SlotPool):
             self._forget_void()
 
     def _new_hold(self, experts: IntArray, acquired: Acquisition) -> tuple[_LoadingHold, LoadReport]:
+        assert self.cache.pins[acquired.slots].all(), "a hold needs pins"
         self._operations.held += 1
         hold = _LoadingHold(acquired, experts, self._loads(acquired), self._operations.generation)
         misses = len(acquired.missing)

@@ -82,6 +82,7 @@ class HostArrays(SlotMemory):
     components: tuple[NDArray[np.uint8], ...]
 
     def targets(self, slot: int) -> list[NDArray[np.uint8]]:
+        assert 0 <= slot < self.slots
         return [component[slot] for component in self.components]
 
     def commit(self, slot: int) -> None:
