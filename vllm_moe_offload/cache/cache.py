@@ -114,7 +114,6 @@ class ExpertCache:
             if use:
                 self.policy.use(experts)
             return Acquisition(slots, _NONE, _NO_SLOTS, _NONE)
-
         resident = slots[~absent]
         self.pins[resident] += 1
         missing = experts[absent].astype(np.int64)
@@ -162,11 +161,7 @@ class ExpertCache:
         np.subtract.at(self.pins, slots, 1)
         assert self.pins[slots].min(initial=0) >= 0, "released a slot that was not pinned"
 
-    def admit(
-        self,
-        experts: IntArray,
-        protect: IntArray | None = None,
-    ) -> Acquisition:
+    def admit(self, experts: IntArray, protect: IntArray | None = None) -> Acquisition:
         """Give slots to ``experts`` (distinct) on a guess, pinning them while they are loaded.
 
         Best guesses come first: when slots run out the tail is left out (``slots`` is ABSENT there). Pinned slots,
@@ -184,7 +179,6 @@ class ExpertCache:
         self.pins[guarded] += 1
         taken = self._cheapest_slots(missing)
         self.pins[guarded] -= 1
-
         placed = absent[: len(taken)]
         missing = missing[: len(taken)]
         evicted = self._place(missing, taken)
