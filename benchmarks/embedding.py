@@ -1,4 +1,4 @@
-"""Does a request's embedding find requests that route alike? Measured by what neighbours taken from them foretell.
+"""Does a request's embedding find requests that route alike? Measured by what neighbours found with it predict.
 
 Without --trace the bundled model answers the bundled prompts first, with the plugin recording. Every request is then
 held out in turn, and its generated tokens are predicted by neighbours among an equal number of tokens of other

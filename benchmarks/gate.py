@@ -1,4 +1,4 @@
-"""How well the next layers' routers foretell experts, beside what history and frequency say of the same tokens.
+"""How well the next layers' routers predict experts, beside what history and frequency say of the same tokens.
 
 One engine serves all prompts, one after another, and records their trace. The first three quarters are the history; on
 the rest, every predictor is asked one and two layers ahead, at every token. The gate is asked in the engine, since no

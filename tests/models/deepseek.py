@@ -122,7 +122,7 @@ def deepseek_v3() -> Recipe:
 
 
 def deepseek_v3_with_mtp() -> Recipe:
-    """Its last layer foretells the token after the next: a drafter in the same checkpoint, with experts of its own."""
+    """Its last layer predicts the token after the next: a drafter in the same checkpoint, with experts of its own."""
     base = deepseek_v3()
     last = f"model.layers.{LAYERS - 1}."
     layer = {name.removeprefix(last): normal for name, normal in base.layout.items() if name.startswith(last)}
