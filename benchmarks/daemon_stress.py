@@ -86,7 +86,7 @@ def engine(violence: Violence, worker: int, arena_path: str, table_path: str) ->
     table = ResidencyTable.attach(os.open(table_path, os.O_RDWR), violence.experts)
     reader = Reader(table, worker)
     draw = random.Random(f"{violence.seed} {worker}")
-    tally = table.counters[worker, :4]
+    tally = table.stats[worker, :4]
     while not table.frozen:
         for _ in range(64):
             tally += acquire(reader, arena, table, draw, violence.at_once)
@@ -186,7 +186,7 @@ def run(
         process.start()
     started = time.monotonic()
     try:
-        while table.counters[:, 0].sum() < acquisitions and table.counters[:, 3].sum() <= ENOUGH_WRONG:
+        while table.stats[:, 0].sum() < acquisitions and table.stats[:, 3].sum() <= ENOUGH_WRONG:
             for _ in range(64):
                 evictor.evict()
             ended = [process.exitcode for process in engines if not process.is_alive()]
@@ -198,7 +198,7 @@ def run(
             process.join()
     seconds = time.monotonic() - started
     returned = len(evictor.reclaimer.reclaim()) + len(evictor.slot_of)
-    counted = table.counters[:, :4].sum(axis=0).tolist()
+    counted = table.stats[:, :4].sum(axis=0).tolist()
     table.close()
     arena.mapping.close()
     return Outcome(*counted, evictor.evictions, evictor.held_up, violence.limit - returned, seconds)

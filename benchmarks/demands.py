@@ -6,9 +6,9 @@ from typing import Self
 
 import numpy as np
 
-from vllm_moe_offload.observe import Counters
 from vllm_moe_offload.pool import local_pools
 from vllm_moe_offload.runtime import Batch, OffloadRuntime, PooledLayer
+from vllm_moe_offload.stats import Stats
 from vllm_moe_offload.store.pools import pools_of
 from vllm_moe_offload.store.reader import Store
 
@@ -31,7 +31,7 @@ class Demands:
         self._draw = random.Random(seed)
         slots = {members.layout: max(1, int(members.experts * share)) for members in pools_of(store.layers)}
         self.slots = sum(slots.values())
-        self._runtime = OffloadRuntime(store, local_pools(store, slots, "lru", None), Counters())
+        self._runtime = OffloadRuntime(store, local_pools(store, slots, "lru", None), Stats())
 
     def __enter__(self) -> Self:
         read_everything(self._runtime)

@@ -29,9 +29,9 @@ from vllm_moe_offload.daemon.client import DaemonClient
 from vllm_moe_offload.daemon.connection import Connection
 from vllm_moe_offload.daemon.start import start_daemon
 from vllm_moe_offload.ipc.protocol import Attach, Stop
-from vllm_moe_offload.observe import Counters
 from vllm_moe_offload.pool import local_pools
 from vllm_moe_offload.runtime import Batch, OffloadRuntime
+from vllm_moe_offload.stats import Stats
 from vllm_moe_offload.store.pools import pools_of
 from vllm_moe_offload.store.reader import Store
 
@@ -74,12 +74,12 @@ def imported_from(checkout: Path) -> Iterator[None]:
 def attached(store: Store, budget: int, policy: str, checkout: Path) -> Iterator[OffloadRuntime]:
     """A runtime whose slots are a daemon's, which is started for it from ``checkout`` and ended."""
     with tempfile.TemporaryDirectory() as folder:
-        socket, counters = Path(folder) / "daemon.sock", Counters()
+        socket, counters = Path(folder) / "daemon.sock", Stats()
         options = ["--store", str(store.path.parent.absolute()), "--policy", policy, "--history", "off"]
         with imported_from(checkout):
             start_daemon(socket, f"{budget}B", 60.0, options)
         request = Attach(store.path.name, os.getpid(), budget, False, "benchmark", 0)
-        client = DaemonClient(socket, request, store, policy, None, counters, print)
+        client = DaemonClient(socket, request, store, policy, None, counters)
         yield OffloadRuntime(store, client.pools, counters)
         client.close()
         control = Connection.connect(socket, "control", 10.0)
@@ -112,7 +112,7 @@ def main() -> None:
     total = sum(layout.payload_bytes * experts for layout, experts in slots.items())
     budget = int(total * share) if share else options.budget.size
     own = {layout: max(options.top_k, int(experts * budget / total)) for layout, experts in slots.items()}
-    embedded = OffloadRuntime(store, local_pools(store, own, options.policy, None), Counters())
+    embedded = OffloadRuntime(store, local_pools(store, own, options.policy, None), Stats())
     checkouts = {"daemon": Path(__file__).parent.parent, **dict(options.checkout)}
     with contextlib.ExitStack() as daemons:
         arms = {"embedded": embedded}

@@ -110,7 +110,7 @@ class Bench:
         finally:
             engine.stop()
         mapped_weights = self.weights.others if peer.gguf_type is not None else 0
-        return Footprint.of(result["peak_bytes"], mapped, result["totals"].get("resident_bytes", 0), mapped_weights)
+        return Footprint.of(result["peak_bytes"], mapped, result["totals"].get("slot_bytes", 0), mapped_weights)
 
     def write_gguf(self, peer: Peer) -> None:
         """Write the file that a peer reads if it is llama.cpp and the file is missing. Raises EngineError."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from vllm_moe_offload.observe import NOTHING, Counters, LoadReport
+from vllm_moe_offload.load_report import NOTHING, LoadReport
 from vllm_moe_offload.predict.base import ModelShape, Predictor
 from vllm_moe_offload.predict.heads import HeadsPredictor
 from vllm_moe_offload.predict.history import HistoryPredictor
@@ -30,6 +30,7 @@ from vllm_moe_offload.predict.token_vectors import ModelVectors
 from vllm_moe_offload.prefetch.planner import Estimates
 from vllm_moe_offload.prefetch.prefetcher import Prefetcher, PrefetchLayer
 from vllm_moe_offload.runtime import Batch, OffloadRuntime, RoutingTracer
+from vllm_moe_offload.stats import Stats
 from vllm_moe_offload.trace.history import HistoryStore
 from vllm_moe_offload.trace.recorder import Recorder, ScheduledTokens
 from vllm_moe_offload.trace.trace import Trace
@@ -148,9 +149,9 @@ class Bench:
         if predictor is not None:
             estimates = Estimates(load_seconds=1e-3, layer_seconds=1e-3, chunk_seconds=1e-3)
             # by a clock that stands still prediction takes no time, so nothing disables it for good
-            self.prefetcher = Prefetcher(predictor, self.slots.layers, estimates, lambda: 0.0, Counters())
+            self.prefetcher = Prefetcher(predictor, self.slots.layers, estimates, lambda: 0.0, Stats())
         closed = (lambda trace, state: predictor.end_request(state, trace)) if predictor else lambda trace, state: None
-        self.runtime = OffloadRuntime(NO_STORE, {None: NO_POOL}, Counters())
+        self.runtime = OffloadRuntime(NO_STORE, {None: NO_POOL}, Stats())
         self.runtime.tracer = RoutingTracer(Recorder(shape, 4096), closed, None)
         self.runtime.prefetcher = self.prefetcher
         draw = np.random.default_rng(4)

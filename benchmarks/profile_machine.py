@@ -28,10 +28,10 @@ from remembering import all_but_one
 from safetensors import safe_open
 from warm import TINY_MOE
 
-from vllm_moe_offload.observe import Counters
 from vllm_moe_offload.pool import local_pools
 from vllm_moe_offload.replay.hardware import HardwareProfile, ModelProfile
 from vllm_moe_offload.runtime import Batch, OffloadRuntime
+from vllm_moe_offload.stats import Stats
 from vllm_moe_offload.store.pools import pools_of
 from vllm_moe_offload.store.reader import Store
 
@@ -73,7 +73,7 @@ def finding_seconds(store: Store, top_k: int, steps: int = 60, seed: int = 0) ->
     """What a demanded record costs besides its load: a victim, a slot, and the books. From random decode steps."""
     quarter = {members.layout: max(2 * top_k, members.experts // 4) for members in pools_of(store.layers)}
     draw = np.random.default_rng(seed)
-    runtime = OffloadRuntime(store, local_pools(store, quarter, "lfu", None), Counters())
+    runtime = OffloadRuntime(store, local_pools(store, quarter, "lfu", None), Stats())
     misses, seconds = [], []
     try:
         for _ in range(steps):

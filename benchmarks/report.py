@@ -80,7 +80,7 @@ def _counters(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "loaded_bytes": Spread.of([run["counters"]["loaded_bytes"] for run in runs]),
         "stall": Spread.of([stall(run) for run in runs]),
         "prefetch": prefetches,
-        "resident_bytes": runs[-1]["totals"]["resident_bytes"],
+        "slot_bytes": runs[-1]["totals"]["slot_bytes"],
         "expert_bytes": runs[-1]["totals"]["expert_bytes"],
     }
 

@@ -30,8 +30,8 @@ FLOORS = (
     ("predict",),
     ("trace", "cache"),
     ("store",),
-    ("stats", "observe", "load_report", "sizes", "extensions", "threads", "users"),
-    ("errors",),
+    ("stats", "sizes", "extensions", "threads", "users"),
+    ("load_report", "errors"),
 )
 """The rooms of the package, highest first. A room imports from itself and from floors below its own, never sideways."""
 

@@ -144,7 +144,7 @@ def _show_engagement(server: Server) -> None:
 
 
 def _show_cost(stats: dict[str, float]) -> None:
-    total, resident, lookups = stats["expert_bytes"], stats["resident_bytes"], stats["hits"] + stats["misses"]
+    total, resident, lookups = stats["expert_bytes"], stats["slot_bytes"], stats["hits"] + stats["misses"]
     mib = 2**20
     console.print("\n[bold]What it saved and cost[/]")
     console.print(f"  experts: {total / mib:.1f} MiB in all, {resident / mib:.1f} MiB of them in fast memory")

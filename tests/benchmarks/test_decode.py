@@ -26,7 +26,7 @@ def test_plain_and_ours_take_turns_and_agree_and_who_fails_is_named(tmp_path: Pa
     ours = summary["25%"]
     assert ours["same_tokens"] is True
     assert ours["rounds"] == 2
-    assert 0 < ours["resident_bytes"] <= ours["expert_bytes"] / 4
+    assert 0 < ours["slot_bytes"] <= ours["expert_bytes"] / 4
     assert ours["loaded_bytes"]["low"] > 0
     assert all(set(results) == {"plain", "25%"} for results in comparison["batches"]["2"]["rounds"])
     runs = [run for results in comparison["batches"]["2"]["rounds"] for run in results.values()]

@@ -20,7 +20,7 @@ def _run(tpot: float, tokens: list[int], hits: int | None = None) -> dict[str, A
             "prefetch_wasted": 1,
         }
     )
-    totals = {} if hits is None else {"resident_bytes": 25, "expert_bytes": 100}
+    totals = {} if hits is None else {"slot_bytes": 25, "expert_bytes": 100}
     return {
         "tpot": [tpot, tpot, 9.0],
         "ttft": 10 * tpot,

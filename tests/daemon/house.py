@@ -28,6 +28,7 @@ from vllm_moe_offload.ipc.protocol import (
     pack_ids,
     unpack_ids,
 )
+from vllm_moe_offload.stats import MODEL_STATISTICS, WORKER_STATISTICS, Stats
 
 EXPERTS = 64
 STORE = "f" * 32
@@ -54,13 +55,14 @@ class MemoryModels:
             return self.attached[worker]
 
     def status(self) -> list[ModelStatus]:
+        hits = Stats(hits=3).as_dict(WORKER_STATISTICS)
         with self.lock:
             workers = [
-                WorkerStatus(number, each.request.pid, each.request.group, each.request.rank, False, {"hits": 3})
+                WorkerStatus(number, each.request.pid, each.request.group, each.request.rank, False, hits)
                 for number, each in self.attached.items()
             ]
-        counters = {"loads": 5}
-        return [ModelStatus(STORE, "tiny", EXPERTS, EXPERTS, 8, 6400, 6400, 800, counters, workers)]
+        stats = Stats(loads=5, experts=EXPERTS, slots=EXPERTS, resident_experts=8, resident_bytes=800)
+        return [ModelStatus(STORE, "tiny", stats.as_dict(MODEL_STATISTICS), workers)]
 
     def freeze(self) -> None:
         """Nothing ever changes here."""

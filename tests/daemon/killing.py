@@ -242,7 +242,7 @@ class Host:
         wait_until(lambda: self._resident_bytes() <= self.budget, "what was lent beyond the budget is back")
 
     def _resident_bytes(self) -> int:
-        return sum(model.resident_bytes for model in self.daemon.status().models)
+        return sum(model.stats["resident_bytes"] for model in self.daemon.status().models)
 
     def end(self) -> None:
         """All leave; nothing is attached any more, and the daemon ends when told."""

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from tests.daemon.waits import Waits
 from vllm_moe_offload.daemon.client import DaemonClient
 from vllm_moe_offload.ipc.protocol import Attach
-from vllm_moe_offload.observe import Counters
 from vllm_moe_offload.runtime import Batch, OffloadRuntime, PooledLayer
+from vllm_moe_offload.stats import WORKER_STATISTICS, Stats
 from vllm_moe_offload.store import Store
 
 TOP_K = 3
@@ -40,7 +40,7 @@ class Reader:
         request = Attach(
             store.name, os.getpid(), wanted if lease else wanted // 4, lease, f"engine {seed}", 0, [TOP_K] * layouts
         )
-        self.counters = Counters()
+        self.counters = Stats()
         self.client = DaemonClient(socket, request, self.store, "lfu", None, self.counters, self.said.append)
         self.runtime = OffloadRuntime(self.store, self.client.pools, self.counters)
         for pool in self.runtime.pools:
@@ -97,7 +97,7 @@ class Reader:
             os._exit(WRONG)
 
     def report(self) -> dict[str, object]:
-        return self.counters.as_dict() | {
+        return self.counters.as_dict(WORKER_STATISTICS) | {
             "daemon_pid": self.client.daemon_pid,
             "said": self.said,
             "lease": self.client.lease,

@@ -83,7 +83,8 @@ def test_a_model_is_served_seen_and_counted(tmp_path: Path, stored: RecordStore)
         text = run("status", "--socket", str(tmp_path / "socket"), "--json").stdout
         report = msgspec.json.decode(text, type=StatusReport)
         (model,) = report.models
-        assert (model.store, model.experts, model.resident) == (stored.store.path.name, LAYERS * EXPERTS, 3)
+        assert model.store == stored.store.path.name
+        assert (model.stats["experts"], model.stats["resident_experts"]) == (LAYERS * EXPERTS, 3)
         assert [each.pid for each in model.workers] == [os.getpid()]
         assert report.budget_bytes == json.loads(text)["budget_bytes"] == 1 << 20
 
@@ -94,7 +95,7 @@ def test_a_model_is_served_seen_and_counted(tmp_path: Path, stored: RecordStore)
             metrics = answer.read().decode()
         labels = f'{{model="{model.model}",store="{model.store}"}}'
         assert f"vllm_moe_offload_daemon_attached_workers{labels} 1.0" in metrics
-        assert f"vllm_moe_offload_daemon_resident_bytes{labels} {float(model.resident_bytes)}" in metrics
+        assert f"vllm_moe_offload_daemon_resident_bytes{labels} {float(model.stats['resident_bytes'])}" in metrics
         assert f"vllm_moe_offload_daemon_loads_total{labels} 3.0" in metrics
         assert "vllm_moe_offload_daemon_budget_bytes 1.048576e+06" in metrics
 

@@ -18,7 +18,7 @@ from vllm_moe_offload.daemon.attached_pool import AttachedPool
 from vllm_moe_offload.daemon.connection import DaemonGoneError
 from vllm_moe_offload.ipc.protocol import Demand, Hint, Supplied, pack_ids, unpack_ids
 from vllm_moe_offload.ipc.table import ABSENT
-from vllm_moe_offload.observe import Counters
+from vllm_moe_offload.stats import Stats
 
 ENTRY = 3
 LAYER = range(EXPERTS)
@@ -38,7 +38,7 @@ class Direct:
 
 def attach(it: Pool) -> AttachedPool:
     it.pool.admit(ENTRY)
-    return AttachedPool(Direct(it), 0, it.pool.arena, it.pool.table, ENTRY, itertools.count(1), Counters())  # type: ignore[arg-type]
+    return AttachedPool(Direct(it), 0, it.pool.arena, it.pool.table, ENTRY, itertools.count(1), Stats())  # type: ignore[arg-type]
 
 
 def overwrite(it: Pool, entry: int) -> None:
@@ -76,7 +76,7 @@ def test_it_reads_nothing_more(tmp_path: Path) -> None:
         attached.release(attached.hold(LAYER, ASKED)[0])
         it.pool.dismiss(ENTRY)
         with pytest.raises(DaemonGoneError, match="detached"):
-            AttachedPool(Direct(it), 0, it.pool.arena, it.pool.table, ENTRY, itertools.count(1), Counters())  # type: ignore[arg-type]
+            AttachedPool(Direct(it), 0, it.pool.arena, it.pool.table, ENTRY, itertools.count(1), Stats())  # type: ignore[arg-type]
         Worker(it, ENTRY).reader.enter()
         overwrite(it, ENTRY + 1)
         entry = it.pool.table.entries[ENTRY].copy()

@@ -258,7 +258,7 @@ def test_two_engines_feed_one_history(tmp_path: Path) -> None:
         found = second.request(Search(pack_embedding(SOMEWHERE[4]), 5))
         assert same(unpack_trace(found.trace, SHAPE), past_request(1, axis=4))
         (model,) = [*house.connect("control").request(GetStatus()).models]
-        assert (model.history_requests, model.history_tokens) == (2, 12)
+        assert (model.stats["history_requests"], model.stats["history_tokens"]) == (2, 12)
     assert HistoryArchive(tmp_path / "kept").read(FINGERPRINT).num_requests == 2
 
 

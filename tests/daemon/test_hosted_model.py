@@ -117,7 +117,7 @@ def test_two_workers_share_a_model_and_a_third_finds_it_warm(tmp_path: Path) -> 
         assert (third.tables[0].slot_of[[0, 5, 9, 11]] != ABSENT).all()
         assert third.demand([0, 5, 9, 11]).loaded == 0
         status = models.status()[0]
-        assert status.resident == 4 and status.counters["loads"] == 4 and len(status.workers) == 1
+        assert status.stats["resident_experts"] == 4 and status.stats["loads"] == 4 and len(status.workers) == 1
 
 
 def test_what_a_worker_reads_stays_when_the_daemon_ends_first(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_two_models_stay_within_the_budget_and_move_memory_to_who_misses(tmp_pat
         two = Engine(second, models.attach(ask(second)))
         two.use_everything()
         assert memory(one.worker) + memory(two.worker) <= FULL
-        limits = [status.limit for status in models.status()]
+        limits = [status.stats["slots"] for status in models.status()]
         assert abs(limits[0] - limits[1]) <= 1 and sum(limits) in (N - 1, N)
         hosted = list(models._models.values())
         hosted[1].pressure = 1e9
@@ -245,7 +245,7 @@ def test_a_model_nobody_uses_makes_way_and_is_forgotten_at_last(tmp_path: Path) 
         one.use_everything()
         one.worker.detach()
         two = Engine(second, models.attach(ask(second, wanted=FULL // 2)))
-        assert [status.resident for status in models.status()] == [N // 2, 0]
+        assert [status.stats["resident_experts"] for status in models.status()] == [N // 2, 0]
         models.attach(ask(second, wanted=FULL))
         assert [status.store for status in models.status()] == [second.store.path.name]
         two.use_everything()
@@ -257,7 +257,7 @@ def test_the_operators_share_is_kept_and_named_when_it_is_too_small(tmp_path: Pa
     with hosting(tmp_path, shares={name: 10 * RECORD}) as models:
         engine = Engine(built, models.attach(ask(built)))
         engine.use_everything()
-        assert models.status()[0].limit == 10 and memory(engine.worker) == 10 * RECORD
+        assert models.status()[0].stats["slots"] == 10 and memory(engine.worker) == 10 * RECORD
     with hosting(tmp_path, shares={name: 2 * RECORD}) as models, pytest.raises(ConfigError) as caught:
         models.attach(ask(built))
     assert f"--share {name}: 24KiB is too little" in str(caught.value) and "works is 96KiB" in str(caught.value)
@@ -285,7 +285,7 @@ def test_models_that_fit_together_fit_in_either_order(tmp_path: Path, first: str
         attached = {name: models.attach(wanted[name]) for name in sorted(wanted, key=lambda name: name != first)}
         Engine(modest, attached["modest"]).use_everything()
         Engine(greedy, attached["greedy"]).use_everything()
-        limits = {status.store: status.limit for status in models.status()}
+        limits = {status.store: status.stats["slots"] for status in models.status()}
         assert limits[modest.store.path.name] >= 3 and limits[greedy.store.path.name] >= EXPERTS
         attached["greedy"].detach()
         models.attach(ask(greedy, wanted=2 * RECORD))
@@ -376,7 +376,7 @@ def test_a_new_daemon_takes_over_what_an_engine_still_has(tmp_path: Path) -> Non
                 worker.adopt(offer, fd)
             with pytest.raises(OSError):
                 os.fstat(fd)
-        assert new.status()[0].counters["adopted"] == 3
+        assert new.status()[0].stats["imported"] == 3
 
 
 def test_no_more_than_64_workers_of_a_model(tmp_path: Path) -> None:
@@ -461,7 +461,7 @@ def test_processes_read_in_place_what_others_evict(tmp_path: Path) -> None:
             assert not thread.is_alive()
         assert len(hits) == 3 and sum(hits) > 0
         status = models.status()[0]
-        assert status.counters["loads"] > N and status.resident <= 14
+        assert status.stats["loads"] > N and status.stats["resident_experts"] <= 14
 
 
 def test_an_engine_killed_in_the_middle_of_reading_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -486,4 +486,4 @@ def test_an_engine_killed_in_the_middle_of_reading_leaves_nothing_behind(tmp_pat
         other = Engine(built, models.attach(ask(built)))
         worker.detach()
         other.demand(list(range(8, 16)))
-        assert models.status()[0].resident == EXPERTS
+        assert models.status()[0].stats["resident_experts"] == EXPERTS

@@ -44,7 +44,7 @@ def test_what_is_demanded_is_there_and_found_without_asking_afterwards(tmp_path:
             assert first.use(experts)
             assert not second.use(experts)
         it.pool.check_integrity()
-        assert it.pool.counters.loads == 12 and it.pool.counters.demands == 4
+        assert it.pool.stats.loads == 12 and it.pool.stats.demands == 4
 
 
 @pytest.mark.parametrize("limit", [8, 11, 20])
@@ -95,7 +95,7 @@ def test_one_record_is_read_once_for_all_who_wait_for_it(tmp_path: Path) -> None
         for turn in range(4):
             experts = list(range(turn * EXPERTS, turn * EXPERTS + EXPERTS))
             in_threads(*(lambda worker=worker, experts=experts: worker.demand(experts) for worker in workers))
-        assert it.pool.counters.loads == N
+        assert it.pool.stats.loads == N
         it.pool.check_integrity()
 
 
@@ -224,12 +224,12 @@ def test_a_hint_becomes_visible_without_anyone_asking_and_is_accounted_for(tmp_p
             pass
         assert not worker.use([9, 11])
         it.run_maintenance()
-        assert it.pool.counters.useful == 2 and it.pool.counters.late == 0
+        assert it.pool.stats.prefetch_useful == 2 and it.pool.stats.prefetch_late == 0
         for layer in (0, 2, 3, 0, 2, 3):
             worker.use([layer * EXPERTS + e for e in range(EXPERTS)])
             it.run_maintenance()
         it.pool.check_integrity()
-        assert it.pool.counters.prefetches == 3 and it.pool.counters.wasted == 1
+        assert it.pool.stats.prefetches == 3 and it.pool.stats.prefetch_wasted == 1
 
 
 def test_hints_take_no_slot_from_what_is_pinned_nor_more_than_their_share(tmp_path: Path) -> None:
@@ -304,12 +304,12 @@ def test_the_reserve_costs_no_reading(tmp_path: Path) -> None:
         kept = [list(range(layer * EXPERTS, layer * EXPERTS + 6)) for layer in range(4)]
         for experts in kept:
             worker.use(experts)
-        loads = it.pool.counters.loads
+        loads = it.pool.stats.loads
         it.run_maintenance()
         assert it.pool.cache.retired
         for experts in kept:
             worker.use(experts)
-        assert it.pool.counters.loads == loads
+        assert it.pool.stats.loads == loads
         it.pool.check_integrity()
 
 
@@ -358,7 +358,7 @@ def test_records_of_an_older_arena_are_taken_over_if_they_are_right(tmp_path: Pa
         assert adopt(new.pool, new.built.store, old.pool.arena.mapping.reader_descriptor(), experts, slots) == 5
         for expert in experts.tolist():
             assert new.holds(int(new.pool.table.slot_of[expert]), expert)
-        assert new.pool.counters.adopted == 5 and new.pool.counters.loads == 3
+        assert new.pool.stats.imported == 5 and new.pool.stats.loads == 3
         new.pool.check_integrity()
         with pytest.raises(ValueError):
             adopt(new.pool, new.built.store, old.pool.table.mapping.reader_descriptor(), experts, slots)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon.house import EXPERTS
 from tests.daemon.scripted import ScriptedDaemon
 from tests.daemon.serving import serving
 from tests.daemon.wire import open_fds, packet, wait_until
@@ -30,7 +29,7 @@ from vllm_moe_offload.ipc.protocol import (
     Stop,
     Welcome,
 )
-from vllm_moe_offload.observe import Counters
+from vllm_moe_offload.stats import Stats
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,7 @@ class Engine:
     def start(self, setting: str, policy: str = "lfu") -> DaemonClient | None:
         store = self.stored.store
         request = Attach(store.path.name, os.getpid(), 1 << 16, False, "g", 0, [2])
-        return join_daemon(setting, request, store, policy, 1 << 20, None, Counters(), self.lines.append)
+        return join_daemon(setting, request, store, policy, 1 << 20, None, Stats(), self.lines.append)
 
     def start_alone(self, path: Path) -> str:
         """With ``auto`` it starts and returns the line that says why alone. With ``unix:`` it says so and ends."""
@@ -142,8 +141,8 @@ def test_a_long_attachment_is_waited_for_while_the_daemon_reads(
     loads = iter(range(1, 20))
 
     def answer(request: Request) -> StatusReport | None:
-        counters = {"loads": next(loads, 20)}
-        model = ModelStatus(engine.stored.store.path.name, "", EXPERTS, 0, 0, 0, 0, 0, counters, [])
+        stats: dict[str, int | float] = {"loads": next(loads, 20)}
+        model = ModelStatus(engine.stored.store.path.name, "", stats, [])
         return StatusReport(1, 0, 0, [model], []) if isinstance(request, GetStatus) else None
 
     with ScriptedDaemon(path, answer) as daemon:

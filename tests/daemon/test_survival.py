@@ -40,7 +40,7 @@ def test_what_a_worker_counts_is_seen_in_the_daemon_s_status(tmp_path: Path) -> 
         counted = reader.counters
         assert counted.tokens >= counted.steps == 10
         for name in ("hits", "misses", "steps", "tokens"):
-            assert model.counters[name] == model.workers[0].counters[name] == getattr(counted, name) > 0
+            assert model.stats[name] == model.workers[0].stats[name] == getattr(counted, name) > 0
         reader.close()
 
 

@@ -146,7 +146,7 @@ def test_who_demands_what_a_hint_of_another_has_begun_is_answered(tmp_path: Path
         wait_until(lambda: bool(it.pool.table.loading[wanted].any()) or not hint.is_alive(), "the hint was seen")
         demand = threading.Thread(target=demanding.demand, args=(layer(1, 2),), daemon=True)
         demand.start()
-        wait_until(lambda: it.pool.counters.joined > 0 or not demand.is_alive(), "the two met")
+        wait_until(lambda: it.pool.stats.joined > 0 or not demand.is_alive(), "the two met")
         reading.reader.leave()
         demand.join(GUARD_SECONDS)
         assert not demand.is_alive(), "it waits for a load nobody has started"

@@ -43,7 +43,7 @@ def check_engaged(stats: dict[str, Any], checkpoint: Checkpoint, slots: int) -> 
     experts = checkpoint.routed_layers * checkpoint.experts
     assert stats["layers"] == checkpoint.routed_layers
     assert stats["slots"] == slots
-    assert stats["resident_bytes"] * experts == stats["expert_bytes"] * slots
+    assert stats["slot_bytes"] * experts == stats["expert_bytes"] * slots
     assert stats["loads"] >= slots and stats["failed_loads"] == 0
     assert (stats["misses"] > 0) == (slots < experts)
     if slots == checkpoint.top_k:

@@ -50,7 +50,7 @@ def test_same_tokens_through_a_daemon(
             assert stats["layers"] == checkpoint.routed_layers and stats["failed_loads"] == 0
             assert (stats["misses"] > 0) == (share < 1)
             (model,) = daemon.status().models
-            assert model.resident <= model.limit and not model.workers
+            assert model.stats["resident_experts"] <= model.stats["slots"] and not model.workers
             room = int(stats["expert_bytes"] * 0.25 * ROOM)
 
 
@@ -66,7 +66,8 @@ def test_the_next_engine_finds_the_daemon_warm(
         assert first["rounds"] == second["rounds"]
         (model,) = daemon.status().models
         if share == 1:
-            assert model.counters["loads"] == model.resident == model.experts, "the second engine read again"
+            stats = model.stats
+            assert stats["loads"] == stats["resident_experts"] == stats["experts"], "the second engine read again"
         else:
             assert second["stats"][0]["misses"] < first["stats"][0]["misses"], "the second engine started cold"
 
@@ -88,7 +89,7 @@ def test_two_models_in_one_daemon(
                 answers = [engine.end() for engine in engines]
             assert len(daemon.status().models) == 2
             assert all(engine.stats()["daemon_pid"] == daemon.pid for engine in engines)
-            assert sum(model.resident_bytes for model in daemon.status().models) <= 3 << 19
+            assert sum(model.stats["resident_bytes"] for model in daemon.status().models) <= 3 << 19
             for engine in engines:
                 engine.close()
     finally:

@@ -95,7 +95,7 @@ def test_a_drafter_shares_the_budget_and_drafts_what_it_drafts_in_plain_vllm(
     assert (stats.get("layers", 0), stats.get("drafter_layers", 0)) == (layers, drafter_layers)
     for owner in ("", "drafter_"):
         if f"{owner}layers" in stats:
-            assert stats[f"{owner}resident_bytes"] * 2 == stats[f"{owner}expert_bytes"]
+            assert stats[f"{owner}slot_bytes"] * 2 == stats[f"{owner}expert_bytes"]
             assert stats[f"{owner}misses"] > 0 and stats[f"{owner}failed_loads"] == 0
     every = layers + drafter_layers
     assert f"offloading {every} of {every} MoE layers: " in server.log.read_text().rpartition("Starting to load")[2]
@@ -119,7 +119,7 @@ def test_a_model_that_drafts_for_itself_has_one_store_and_is_believed(
         assert stats["daemon_pid"] == stats["drafter_daemon_pid"] == daemon.pid
         assert stats["layers"] == stats["drafter_layers"] == layers
         (model,) = daemon.status().models
-        assert model.resident_bytes <= 1 << 20
+        assert model.stats["resident_bytes"] <= 1 << 20
     assert len([folder for folder in stores.iterdir() if (folder / "records.bin").exists()]) == 1
 
 

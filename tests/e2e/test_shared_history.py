@@ -45,7 +45,7 @@ def expect(plain: EngineServer, model: Path, texts: list[list[int]], tokens: int
 def remembered(daemon: DaemonProcess, requests: int) -> None:
     """Engines tell of a request when their next step begins, or when they end."""
     wait_until(
-        lambda: [model.history_requests for model in daemon.status().models] == [requests],
+        lambda: [model.stats["history_requests"] for model in daemon.status().models] == [requests],
         f"{requests} requests are remembered",
         30,
     )
@@ -121,13 +121,13 @@ def test_one_rank_predicts_and_both_are_prefetched_for(tiny_moe: Path, tmp_path:
             rounds = [{"prompts": PAST, "tokens": 24}, *({"prompts": [text], "tokens": 30} for text in FIRST)]
             first, second = ranks.run(tiny_moe, engine, rounds)["stats"]
             models = daemon.status().models
-            assert sorted(model.history_requests for model in models) == [0, len(PAST) + len(FIRST)]
+            assert sorted(model.stats["history_requests"] for model in models) == [0, len(PAST) + len(FIRST)]
     finally:
         ranks.close()
     assert first["daemon_pid"] == second["daemon_pid"] == daemon.pid
     assert "history_requests" in first and "history_requests" not in second
     assert first["prefetches"] > 0 and second["prefetches"] == 0
-    assert len(models) == 2 and all(model.counters["prefetches"] > 0 for model in models)
+    assert len(models) == 2 and all(model.stats["prefetches"] > 0 for model in models)
 
 
 def test_a_history_of_its_own_stays_its_own(tiny_moe: Path, offloaded: EngineServer, tmp_path: Path) -> None:

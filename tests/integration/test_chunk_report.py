@@ -6,7 +6,7 @@ import pytest
 
 from vllm_moe_offload.integration import report
 from vllm_moe_offload.integration.report import ChunkReport
-from vllm_moe_offload.observe import Counters
+from vllm_moe_offload.stats import Stats
 
 MOST = 512
 
@@ -16,7 +16,7 @@ class Steps:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
-        self.counters = Counters()
+        self.counters = Stats()
         self.lines: list[str] = []
         self.report = ChunkReport(self.counters, MOST)
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)

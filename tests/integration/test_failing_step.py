@@ -16,9 +16,9 @@ from vllm_moe_offload.integration.report import ChunkReport, StatsReport
 from vllm_moe_offload.integration.serving import ServedModel
 from vllm_moe_offload.integration.step import _attach_failures, _run_step
 from vllm_moe_offload.integration.worker import WorkerOffload
-from vllm_moe_offload.observe import Counters
 from vllm_moe_offload.pool import local_pools
 from vllm_moe_offload.runtime import OffloadRuntime
+from vllm_moe_offload.stats import Stats
 
 CHOSEN = np.array([[0, 1], [2, 3], [4, 5], [0, 2]], dtype=np.int32)
 """Of four rows, in the order of the batch: two of "b", one of "a", one of "c"."""
@@ -32,10 +32,10 @@ class Worker:
         self.made = build_store(folder, [(ODD, 8)])
         pools = local_pools(self.made.store, {ODD: 6}, "lfu", None)
         served = ServedModel.__new__(ServedModel)
-        served.runtime = OffloadRuntime(self.made.store, pools, Counters())
+        served.runtime = OffloadRuntime(self.made.store, pools, Stats())
         served._daemon = served._history = served._step = None
         served.drafts = False
-        served._report = StatsReport(served.runtime, "")
+        served._report = StatsReport(served.runtime.counters, lambda: None)
         served._chunks = ChunkReport(served.runtime.counters, most_tokens=8)
         self.served = served
         offload = WorkerOffload.__new__(WorkerOffload)

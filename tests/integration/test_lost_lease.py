@@ -11,7 +11,7 @@ from vllm_moe_offload.integration.failure_board import FailureBoard, board_bytes
 from vllm_moe_offload.integration.failures import StepFailures
 from vllm_moe_offload.integration.report import ChunkReport
 from vllm_moe_offload.integration.serving import ServedModel
-from vllm_moe_offload.observe import Counters
+from vllm_moe_offload.stats import Stats
 
 
 @pytest.mark.parametrize("lost", [True, False])
@@ -25,7 +25,7 @@ def test_a_lease_lost_within_a_step_fails_its_requests(lost: bool) -> None:
     served._daemon = SimpleNamespace(lease_lost=lost)  # type: ignore[assignment]
     served._history = None
     served.drafts = False
-    served._chunks = ChunkReport(Counters(), most_tokens=8)
+    served._chunks = ChunkReport(Stats(), most_tokens=8)
     served.runtime = SimpleNamespace(end_step=lambda: None)  # type: ignore[assignment]
     scheduler_output = SimpleNamespace(
         num_scheduled_tokens=scheduled, total_num_scheduled_tokens=4, finished_req_ids=set()

@@ -64,7 +64,7 @@ REPLIES = [
         1,
         2.5,
         3,
-        [ModelStatus("f", "m", 1, 2, 3, 4, 5, 6, {"loads": 7}, [WorkerStatus(0, 1, "g", 0, False, {})])],
+        [ModelStatus("f", "m", {"loads": 7, "stall_seconds": 0.5}, [WorkerStatus(0, 1, "g", 0, False, {})])],
         ["keeper: OSError: x"],
     ),
     Stopping(),

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from vllm_moe_offload.ipc import table as tables
 from vllm_moe_offload.ipc.protocol import MAX_WORKERS
 from vllm_moe_offload.ipc.shm import Mapping, PeerMemoryError
-from vllm_moe_offload.ipc.table import ABSENT, COUNTERS, RING, ResidencyTable, table_bytes
+from vllm_moe_offload.ipc.table import ABSENT, RING, ResidencyTable, table_bytes
+from vllm_moe_offload.stats import WORKER_STATISTICS
 
 LINE = 64
-PER_WORKER = ("entries", "counters", "expected", "uses")
+PER_WORKER = ("entries", "stats", "expected", "uses")
 
 
 def attach(table: ResidencyTable) -> ResidencyTable:
@@ -43,7 +44,7 @@ def test_a_new_table_is_empty_and_seen_by_who_attaches() -> None:
 @given(st.integers(1, 20_000))
 def test_parts_are_apart_and_workers_share_no_cache_line(experts: int) -> None:
     table = ResidencyTable.create("test", experts)
-    whole = [table.header, table.slot_of, table.loading, table.entries, table.counters, table.expected, table.uses]
+    whole = [table.header, table.slot_of, table.loading, table.entries, table.stats, table.expected, table.uses]
     spans = sorted((span(array) for array in whole), key=lambda part: part.start)
     assert all(one.stop <= other.start for one, other in itertools.pairwise(spans))
     assert span(whole[0]).start == table.mapping.address
@@ -76,7 +77,7 @@ def test_memory_is_taken_for_workers_that_come() -> None:
         (2, 101, "number of experts 101, this worker needs 100"),
         (3, 8, "number of workers 8"),
         (4, 16, "size of rings 16"),
-        (5, 3, "counters 3"),
+        (5, 3, "statistics 3"),
     ],
 )
 def test_another_table_is_refused_by_name(word: int, value: int, reason: str) -> None:
@@ -109,12 +110,12 @@ def test_clearing_a_worker_spares_the_others() -> None:
     for name in PER_WORKER:
         getattr(table, name)[3:6] = 2
     table.clear(4)
-    for name in ("entries", "counters", "expected"):
+    for name in ("entries", "stats", "expected"):
         assert not getattr(table, name)[4].any()
         assert (getattr(table, name)[[3, 5]] == 2).all()
     assert (table.active[[3, 4, 5]] == [2, 0, 2]).all()
 
 
-def test_counters_have_names() -> None:
+def test_there_is_a_word_per_statistic() -> None:
     table = ResidencyTable.create("test", 1)
-    assert table.counters.shape == (MAX_WORKERS, len(COUNTERS)) and table.uses.shape == (MAX_WORKERS, RING)
+    assert table.stats.shape == (MAX_WORKERS, len(WORKER_STATISTICS)) and table.uses.shape == (MAX_WORKERS, RING)

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from tests.prefetch.test_prefetcher import SHAPE, Oracle, OracleStep, Slots, decode_row, estimates
 from tests.runtime.record_stores import ODD, RecordStore, build_store
 from tests.runtime.test_runtime_serves import runtime_of
-from vllm_moe_offload.observe import Counters, LoadReport
+from vllm_moe_offload.load_report import LoadReport
 from vllm_moe_offload.predict.base import Probabilities, RequestState, Step, TokenContext
 from vllm_moe_offload.prefetch.optional import Switch
 from vllm_moe_offload.prefetch.prefetcher import Prefetcher
 from vllm_moe_offload.runtime import Batch, RoutingTracer
+from vllm_moe_offload.stats import Stats
 from vllm_moe_offload.trace.recorder import Recorder, ScheduledTokens
 from vllm_moe_offload.trace.trace import Trace
 
@@ -109,7 +110,7 @@ class Worker:
         self.now = [0.0]
         self.slots = RaisingSlots(self.now, self.enter)
         self.prefetcher = Prefetcher(
-            Raising(self.enter), self.slots.layers, estimates(), self.clock, Counters(), Switch(self.reports.append)
+            Raising(self.enter), self.slots.layers, estimates(), self.clock, Stats(), Switch(self.reports.append)
         )
         governor = self.prefetcher._governor
         governor.begin_step = lambda *_: True  # type: ignore[method-assign]  # whether it pays is not asked

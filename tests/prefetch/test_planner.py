@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_moe_offload.observe import LoadReport
+from vllm_moe_offload.load_report import LoadReport
 from vllm_moe_offload.prefetch.planner import Estimates, Outlook, Phase, Planner
 
 

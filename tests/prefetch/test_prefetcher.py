@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from vllm_moe_offload.observe import Counters, LoadReport
+from vllm_moe_offload.load_report import LoadReport
 from vllm_moe_offload.predict.base import ModelShape, Predictor, Probabilities, Step, TokenContext
 from vllm_moe_offload.prefetch.planner import Estimates
 from vllm_moe_offload.prefetch.prefetcher import MOST_ROWS, Prefetcher, PrefetchLayer
+from vllm_moe_offload.stats import Stats
 from vllm_moe_offload.trace.recorder import Recorder, ScheduledTokens
 
 SHAPE = ModelShape(4, 8, 2)
@@ -111,7 +112,7 @@ def run_step(prefetcher: Prefetcher, recorder: Recorder, rows: list[ScheduledTok
 
 def ready(oracle: Oracle, slots: Slots, clock: list[float]) -> Prefetcher:
     """One that has seen how long steps of one and two rows take, so that it predicts in the next."""
-    prefetcher, recorder = Prefetcher(oracle, slots.layers, estimates(), lambda: clock[0], Counters()), Recorder(SHAPE)
+    prefetcher, recorder = Prefetcher(oracle, slots.layers, estimates(), lambda: clock[0], Stats()), Recorder(SHAPE)
     before = slots.here.copy()
     for position, rows in enumerate([1] * 4 + [2] * 4 + [1] * 8):
         parts = [decode_row(f"earlier {row}", token=90 + row, position=10 + position) for row in range(rows)]
@@ -166,7 +167,7 @@ def test_a_step_of_many_rows_is_not_predicted_but_remembered() -> None:
 def test_guesses_that_are_never_used_disable_it_and_it_tries_again() -> None:
     clock, oracle, recorder = [0.0], Oracle(), Recorder(SHAPE)
     slots = Slots(clock)
-    prefetcher = Prefetcher(oracle, slots.layers, estimates(), lambda: clock[0], Counters())
+    prefetcher = Prefetcher(oracle, slots.layers, estimates(), lambda: clock[0], Stats())
     guessed = []
     for step in range(6000):
         run_step(prefetcher, recorder, [decode_row(position=10 + step)], clock)
@@ -237,7 +238,7 @@ def seconds_of_run(
 
     if predicts:
         begin = Estimates(load_seconds=max(load, 1e-6), layer_seconds=layer, chunk_seconds=max(load, 1e-6))
-        machine.prefetcher = Prefetcher(Oracle(sure), machine.layers, begin, ticking, Counters())
+        machine.prefetcher = Prefetcher(Oracle(sure), machine.layers, begin, ticking, Stats())
     prefetcher = machine.prefetcher
     for step in range(steps):
         machine.next_step()

@@ -14,11 +14,12 @@ from tests.runtime.record_stores import ODD, RecordStore, build_store
 from tests.runtime.test_runtime_serves import runtime_of
 from vllm_moe_offload.cache import POLICY_NAMES
 from vllm_moe_offload.cache.cache import ABSENT
-from vllm_moe_offload.observe import NOTHING, Counters, LoadReport
+from vllm_moe_offload.load_report import NOTHING, LoadReport
 from vllm_moe_offload.pool.loader import Load
 from vllm_moe_offload.pool.local import LocalPool
 from vllm_moe_offload.runtime import Batch, OffloadRuntime
 from vllm_moe_offload.runtime import runtime as runtime_module
+from vllm_moe_offload.stats import Stats
 
 EXPERTS, LAYERS, TOP_K = 8, 3, 2
 NEEDED = ("hold", "hold_streaming", "start_hold")
@@ -97,7 +98,7 @@ class Audit:
         self.unused |= started
         assert (report.streamed > 0) <= (name == "stream_ahead")
 
-    def check_totals(self, counters: Counters) -> None:
+    def check_totals(self, counters: Stats) -> None:
         """Between layers, when no hold is open."""
         total = self.total
         assert (total.hits + total.misses, total.misses) == (self.needed, self.missing)
@@ -105,9 +106,9 @@ class Audit:
         assert total.loads + len(self.pool.in_flight.loads) == self.submitted - total.withdrawn
         assert total.loaded_bytes == total.loads * ODD.payload_bytes
         assert total.misses == total.demanded and total.failed == 0
-        added = Counters(steps=counters.steps, tokens=counters.tokens, waves=counters.waves)
+        added = Stats(steps=counters.steps, tokens=counters.tokens, waves=counters.waves)
         added.add(total)
-        for field in fields(Counters):
+        for field in fields(Stats):
             assert getattr(added, field.name) == pytest.approx(getattr(counters, field.name)), field.name
 
 
@@ -169,10 +170,10 @@ def test_counters_count_each_thing_a_report_says() -> None:
         hits=1, misses=2, streamed=3, loads=4, loaded_bytes=5, failed=6, waited=7.0, demanded=8, demand_seconds=9.0,
         started=20, withdrawn=9, useful=12, late=13, wasted=14, late_seconds=15.0,
     )  # fmt: skip
-    counters = Counters(hits=100)
+    counters = Stats(hits=100)
     counters.add(report)
     counters.add(NOTHING)
-    assert counters == Counters(
+    assert counters == Stats(
         hits=101, misses=2, streamed=3, loads=4, loaded_bytes=5, failed_loads=6, stall_seconds=7.0, prefetches=11,
         prefetch_useful=12, prefetch_late=13, prefetch_wasted=14,
     )  # fmt: skip

@@ -13,9 +13,10 @@ from tests.runtime.record_stores import MIXED, ODD, RecordStore, build_store, la
 from vllm_moe_offload.cache import POLICY_NAMES
 from vllm_moe_offload.cache.cache import FREE
 from vllm_moe_offload.errors import LoadError
-from vllm_moe_offload.observe import NOTHING, Counters, LoadReport
+from vllm_moe_offload.load_report import NOTHING, LoadReport
 from vllm_moe_offload.pool import local_pools
 from vllm_moe_offload.runtime import Batch, OffloadRuntime, PooledLayer, runtime
+from vllm_moe_offload.stats import Stats
 from vllm_moe_offload.store import RecordLayout, Store
 
 SMALL = layout(4096, 100)
@@ -89,7 +90,7 @@ def scripts(draw: st.DrawFn, damage: bool = False) -> Script:
 
 def runtime_of(made: RecordStore, slots: dict[RecordLayout, int], policy: str) -> OffloadRuntime:
     store = Store.open(made.store.path)
-    return OffloadRuntime(store, local_pools(store, slots, policy, None), Counters())
+    return OffloadRuntime(store, local_pools(store, slots, policy, None), Stats())
 
 
 class Checked:

@@ -1,32 +1,23 @@
 """What a daemon's status looks like to a person. It must not ask the daemon anything."""
 
+from collections.abc import Mapping, Sequence
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 
 from vllm_moe_offload.ipc.protocol import ModelStatus, StatusReport, WorkerStatus
 from vllm_moe_offload.store.files import size_text
 
-_MODEL_COLUMNS = (
-    "model",
-    "store",
-    "resident",
-    "limit",
-    "all",
-    "workers",
-    "loads",
-    "joined",
-    "useful",
-    "late",
-    "wasted",
-    "history",
-)
-_WORKER_COLUMNS = ("worker", "pid", "engine", "rank", "store", "hits", "misses", "stalled", "steps", "tokens")
+from ..stats import DAEMON, STATISTICS, Number, Statistic
+
+_MODEL_STATISTICS = tuple(each for each in STATISTICS if each.column and DAEMON in each.source)
+_WORKER_STATISTICS = tuple(each for each in STATISTICS if each.column and DAEMON not in each.source)
 _STORE_DIGITS = 12
 
 
 def status_view(report: StatusReport) -> RenderableType:
     """One line about the daemon, a table of its models, a table of their workers."""
-    resident = sum(model.resident_bytes for model in report.models)
+    resident = sum(int(model.stats["resident_bytes"]) for model in report.models)
     headline = (
         f"pid {report.pid}, up {_duration(report.uptime_seconds)}, "
         f"{size_text(resident)} of {size_text(report.budget_bytes)} in use"
@@ -38,24 +29,26 @@ def status_view(report: StatusReport) -> RenderableType:
 
 
 def _models(models: list[ModelStatus]) -> Table:
-    table = _table(_MODEL_COLUMNS)
+    counted = [each.column for each in _MODEL_STATISTICS]
+    table = _table("model", "store", "resident", "limit", "all", "workers", *counted, "history")
     for model in models:
-        counters = (model.counters.get(name, 0) for name in ("loads", "joined", "useful", "late", "wasted"))
+        stats = model.stats
         table.add_row(
             model.model or "-",
             model.store[:_STORE_DIGITS],
-            f"{model.resident} ({size_text(model.resident_bytes)})",
-            f"{model.limit} ({size_text(model.limit_bytes)})",
-            f"{model.experts} ({size_text(model.record_bytes)})",
-            str(len(model.workers)),
-            *map(str, counters),
-            f"{model.history_requests} ({model.history_tokens} tokens)",
+            _amount(stats, "resident_experts", "resident_bytes"),
+            _amount(stats, "slots", "slot_bytes"),
+            _amount(stats, "experts", "expert_bytes"),
+            str(stats["attached_workers"]),
+            *_cells(_MODEL_STATISTICS, stats),
+            f"{stats['history_requests']} ({stats['history_tokens']} tokens)",
         )
     return table
 
 
 def _workers(models: list[ModelStatus]) -> Table:
-    table = _table(_WORKER_COLUMNS)
+    counted = [each.column for each in _WORKER_STATISTICS]
+    table = _table("worker", "pid", "engine", "rank", "store", "hit rate", *counted)
     for model in models:
         for worker in model.workers:
             table.add_row(*_worker_row(model, worker))
@@ -63,24 +56,33 @@ def _workers(models: list[ModelStatus]) -> Table:
 
 
 def _worker_row(model: ModelStatus, worker: WorkerStatus) -> tuple[str, ...]:
-    count = worker.counters.get
-    hits, misses = count("hits", 0), count("misses", 0)
-    share = f" ({100 * hits / (hits + misses):.1f}%)" if hits + misses else ""
+    hits, misses = worker.stats["hits"], worker.stats["misses"]
     return (
         f"{worker.worker}{' (lease)' if worker.lease else ''}",
         str(worker.pid),
         worker.group or "-",
         str(worker.rank),
         model.store[:_STORE_DIGITS],
-        f"{hits}{share}",
-        str(misses),
-        f"{count('stall_us', 0) / 1e6:.1f} s",
-        str(count("steps", 0)),
-        str(count("tokens", 0)),
+        f"{100 * hits / (hits + misses):.1f}%" if hits + misses else "-",
+        *_cells(_WORKER_STATISTICS, worker.stats),
     )
 
 
-def _table(columns: tuple[str, ...]) -> Table:
+def _amount(stats: Mapping[str, Number], count: str, size: str) -> str:
+    return f"{stats[count]} ({size_text(int(stats[size]))})"
+
+
+def _cells(statistics: Sequence[Statistic], stats: Mapping[str, Number]) -> list[str]:
+    return [_text(each, stats[each.name]) for each in statistics]
+
+
+def _text(statistic: Statistic, value: Number) -> str:
+    if statistic.unit == "bytes":
+        return size_text(int(value))
+    return f"{value:.1f} s" if statistic.unit == "seconds" else str(value)
+
+
+def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index < 2 else "right", overflow="fold")

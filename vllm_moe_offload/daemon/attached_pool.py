@@ -15,11 +15,12 @@ from ..errors import LoadError
 from ..ipc.arena import Arena
 from ..ipc.epochs import Reader
 from ..ipc.protocol import Demand, Hint, Supplied, pack_ids, unpack_ids
-from ..ipc.table import ABSENT, ATTACHED, COUNTERS, DONE, ResidencyTable
+from ..ipc.table import ABSENT, ATTACHED, DONE, ResidencyTable
 from ..ipc.uses import STEP, UseWriter
-from ..observe import NOTHING, Counters, LoadReport
+from ..load_report import NOTHING, LoadReport
 from ..pool.base import Failure, Hold, SlotPool, Span
 from ..pool.loader import DamagedRecordError
+from ..stats import Stats
 from .connection import Connection, DaemonGoneError
 
 _STEP = np.array([STEP], dtype=np.int32)
@@ -56,7 +57,7 @@ class AttachedPool(SlotPool):
         table: ResidencyTable,
         worker: int,
         tickets: Iterator[int],
-        counters: Counters,
+        counters: Stats,
     ):
         self.memory = arena
         self.experts = table.experts
@@ -71,7 +72,7 @@ class AttachedPool(SlotPool):
         self._admission = self._entry[ATTACHED]
         self._check_attached()
         self._expected = table.expected[worker]
-        self._shown = table.counters[worker]
+        self._stats = table.stats[worker]
         self._predictions_enabled = False
         self._tickets = tickets
         self._speculative = SpeculativeLoads()
@@ -93,7 +94,7 @@ class AttachedPool(SlotPool):
         self._steps += 1
         self._asked.clear()
         if self._number == 0:
-            self._show_counters()
+            self._stats[:] = self._counted.to_words()
         if not self._predictions_enabled:
             return NOTHING
         self._expected[:] = 0
@@ -235,20 +236,6 @@ class AttachedPool(SlotPool):
 
     def _hint(self, experts: IntArray, stream: bool) -> None:
         self._connection.send(Hint(self._number, pack_ids(experts), stream))
-
-    def _show_counters(self) -> None:
-        counters = self._counted
-        shown = {
-            "hits": counters.hits,
-            "misses": counters.misses,
-            "stall_us": int(counters.stall_seconds * 1e6),
-            "useful": counters.prefetch_useful,
-            "late": counters.prefetch_late,
-            "wasted": counters.prefetch_wasted,
-            "steps": counters.steps,
-            "tokens": counters.tokens,
-        }
-        self._shown[:] = [shown[name] for name in COUNTERS]
 
 
 def slots_taken_back() -> LoadError:

@@ -33,11 +33,11 @@ from ..ipc import membarrier
 from ..ipc.arena import Arena
 from ..ipc.protocol import Adopt, Attach, pack_ids
 from ..ipc.table import ResidencyTable
-from ..observe import Counters
 from ..pool.base import SlotPool
 from ..pool.loader import RecordLoader
 from ..pool.local import LocalPool
 from ..pool.operations import Operations
+from ..stats import Stats
 from ..store.layout import RecordLayout
 from ..store.pools import PoolMembers, pools_of
 from ..store.reader import Store
@@ -95,7 +95,7 @@ class DaemonClient:
         store: Store,
         policy: str,
         io_cpus: set[int] | None,
-        counters: Counters,
+        counters: Stats,
         say: Callable[[str], None],
     ):
         membarrier.register()

@@ -122,7 +122,8 @@ class HostedHistories:
         with self._lock:
             history = self._histories.get(self._shown_by.get(model.store, ""))
         size = HistorySize(0, 0) if history is None else history.size
-        return msgspec.structs.replace(model, history_requests=size.requests, history_tokens=size.tokens)
+        sizes = {"history_requests": size.requests, "history_tokens": size.tokens}
+        return msgspec.structs.replace(model, stats=model.stats | sizes)
 
     def _make_room(self) -> None:
         self._drop_idle(lambda: len(self._histories) >= MOST_HISTORIES)

@@ -1,7 +1,6 @@
-"""What a hosted pool keeps account of: records on their way, and what became of them. It must never decide anything."""
+"""A record on its way into a slot of a hosted pool, and what became of a demand. It must never decide anything."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -10,33 +9,6 @@ from numpy.typing import NDArray
 from ..errors import LoadError
 from ..pool.loader import Load
 from ..pool.memory import SlotMemory
-
-
-@dataclass
-class PoolCounters:
-    """What has happened in a pool since it was made."""
-
-    demands: int = 0
-    loads: int = 0
-    """Records read, for whatever reason."""
-    loaded_bytes: int = 0
-    failed_loads: int = 0
-    joined: int = 0
-    """Demanded records that were on their way already, for someone else or on a hint."""
-    missed_bytes: int = 0
-    """Of records that workers waited for."""
-    streamed: int = 0
-    """Records started ahead of a long prefill."""
-    prefetches: int = 0
-    """Records started on a guess. Those of the next three are over."""
-    useful: int = 0
-    late: int = 0
-    wasted: int = 0
-    adopted: int = 0
-    """Records taken over from the memory of an older daemon."""
-
-    def as_dict(self) -> dict[str, int]:
-        return asdict(self)
 
 
 class Supply(NamedTuple):

@@ -7,14 +7,13 @@ it was given.
 import mmap
 import os
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from ..errors import OffloadError
 from ..ipc.protocol import MAX_WORKERS, Attach, ModelStatus, WorkerStatus
 from ..ipc.shm import whole_pages
-from ..ipc.table import COUNTERS
 from ..pool.loader import RecordLoader
+from ..stats import DAEMON_STATISTICS, MODEL_STATISTICS, WORKER_STATISTICS, Stats
 from ..store.layout import RecordLayout
 from ..store.pools import pools_of
 from ..store.reader import Store
@@ -27,8 +26,6 @@ from .workers import Worker
 _LOOK_SECONDS = 0.25
 """How often noted uses are collected when nobody asks for anything; the rings of workers hold far more."""
 _BUSY_SECONDS = 0.001
-_SEEN_BY_WORKERS = ("hits", "misses", "stall_us", "steps", "tokens")
-"""What the pools cannot count."""
 
 
 class HostedModel:
@@ -53,7 +50,8 @@ class HostedModel:
         self.workers: dict[int, Worker] = {}
         """Attached, by entry."""
         self._entries = Entries()
-        self._departed: Counter[str] = Counter()
+        self._departed = Stats()
+        """What workers that have left had counted."""
         self._lock = threading.Lock()
         self._maintenance_due = threading.Event()
         self._closing = False
@@ -99,7 +97,7 @@ class HostedModel:
     @property
     def missed_bytes(self) -> int:
         """What workers have waited for since the model was opened."""
-        return sum(pool.counters.missed_bytes for pool in self.pools)
+        return sum(pool.stats.missed_bytes for pool in self.pools)
 
     def least_bytes(self, wanted: int, least_slots: Sequence[int] = ()) -> int:
         """Less cannot serve a worker configured to use ``wanted``: a whole layer, or what it wanted if that is less.
@@ -163,25 +161,27 @@ class HostedModel:
     def status(self) -> ModelStatus:
         with self._lock:
             workers = dict(self.workers)
-            of_workers = {entry: self._counters_of(entry) for entry in workers}
-            workers_saw = sum((Counter(counted) for counted in of_workers.values()), Counter(self._departed))
-        counters = Counter({name: workers_saw[name] for name in _SEEN_BY_WORKERS})
-        for pool in self.pools:
-            counters.update(pool.counters.as_dict())
+            of_workers = {entry: self._stats_of(entry) for entry in workers}
+            by_workers = Stats().merge([self._departed, *of_workers.values()])
         limits = [pool.limit for pool in self.pools]
         resident = [pool.resident for pool in self.pools]
+        by_daemon = Stats(
+            experts=sum(pool.experts for pool in self.pools),
+            expert_bytes=self.full_bytes,
+            slots=sum(limits),
+            slot_bytes=sum(size.record_bytes * count for size, count in zip(self.sizes, limits, strict=True)),
+            resident_experts=sum(resident),
+            resident_bytes=sum(size.record_bytes * count for size, count in zip(self.sizes, resident, strict=True)),
+            attached_workers=len(workers),
+        ).merge(pool.stats for pool in self.pools)
         return ModelStatus(
             store=self.name,
             model=self.store.identity.model,
-            experts=sum(pool.experts for pool in self.pools),
-            limit=sum(limits),
-            resident=sum(resident),
-            record_bytes=self.full_bytes,
-            limit_bytes=sum(size.record_bytes * count for size, count in zip(self.sizes, limits, strict=True)),
-            resident_bytes=sum(size.record_bytes * count for size, count in zip(self.sizes, resident, strict=True)),
-            counters=dict(counters),
+            stats=by_workers.as_dict(MODEL_STATISTICS) | by_daemon.as_dict(DAEMON_STATISTICS),
             workers=[
-                WorkerStatus(entry, one.pid, one.group, one.rank, one.leased, of_workers[entry])
+                WorkerStatus(
+                    entry, one.pid, one.group, one.rank, one.leased, of_workers[entry].as_dict(WORKER_STATISTICS)
+                )
                 for entry, one in workers.items()
             ],
         )
@@ -205,14 +205,14 @@ class HostedModel:
         """A worker is detached: what was kept for it is free."""
         with self._lock:
             assert self.workers[worker.entry] is worker
-            self._departed.update(self._counters_of(worker.entry))
+            self._departed.merge([self._stats_of(worker.entry)])
             for pool in self.pools:
                 pool.dismiss(worker.entry)
             del self.workers[worker.entry]
             self._entries.give_back(worker.entry)
 
-    def _counters_of(self, entry: int) -> dict[str, int]:
-        return dict(zip(COUNTERS, self.pools[0].table.counters[entry].tolist(), strict=True))
+    def _stats_of(self, entry: int) -> Stats:
+        return Stats.from_words(self.pools[0].table.stats[entry].tolist())
 
     def _run_maintenance(self) -> None:
         """Reclaim slots of the pools as long as the model is open. Runs in a thread of its own."""

@@ -18,10 +18,11 @@ from ..cache.cache import ABSENT
 from ..ipc.arena import Arena
 from ..ipc.table import ResidencyTable
 from ..pool.loader import RecordLoader
+from ..stats import Stats
 from ..store.layout import RecordLayout
 from ..store.pools import PoolMembers
 from ..store.reader import Store
-from .hosted_load import HostedLoad, PoolCounters, Supply
+from .hosted_load import HostedLoad, Supply
 from .pins import WorkerPins
 from .placement import Placement
 from .reclaim import SlotReclaimer
@@ -96,8 +97,8 @@ class HostedPool:
             return self.cache.occupied - len(self.under_way.loads)
 
     @property
-    def counters(self) -> PoolCounters:
-        return self.under_way.counters
+    def stats(self) -> Stats:
+        return self.under_way.stats
 
     def admit(self, worker: int) -> None:
         """A worker comes."""
@@ -159,7 +160,7 @@ class HostedPool:
             self.reclaimer.republish(resident, self.under_way.loads)
             if stream:
                 started = sum(len(self.begin(ahead, pinned=True)) for ahead in self.placement.stream_ahead(absent))
-                self.counters.streamed += started
+                self.stats.streamed += started
             else:
                 guesses = self.placement.guess(absent, resident, len(self.under_way.loads))
                 started = len(self.begin(guesses, worker, pinned=True))
@@ -236,9 +237,9 @@ class HostedPool:
             demand.joined.extend(self.under_way.wait_for(experts))
             demand.own.extend(self.begin(demand.acquired, joined=True))
             self._take_back_wrong_guesses(worker, experts)
-            self.counters.demands += 1
-            self.counters.joined += len(demand.joined)
-            self.counters.missed_bytes += len(demand.loads) * self.layout.payload_bytes
+            self.stats.demands += 1
+            self.stats.joined += len(demand.joined)
+            self.stats.missed_bytes += len(demand.loads) * self.layout.payload_bytes
             self.reclaimer.republish(experts, self.under_way.loads)
             if self.reclaimer.running_low or not self.reclaimer.settled:
                 self._request_maintenance()

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..errors import ConfigError, OffloadError
 from ..ipc.address import default_socket_path
 from ..ipc.protocol import Attach
-from ..observe import Counters
+from ..stats import Stats
 from ..store.reader import Store
 from .client import DaemonClient
 from .connection import DaemonGoneError
@@ -33,7 +33,7 @@ def join_daemon(
     policy: str,
     daemon_bytes: int,
     io_cpus: set[int] | None,
-    counters: Counters,
+    counters: Stats,
     say: Callable[[str], None],
 ) -> DaemonClient | None:
     """The daemon that the setting ``daemon`` asks for, or None where this worker keeps its own slots.

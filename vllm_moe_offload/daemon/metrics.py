@@ -1,4 +1,4 @@
-"""What the daemon counts, for Prometheus, on this machine's own address only. It must never change anything."""
+"""The daemon's statistics for Prometheus, on this machine's own address only. It must never change anything."""
 
 from collections.abc import Callable, Iterator
 from http.server import HTTPServer
@@ -8,23 +8,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from ..errors import ConfigError
-from ..ipc.protocol import ModelStatus, StatusReport
+from ..ipc.protocol import StatusReport
+from ..stats import MODEL_STATISTICS, WORKER_STATISTICS, Statistic
 
 ADDRESS = "127.0.0.1"
 PREFIX = "vllm_moe_offload_daemon"
 
 _LABELS = ("store", "model")
 _WORKER_LABELS = (*_LABELS, "worker", "pid", "group", "rank")
-_GAUGES: dict[str, tuple[str, Callable[[ModelStatus], float]]] = {
-    "experts": ("Experts of the model.", lambda model: model.experts),
-    "record_bytes": ("Bytes of all experts together.", lambda model: model.record_bytes),
-    "limit_bytes": ("Bytes of experts that may be resident at present.", lambda model: model.limit_bytes),
-    "resident_bytes": ("Bytes of experts that are resident.", lambda model: model.resident_bytes),
-    "resident_experts": ("Experts that are resident.", lambda model: model.resident),
-    "attached_workers": ("Engine workers that use the model now.", lambda model: len(model.workers)),
-    "history_requests": ("Requests the model's history holds.", lambda model: model.history_requests),
-    "history_tokens": ("Tokens the model's history holds.", lambda model: model.history_tokens),
-}
 
 
 class DaemonCollector(Collector):
@@ -34,21 +25,27 @@ class DaemonCollector(Collector):
         self._status = status
 
     def describe(self) -> list[Metric]:
-        """Nothing in advance: what there is to count is known when a model is attached."""
+        """Nothing in advance: labels are known when a model is attached."""
         return []
 
     def collect(self) -> Iterator[Metric]:
+        """The budget, then every statistic of models, then every statistic of attached workers."""
         report = self._status()
         budget = GaugeMetricFamily(f"{PREFIX}_budget_bytes", "Memory for experts the daemon was given.")
         budget.add_metric([], report.budget_bytes)
         yield budget
-        for name, (text, value) in _GAUGES.items():
-            gauge = GaugeMetricFamily(f"{PREFIX}_{name}", text, labels=_LABELS)
+        for statistic in MODEL_STATISTICS:
+            family = _family(statistic, f"{PREFIX}_{statistic.name}", _LABELS)
             for model in report.models:
-                gauge.add_metric([model.store, model.model], value(model))
-            yield gauge
-        yield from _counters(report.models)
-        yield from _worker_counters(report.models)
+                family.add_metric([model.store, model.model], model.stats[statistic.name])
+            yield family
+        for statistic in WORKER_STATISTICS:
+            family = _family(statistic, f"{PREFIX}_worker_{statistic.name}", _WORKER_LABELS)
+            for model in report.models:
+                for worker in model.workers:
+                    numbers = (str(worker.worker), str(worker.pid), worker.group, str(worker.rank))
+                    family.add_metric([model.store, model.model, *numbers], worker.stats[statistic.name])
+            yield family
 
 
 def serve_metrics(port: int, status: Callable[[], StatusReport]) -> HTTPServer:
@@ -69,23 +66,6 @@ def serve_metrics(port: int, status: Callable[[], StatusReport]) -> HTTPServer:
     return server
 
 
-def _counters(models: list[ModelStatus]) -> Iterator[Metric]:
-    """What the daemon did for each model since it was first attached."""
-    for name in sorted({name for model in models for name in model.counters}):
-        family = CounterMetricFamily(f"{PREFIX}_{name}", f"{name} of the model, by the daemon.", labels=_LABELS)
-        for model in models:
-            if name in model.counters:
-                family.add_metric([model.store, model.model], model.counters[name])
-        yield family
-
-
-def _worker_counters(models: list[ModelStatus]) -> Iterator[Metric]:
-    """What each attached worker counted itself; gone when it is."""
-    names = {name for model in models for worker in model.workers for name in worker.counters}
-    for name in sorted(names):
-        family = CounterMetricFamily(f"{PREFIX}_worker_{name}", f"{name} of the worker.", labels=_WORKER_LABELS)
-        for model in models:
-            for worker in model.workers:
-                labels = [model.store, model.model, str(worker.worker), str(worker.pid), worker.group, str(worker.rank)]
-                family.add_metric(labels, worker.counters.get(name, 0))
-        yield family
+def _family(statistic: Statistic, name: str, labels: tuple[str, ...]) -> CounterMetricFamily | GaugeMetricFamily:
+    family = CounterMetricFamily if statistic.kind == "counter" else GaugeMetricFamily
+    return family(name, statistic.help, labels=labels)

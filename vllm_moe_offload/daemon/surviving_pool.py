@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..cache.base import IntArray
 from ..errors import OffloadError
 from ..ipc.arena import Arena
-from ..observe import NOTHING, LoadReport
+from ..load_report import NOTHING, LoadReport
 from ..pool.base import Hold, SlotPool, Span
 from .connection import DaemonGoneError, RefusedError
 

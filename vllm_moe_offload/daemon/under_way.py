@@ -13,8 +13,9 @@ from ..cache.base import IntArray
 from ..cache.outcomes import SpeculativeLoads
 from ..ipc.arena import Arena
 from ..ipc.table import ResidencyTable
+from ..stats import Stats
 from ..store.pools import PoolMembers
-from .hosted_load import HostedLoad, PoolCounters
+from .hosted_load import HostedLoad
 from .reclaim import SlotReclaimer
 
 
@@ -40,7 +41,7 @@ class UnderWay:
         self.layer_of = members.layer_of.tolist()
         self.loads: dict[int, HostedLoad] = {}
         """By expert (flat id)."""
-        self.counters = PoolCounters()
+        self.stats = Stats()
         self._number_of = members.number_of.tolist()
         self._cache, self._reclaimer, self._arena, self._table = cache, reclaimer, arena, table
         self._changed = changed
@@ -58,7 +59,7 @@ class UnderWay:
         self._table.loading[acquired.missing] = 1
         if guess_of is not None:
             self.speculative.start(acquired.missing)
-            self.counters.prefetches += len(begun)
+            self.stats.prefetches += len(begun)
         return begun
 
     def forget(self, load: HostedLoad) -> None:
@@ -71,12 +72,12 @@ class UnderWay:
     def take_back(self, load: HostedLoad) -> None:
         """As ``forget``, for a guess that turned out wrong before it was read."""
         self.forget(load)
-        self.counters.prefetches -= 1
+        self.stats.prefetches -= 1
 
     def wait_for(self, experts: IntArray) -> list[HostedLoad]:
         """The loads of ``experts`` that are under way; guesses among them come late."""
         awaited = [self.loads[expert] for expert in experts.tolist() if expert in self.loads]
-        self.counters.late += self.speculative.use(np.array([load.flat for load in awaited], dtype=np.int64))
+        self.stats.prefetch_late += self.speculative.use(np.array([load.flat for load in awaited], dtype=np.int64))
         return awaited
 
     def wrong_guesses(self, worker: int, experts: IntArray) -> list[HostedLoad]:
@@ -93,11 +94,11 @@ class UnderWay:
 
     def note_used(self, experts: IntArray) -> None:
         """Somebody used ``experts``, as far as they were there."""
-        self.counters.useful += self.speculative.use(experts, but=self.loads)
+        self.stats.prefetch_useful += self.speculative.use(experts, but=self.loads)
 
     def note_evicted(self, experts: IntArray) -> None:
         """``experts`` have lost their slots."""
-        self.counters.wasted += self.speculative.evict(experts)
+        self.stats.prefetch_wasted += self.speculative.evict(experts)
 
     def has(self, load: HostedLoad) -> bool:
         """Whether a load has not ended."""
@@ -140,7 +141,7 @@ class UnderWay:
         """A load has ended, well or not: called by the thread that read it."""
         with self._changed:
             if load.error is not None:
-                self.counters.failed_loads += 1
+                self.stats.failed_loads += 1
                 self.forget(load)
             else:
                 self._end(load)
@@ -148,8 +149,8 @@ class UnderWay:
                 if load.pinned:
                     self._cache.release(np.array([load.slot]))
                 if load.copied:
-                    self.counters.adopted += 1
+                    self.stats.imported += 1
                 else:
-                    self.counters.loads += 1
-                    self.counters.loaded_bytes += self._record_bytes
+                    self.stats.loads += 1
+                    self.stats.loaded_bytes += self._record_bytes
             self._changed.notify_all()

@@ -16,7 +16,7 @@ from ..ipc.death import Death
 from ..ipc.protocol import Attach, Attached, GetStatus
 from ..ipc.shm import check_descriptor, whole_pages
 from ..ipc.table import ResidencyTable
-from ..observe import Counters
+from ..stats import Stats
 from ..store.pools import PoolMembers
 from .attached_pool import AttachedPool
 from .connection import Connection, DaemonGoneError
@@ -81,7 +81,7 @@ class WorkerAttachment:
         """The descriptor of the next pool's arena, the caller's now."""
         return self._arenas.popleft()
 
-    def pools(self, arenas: Sequence[Arena], counters: Counters) -> list[AttachedPool]:
+    def pools(self, arenas: Sequence[Arena], counters: Stats) -> list[AttachedPool]:
         """What serves from ``arenas`` once they show this daemon's memory.
 
         Raises:
@@ -125,7 +125,7 @@ class _Progress:
             report = control.request(GetStatus())
         finally:
             control.close()
-        loads = sum(model.counters.get("loads", 0) for model in report.models if model.store == self._store)
+        loads = sum(int(model.stats["loads"]) for model in report.models if model.store == self._store)
         if loads != self._loads:
             self._loads, self._since = loads, time.monotonic()
         elif time.monotonic() - self._since > STALLED_SECONDS:

@@ -24,6 +24,7 @@ from ..predict.base import ModelShape, Predictor, RequestState
 from ..predict.history import HistoryPredictor
 from ..predict.registry import MAX_CANDIDATES
 from ..prefetch.optional import Switch
+from ..stats import Stats
 from ..store.reader import Store
 from ..store.root import default_root
 from ..trace.archive import HistoryArchive
@@ -106,18 +107,14 @@ class RoutingHistory:
         if self._trace is not None:
             self._trace.write()
 
-    def stats(self) -> dict[str, int]:
-        """What is remembered, and how much of it the predictor has learned from."""
-        if self.kept is None:
-            return {}
-        learned = self.predictor.trained_tokens if isinstance(self.predictor, HistoryPredictor) else 0
-        history = self.kept.history
-        return {
-            "history_requests": history.num_requests,
-            "history_tokens": history.num_tokens,
-            "learned_tokens": learned,
-            "unsound_tokens": self._recorder.unsound_tokens,
-        }
+    def measure(self, stats: Stats) -> None:
+        """Bring up to date how much is remembered, and how much of it the predictor has learned from."""
+        stats.unsound_tokens = self._recorder.unsound_tokens
+        if self.kept is not None:
+            stats.history_requests = self.kept.history.num_requests
+            stats.history_tokens = self.kept.history.num_tokens
+        if isinstance(self.predictor, HistoryPredictor):
+            stats.learned_tokens = self.predictor.trained_tokens
 
     def close(self) -> None:
         """Write what is to be kept, and end the thread. What cannot be written keeps no engine from ending."""

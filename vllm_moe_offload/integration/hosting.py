@@ -11,7 +11,7 @@ from ..config import OffloadConfig
 from ..daemon.client import DaemonClient
 from ..daemon.joining import join_daemon, socket_of
 from ..ipc.protocol import Attach
-from ..observe import Counters
+from ..stats import Stats
 from ..store.reader import Store
 
 logger = init_logger("vllm.moe_offload")
@@ -25,7 +25,7 @@ def attach_to_daemon(
     wants_all: bool,
     least_slots: list[int],
     io_cpus: set[int],
-    counters: Counters,
+    counters: Stats,
     model: int,
     daemon_bytes: int,
 ) -> DaemonClient | None:

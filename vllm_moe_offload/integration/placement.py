@@ -14,9 +14,9 @@ from ..cache.sizing import LayoutNeeds, slots_for_budget
 from ..config import OffloadConfig
 from ..daemon.client import DaemonClient
 from ..daemon.joining import bytes_with_pages
-from ..observe import Counters
 from ..pool import SlotPool, local_pools
 from ..pool.memory_limits import Limits, equal_share, memory_limits
+from ..stats import Stats
 from ..store.files import size_text
 from ..store.layout import RecordLayout
 from ..store.reader import Store
@@ -62,7 +62,7 @@ class ModelSlots(NamedTuple):
     """The pools of one model."""
 
     pools: Mapping[RecordLayout, SlotPool]
-    counters: Counters
+    counters: Stats
     resident: bool
     """Whether every expert is to stay in the slot of its own number."""
     daemon: DaemonClient | None
@@ -120,7 +120,7 @@ def slots_of_models(
     shares = [budget.nbytes * model.expert_bytes // total for model in models]
     with_pages = [bytes_with_pages(share, model.store) for share, model in zip(shares, models, strict=True)]
     daemon_bytes = vllm_config.parallel_config.world_size * sum(with_pages)
-    counters = [Counters() for _ in models]
+    counters = [Stats() for _ in models]
     daemons = [
         attach_to_daemon(
             vllm_config,

@@ -13,7 +13,6 @@ from vllm.logger import init_logger
 from ..config import OffloadConfig
 from ..errors import UnsupportedError
 from ..learning.supervisor import LearningSupervisor
-from ..observe import Counters
 from ..pool.loader import CHUNK_BYTES
 from ..predict.base import ModelShape, Predictor
 from ..predict.gate import GatePredictor
@@ -24,6 +23,7 @@ from ..prefetch.optional import Switch
 from ..prefetch.planner import Estimates
 from ..prefetch.prefetcher import Prefetcher, PrefetchLayer
 from ..runtime import OffloadRuntime, RoutingTracer
+from ..stats import Stats
 from ..threads import keep_blas_on_one_thread
 from ..trace.recorder import Recorder
 from . import seams
@@ -123,12 +123,12 @@ def _prefetch(predictor: Predictor, layers: OffloadedLayers, runtime: OffloadRun
     runtime.prefetcher = Prefetcher(predictor, prefetched, estimates, time.perf_counter, runtime.counters, switch)
 
 
-def _log_end_of_prediction(counters: Counters, reason: str) -> None:
+def _log_end_of_prediction(counters: Stats, reason: str) -> None:
     counters.prediction_failures += 1
     logger.error("moe-offload: prediction is switched off for this engine: %s", reason)
 
 
-def _stop_all(counters: Counters, recorder: Recorder, prediction: Switch, reason: str) -> None:
+def _stop_all(counters: Stats, recorder: Recorder, prediction: Switch, reason: str) -> None:
     prediction.off = True
     counters.prediction_failures += 1
     recorder.forget()

@@ -1,52 +1,65 @@
 """Says in vLLM's log what offloading has been doing, and what would make it faster."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 from vllm.logger import init_logger
 
-from ..observe import Counters
-from ..runtime import OffloadRuntime
+from ..stats import STATISTICS, Number, Statistic, Stats
 
 logger = init_logger("vllm.moe_offload")
 
 SECONDS_BETWEEN_LINES = 10.0
+
+_SHOWN = tuple(each for each in STATISTICS if each.phrase)
 
 
 class StatsReport:
     """One line for every period in which experts were used.
 
     Args:
+        stats: of the model's runtime.
+        measure: brings the gauges among them up to date.
         owner: whose experts, as it stands before that word; empty for the served model's.
     """
 
-    def __init__(self, runtime: OffloadRuntime, owner: str = ""):
+    def __init__(self, stats: Stats, measure: Callable[[], None], owner: str = ""):
+        self._stats = stats
+        self._measure = measure
         self._owner = owner
-        self._runtime = runtime
         self._since = time.monotonic()
-        self._before = replace(runtime.counters)
+        self._before = replace(stats)
 
     def maybe_log(self) -> None:
         """Log the last period if it is over."""
         now = time.monotonic()
         if now - self._since < SECONDS_BETWEEN_LINES:
             return
-        counters, before = self._runtime.counters, self._before
-        hits, misses = counters.hits - before.hits, counters.misses - before.misses
+        self._measure()
+        stats, before = self._stats, self._before
+        hits, misses = stats.hits - before.hits, stats.misses - before.misses
         if hits + misses:
             logger.info(
-                "moe-offload: %.1f%% of %d %sexperts were in fast memory; %.1f MiB/s loaded, %.0f%% of the time stalled"
-                "; prefetched %d useful, %d late, %d wasted",
+                "moe-offload: %.1f%% of %d %sexperts were in fast memory; %s",
                 100 * hits / (hits + misses),
                 hits + misses,
                 self._owner,
-                (counters.loaded_bytes - before.loaded_bytes) / 2**20 / (now - self._since),
-                100 * (counters.stall_seconds - before.stall_seconds) / (now - self._since),
-                counters.prefetch_useful - before.prefetch_useful,
-                counters.prefetch_late - before.prefetch_late,
-                counters.prefetch_wasted - before.prefetch_wasted,
+                ", ".join(self._text(each, now - self._since) for each in _SHOWN),
             )
-        self._since, self._before = now, replace(counters)
+        self._since, self._before = now, replace(stats)
+
+    def _text(self, statistic: Statistic, seconds: float) -> str:
+        """What a period of so many seconds did to a counter, or what a gauge shows at its end."""
+        value: Number = getattr(self._stats, statistic.name)
+        if statistic.kind == "gauge":
+            return f"{value} {statistic.unit} {statistic.phrase}"
+        difference = value - getattr(self._before, statistic.name)
+        if statistic.unit == "bytes":
+            return f"{difference / 2**20 / seconds:.1f} MiB/s {statistic.phrase}"
+        if statistic.unit == "seconds":
+            return f"{100 * difference / seconds:.0f}% {statistic.phrase}"
+        return f"{difference} {statistic.phrase}"
 
 
 class ChunkReport:
@@ -61,7 +74,7 @@ class ChunkReport:
         most_tokens: what the engine schedules at most for one step: vLLM's ``max_num_batched_tokens``.
     """
 
-    def __init__(self, counters: Counters, most_tokens: int):
+    def __init__(self, counters: Stats, most_tokens: int):
         self._counters = counters
         self._most_tokens = most_tokens
         self._began = 0.0

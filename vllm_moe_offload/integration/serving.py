@@ -10,6 +10,7 @@ from ..daemon.attached_pool import slots_taken_back
 from ..errors import StoreError
 from ..pool.loader import DamagedRecordError
 from ..runtime import OffloadRuntime
+from ..stats import WORKER_STATISTICS
 from ..store.root import StoreRoot
 from ..threads import failed_threads
 from .batch import StepBatch
@@ -53,7 +54,7 @@ class ServedModel:
         """The step whose forward pass is running."""
         self._closed = False
         self._history = self._build_prediction(model, config, io_cpus)
-        self._report = StatsReport(self.runtime, "the drafter's " if drafts else "")
+        self._report = StatsReport(self.runtime.counters, self._measure, "the drafter's " if drafts else "")
         self._chunks = ChunkReport(self.runtime.counters, self._vllm_config.scheduler_config.max_num_batched_tokens)
         if not model.store.direct:
             logger.warning(
@@ -64,7 +65,7 @@ class ServedModel:
     @property
     def summary(self) -> str:
         """Its experts in slots, for the log."""
-        resident, every = _gib(self.runtime.resident_bytes), _gib(self._expert_bytes)
+        resident, every = _gib(self.runtime.slot_bytes), _gib(self._expert_bytes)
         return (
             f"{resident} of {every} GiB of experts in {self.runtime.slots} slots"
             f"{' (all resident)' if self._resident else ''}, store {self.runtime.store.path}"
@@ -133,20 +134,25 @@ class ServedModel:
         """Slot memory that has not been taken from the system yet by this process."""
         if self._daemon is not None:
             return 0
-        return max(0, self.runtime.resident_bytes - self.runtime.counters.loaded_bytes)
+        return max(0, self.runtime.slot_bytes - self.runtime.counters.loaded_bytes)
 
     def stats(self) -> dict[str, int | float]:
-        """The runtime's counters and the sizes of things."""
-        return {
-            **self.runtime.counters.as_dict(),
-            "layers": len(self.runtime.layers),
-            "slots": self.runtime.slots,
-            "resident_bytes": self.runtime.resident_bytes,
-            "expert_bytes": self._expert_bytes,
-            "daemon_pid": 0 if self._daemon is None else self._daemon.daemon_pid,
-            "failed_threads": len(failed_threads()),
-            **({} if self._history is None else self._history.stats()),
-        }
+        """The worker's statistics, up to date, and the process id of the daemon that keeps its slots (0: none does)."""
+        self._measure()
+        daemon_pid = 0 if self._daemon is None else self._daemon.daemon_pid
+        return self.runtime.counters.as_dict(WORKER_STATISTICS) | {"daemon_pid": daemon_pid}
+
+    def _measure(self) -> None:
+        """Bring the gauges among the statistics up to date."""
+        stats = self.runtime.counters
+        stats.layers = len(self.runtime.layers)
+        stats.experts = sum(layer.experts for layer in self.runtime.layers.values())
+        stats.expert_bytes = self._expert_bytes
+        stats.slots = self.runtime.slots
+        stats.slot_bytes = self.runtime.slot_bytes
+        stats.failed_threads = len(failed_threads())
+        if self._history is not None:
+            self._history.measure(stats)
 
     def _load_everything(self) -> None:
         try:

@@ -158,7 +158,7 @@ class WorkerOffload:
         return sum(model.untouched_bytes() for model in self._models)
 
     def stats(self) -> dict[str, int | float]:
-        """Counters and sizes of the served model; those of a drafter, if it has MoE layers, begin with ``drafter_``."""
+        """Stats and sizes of the served model; those of a drafter, if it has MoE layers, begin with ``drafter_``."""
         stats: dict[str, int | float] = {}
         for model in self._models:
             for name, value in model.stats().items():

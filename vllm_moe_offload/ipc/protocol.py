@@ -216,24 +216,16 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     group: str
     rank: int
     lease: bool
-    counters: dict[str, int]
+    stats: dict[str, int | float]
+    """The ``WORKER_STATISTICS`` by name, as the worker counts them."""
 
 
 class ModelStatus(msgspec.Struct, frozen=True):
     store: str
     model: str
-    experts: int
-    limit: int
-    resident: int
-    record_bytes: int
-    """Of all experts together."""
-    limit_bytes: int
-    resident_bytes: int
-    counters: dict[str, int]
-    """Since the model was first attached: demands, loads, loaded_bytes, joined, prefetches, useful, late, wasted, …"""
+    stats: dict[str, int | float]
+    """The ``MODEL_STATISTICS`` by name, since the model was first attached."""
     workers: list[WorkerStatus]
-    history_requests: int = 0
-    history_tokens: int = 0
 
 
 class StatusReport(Message, frozen=True):

@@ -6,22 +6,24 @@ claim to be checked.
 """
 
 import mmap
+import zlib
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..stats import WORKER_STATISTICS
 from .protocol import MAX_WORKERS, VERSION
 from .shm import Mapping, PeerMemoryError, whole_pages
 
 ABSENT = -1
 RING = 65536
 """Uses a worker can note before the oldest are overwritten."""
-COUNTERS = ("hits", "misses", "stall_us", "useful", "late", "wasted", "steps", "tokens")
-"""Columns of ``counters``."""
 
 _MAGIC = int.from_bytes(b"MOEtable", "little")
 _LINE = 64
+_STATISTICS_ROW = -(-len(WORKER_STATISTICS) // 8) * 8
+"""Words from one worker's statistics to the next one's: whole cache lines."""
 # Positions in the header and in a worker's entry, in 8-byte words. What is written often has a cache line of its own.
 EPOCH = 8
 LIMIT = 24
@@ -36,7 +38,7 @@ class _Places(NamedTuple):
     slot_of: int
     loading: int
     entries: int
-    counters: int
+    stats: int
     expected: int
     row: int
     """float32 elements from one worker's ``expected`` to the next one's."""
@@ -49,10 +51,10 @@ def _places(experts: int) -> _Places:
     slot_of = mmap.PAGESIZE
     loading = slot_of + whole_pages(4 * experts)
     entries = loading + whole_pages(experts)
-    counters = entries + whole_pages(MAX_WORKERS * _LINE)
-    expected = counters + whole_pages(MAX_WORKERS * 8 * len(COUNTERS))
+    stats = entries + whole_pages(MAX_WORKERS * _LINE)
+    expected = stats + whole_pages(MAX_WORKERS * 8 * _STATISTICS_ROW)
     uses = expected + whole_pages(MAX_WORKERS * row)
-    return _Places(slot_of, loading, entries, counters, expected, row // 4, uses, uses + MAX_WORKERS * RING * 4)
+    return _Places(slot_of, loading, entries, stats, expected, row // 4, uses, uses + MAX_WORKERS * RING * 4)
 
 
 def table_bytes(experts: int) -> int:
@@ -72,7 +74,7 @@ class ResidencyTable:
         head: uint64 ``[workers]``, how many uses the worker has noted in its row of ``uses`` (uses.py).
         uses: int32 ``[workers, RING]``.
         expected: float32 ``[workers, experts]``, how much the worker's running step is expected to use each expert.
-        counters: int64 ``[workers, len(COUNTERS)]``.
+        stats: int64 ``[workers, len(WORKER_STATISTICS)]``, what each worker counts.
     """
 
     def __init__(self, mapping: Mapping, experts: int):
@@ -89,7 +91,8 @@ class ResidencyTable:
         self.attached = self.entries[:, ATTACHED]
         self.done = self.entries[:, DONE]
         self.head = self.entries[:, HEAD]
-        self.counters: NDArray[np.int64] = mapping.array(places.counters, np.int64, (MAX_WORKERS, len(COUNTERS)))
+        statistics: NDArray[np.int64] = mapping.array(places.stats, np.int64, (MAX_WORKERS, _STATISTICS_ROW))
+        self.stats = statistics[:, : len(WORKER_STATISTICS)]
         rows: NDArray[np.float32] = mapping.array(places.expected, np.float32, (MAX_WORKERS, places.row))
         self.expected = rows[:, :experts]
         self.uses: NDArray[np.int32] = mapping.array(places.uses, np.int32, (MAX_WORKERS, RING))
@@ -159,7 +162,7 @@ class ResidencyTable:
     def clear(self, worker: int) -> None:
         """Make the entry of a worker that is gone as new. Whoever still reads by it can see that it must not."""
         self.entries[worker] = 0
-        self.counters[worker] = 0
+        self.stats[worker] = 0
         self.expected[worker] = 0
 
     def close(self) -> None:
@@ -167,9 +170,10 @@ class ResidencyTable:
         self.mapping.close()
 
 
-_FACTS = ("magic number", "version", "number of experts", "number of workers", "size of rings", "counters")
+_STATISTICS_NAMES = zlib.crc32(" ".join(each.name for each in WORKER_STATISTICS).encode())
+_FACTS = ("magic number", "version", "number of experts", "number of workers", "size of rings", "statistics")
 
 
 def _facts(experts: int) -> NDArray[np.uint64]:
     """What both sides must agree on before anything else is believed: the first words of the header."""
-    return np.array([_MAGIC, VERSION, experts, MAX_WORKERS, RING, len(COUNTERS)], dtype=np.uint64)
+    return np.array([_MAGIC, VERSION, experts, MAX_WORKERS, RING, _STATISTICS_NAMES], dtype=np.uint64)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..cache.base import IntArray
 from ..errors import LoadError
-from ..observe import NOTHING, LoadReport
+from ..load_report import NOTHING, LoadReport
 from .memory import SlotMemory
 
 Span = range

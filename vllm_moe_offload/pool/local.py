@@ -14,7 +14,7 @@ from ..cache.base import IntArray
 from ..cache.cache import ABSENT
 from ..cache.outcomes import SpeculativeLoads, speculative_room, stream_share
 from ..cache.policies import PredictionAwarePolicy
-from ..observe import NOTHING, LoadReport
+from ..load_report import NOTHING, LoadReport
 from ..prefetch.planner import blend
 from ..store.layout import RecordLayout
 from ..store.pools import PoolMembers

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..observe import LoadReport
+from ..load_report import LoadReport
 
 _MEMORY = 0.05
 """Weight of the newest measurement in a running mean."""

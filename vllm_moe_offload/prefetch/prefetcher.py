@@ -9,8 +9,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..observe import Counters, LoadReport
+from ..load_report import LoadReport
 from ..predict.base import Predictor, RequestState, Step, TokenContext, TokenMap, union_probability
+from ..stats import Stats
 from ..trace.recorder import RequestMaps, ScheduledTokens
 from .governor import PredictionGovernor, kind_of
 from .optional import Switch, optional
@@ -93,7 +94,7 @@ class Prefetcher:
         layers: Sequence[PrefetchLayer],
         estimates: Estimates,
         clock: Callable[[], float],
-        counters: Counters,
+        counters: Stats,
         switch: Switch | None = None,
     ):
         self.switch = switch or Switch()

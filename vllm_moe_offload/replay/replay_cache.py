@@ -11,7 +11,7 @@ from ..cache.cache import ABSENT
 from ..cache.outcomes import SpeculativeLoads, speculative_room, stream_share
 from ..cache.policies import PredictionAwarePolicy
 from ..errors import ConfigError
-from ..observe import NOTHING, LoadReport
+from ..load_report import NOTHING, LoadReport
 
 
 @dataclass

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache import EvictionPolicy
-from ..observe import LoadReport
+from ..load_report import LoadReport
 from ..pool.waves import streams
 from ..prefetch.governor import PredictionGovernor, kind_of
 from ..prefetch.planner import Estimates, Outlook, Phase, Planner

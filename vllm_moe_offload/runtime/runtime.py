@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import LoadError
-from ..observe import Counters, LoadReport
+from ..load_report import LoadReport
 from ..pool import Hold, SlotPool, Span
 from ..pool.waves import group_rows, order_arrivals, streams
 from ..prefetch.prefetcher import Prefetcher
+from ..stats import Stats
 from ..store.layout import RecordLayout
 from ..store.reader import Store
 from ..trace.recorder import routing_shares
@@ -83,7 +84,7 @@ class OffloadRuntime:
         counters: add up the reports of these pools.
     """
 
-    def __init__(self, store: Store, pools: Mapping[RecordLayout, SlotPool], counters: Counters):
+    def __init__(self, store: Store, pools: Mapping[RecordLayout, SlotPool], counters: Stats):
         self.store = store
         self.pools = list(pools.values())
         self.layers: dict[str, PooledLayer] = {}
@@ -109,7 +110,7 @@ class OffloadRuntime:
                 self._following[before.name] = layer
 
     @property
-    def resident_bytes(self) -> int:
+    def slot_bytes(self) -> int:
         """Fast memory the experts may take."""
         return sum(pool.capacity * pool.memory.layout.payload_bytes for pool in self.pools)
 
