@@ -80,11 +80,11 @@ def trained_predictor(warm: Path, model: Path, trace: Trace) -> Predictor:
     shape, vectors = ModelShape(*trace.shape), model_vectors(model)
     with tempfile.TemporaryDirectory(prefix="agreement-") as folder:
         archive = HistoryArchive(Path(shutil.copytree(warm / HISTORY, Path(folder) / HISTORY)))
-        kept = LocalHistory(archive, trace.fingerprint, shape, console.print, writes=False)
+        kept = LocalHistory(archive, trace.fingerprint, shape, writes=False)
         if not kept.history.num_tokens:
             raise ValueError(f"--warm {warm} has no history of this model")
         predictor = predictor_for_engine(ON, shape, kept.history, vectors)
-        LearningSupervisor(predictor, kept, vectors, None, console.print).close()
+        LearningSupervisor(predictor, kept, vectors, None).close()
     return predictor
 
 

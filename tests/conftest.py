@@ -3,12 +3,16 @@
 Must stay free of vLLM and torch: most tests need neither.
 """
 
+import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.log_lines import PACKAGE, log_lines
 
 _OWNER = "MOE_OFFLOAD_TEST_OWNER"
 
@@ -52,6 +56,25 @@ def pytest_unconfigure() -> None:
     """Remove the session's folder, in the process that made it."""
     if os.environ.get(_OWNER) == str(os.getpid()):
         shutil.rmtree(os.environ["MOE_OFFLOAD_TEST_ROOT"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def unconfigured_log() -> Iterator[None]:
+    """The package's logger as it is before an engine or a command has configured it."""
+    logger = logging.getLogger(PACKAGE)
+    before = logger.handlers[:], logger.level, logger.propagate
+    logger.handlers, logger.propagate = [], True
+    logger.setLevel(logging.INFO)
+    yield
+    logger.handlers, level, logger.propagate = before
+    logger.setLevel(level)
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """What the package logs while the test runs, from INFO on."""
+    with log_lines() as lines:
+        yield lines
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Collection
 from pathlib import Path
 
-logger = logging.getLogger("vllm.moe_offload")
+logger = logging.getLogger(__name__)
 
 _failed: list[str] = []
 _refused: set[str] = set()
@@ -23,7 +23,7 @@ class ReportedThread(threading.Thread):
             if not isinstance(error, SystemExit):
                 reason = f"{self.name}: {type(error).__name__}: {error}"
                 _failed.append(reason)
-                logger.error("moe-offload: a thread has ended by an error: %s", reason)
+                logger.error("a thread has ended by an error: %s", reason)
             raise
 
 
@@ -86,7 +86,7 @@ def _affinities() -> list[set[int]]:
 def _log_once(sentence: str) -> None:
     if sentence not in _refused:
         _refused.add(sentence)
-        logger.warning("moe-offload: %s", sentence)
+        logger.warning(sentence)
 
 
 def _ranges(cpus: Collection[int]) -> str:

@@ -9,6 +9,7 @@ from types import TracebackType
 
 import numpy as np
 
+from tests.log_lines import LogLines
 from vllm_moe_offload.daemon.connection import Connection
 from vllm_moe_offload.daemon.hosted_histories import HostedHistories
 from vllm_moe_offload.daemon.server import DaemonServer
@@ -118,12 +119,11 @@ class House:
     ) -> None:
         self.path = path
         self.models = MemoryModels()
-        self.lines: list[str] = []
-        self.place = SocketFile.claim(path, group, self.lines.append)
-        self.histories = HostedHistories(history, self.lines.append)
-        self.server = DaemonServer(
-            self.place, self.models, self.histories, 1 << 30, group, leave_after, self.lines.append
-        )
+        self._log = LogLines()
+        self.lines = self._log.attach()
+        self.place = SocketFile.claim(path, group)
+        self.histories = HostedHistories(history)
+        self.server = DaemonServer(self.place, self.models, self.histories, 1 << 30, group, leave_after)
         self.reason = ""
         self.thread = threading.Thread(target=self._serve, name="house", daemon=True)
         self.thread.start()
@@ -156,6 +156,7 @@ class House:
         self.models.close()
         self.histories.close()
         self.place.release()
+        self._log.detach()
 
     def _serve(self) -> None:
         self.reason = self.server.serve()

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.daemon.waits import Waits
+from tests.log_lines import LogLines
 from vllm_moe_offload.daemon.client import DaemonClient
 from vllm_moe_offload.ipc.protocol import Attach
 from vllm_moe_offload.runtime import Batch, OffloadRuntime, PooledLayer
@@ -33,7 +34,8 @@ class Reader:
     def __init__(self, socket: Path, store: Path, seed: int, lease: bool = False):
         self.store = Store.open(store)
         self.random = np.random.default_rng(seed)
-        self.said: list[str] = []
+        self._log = LogLines(within="client")
+        self.said = self._log.attach()
         self.waits = Waits()
         wanted = sum(entry.layout.payload_bytes * entry.experts for entry in self.store.layers)
         layouts = len({entry.layout for entry in self.store.layers})
@@ -41,7 +43,7 @@ class Reader:
             store.name, os.getpid(), wanted if lease else wanted // 4, lease, f"engine {seed}", 0, [TOP_K] * layouts
         )
         self.counters = Stats()
-        self.client = DaemonClient(socket, request, self.store, "lfu", None, self.counters, self.said.append)
+        self.client = DaemonClient(socket, request, self.store, "lfu", None, self.counters)
         self.runtime = OffloadRuntime(self.store, self.client.pools, self.counters)
         for pool in self.runtime.pools:
             pool.enable_predictions()
@@ -108,6 +110,7 @@ class Reader:
     def close(self) -> None:
         self.client.close()
         self.runtime.close()
+        self._log.detach()
 
 
 def main() -> None:

@@ -15,13 +15,13 @@ from vllm_moe_offload.daemon.socket_file import SocketFile
 def serving(path: Path, stores: Path) -> Iterator[HostedModels]:
     """Serves the stores of a folder at a path, with room for 1 MiB of experts."""
     with ExitStack() as stack:
-        place = SocketFile.claim(path, None, print)
+        place = SocketFile.claim(path, None)
         stack.callback(place.release)
-        models = HostedModels(stores, 1 << 20, {}, "lfu", None, print)
+        models = HostedModels(stores, 1 << 20, {}, "lfu", None)
         stack.callback(models.close)
-        histories = HostedHistories(None, print)
+        histories = HostedHistories(None)
         stack.callback(histories.close)
-        server = DaemonServer(place, models, histories, 1 << 20, None, None, print)
+        server = DaemonServer(place, models, histories, 1 << 20, None, None)
         thread = threading.Thread(target=server.serve)
         thread.start()
         stack.callback(thread.join, 60)

@@ -71,12 +71,11 @@ def test_what_workers_have_seen_stays_true_when_the_daemon_ends(tmp_path: Path) 
             assert pool.holds(slot, expert), "an engine may go on with it"
 
 
-def test_a_daemon_says_whose_end_it_waits_for(tmp_path: Path) -> None:
-    said: list[str] = []
-    leaving = SocketFile.claim(tmp_path / "socket", None, said.append)
+def test_a_daemon_says_whose_end_it_waits_for(tmp_path: Path, said: list[str]) -> None:
+    leaving = SocketFile.claim(tmp_path / "socket", None)
     leaving.remove()
     with pytest.raises(OffloadError, match="neither serves nor leaves"):
-        SocketFile.claim(tmp_path / "socket", None, said.append, 0.1)
+        SocketFile.claim(tmp_path / "socket", None, 0.1)
     (line,) = said
     assert line.startswith("waiting for a daemon (pid ") and line.endswith(f"that is leaving {tmp_path / 'socket'}")
     leaving.release()

@@ -45,7 +45,7 @@ SOMEWHERE = np.eye(WIDTH, dtype=np.float32)
 
 
 def hosted(archive: HistoryArchive | None = None) -> HostedHistory:
-    return HostedHistory(archive, FINGERPRINT, SHAPE, print)
+    return HostedHistory(archive, FINGERPRINT, SHAPE)
 
 
 def lengths(trace: Trace) -> list[int]:
@@ -122,7 +122,7 @@ def test_a_peer_with_another_shape_is_refused_and_the_file_stays(tmp_path: Path)
     store = HistoryStore(SHAPE)
     store.add(past_request(1))
     path = HistoryArchive(tmp_path).save(FINGERPRINT, store)
-    histories = HostedHistories(tmp_path, print)
+    histories = HostedHistories(tmp_path)
     for shape in ((5, 8, 2), (4, 9, 2), (4, 8, 1)):
         with pytest.raises(TraceError, match=r"holds maps of shape \(4, 8, 2\)"):
             histories.open(OpenHistory(FINGERPRINT, shape, STORE))
@@ -133,12 +133,11 @@ def test_a_peer_with_another_shape_is_refused_and_the_file_stays(tmp_path: Path)
     assert path.exists() and not list(path.parent.glob("*.unusable-*"))
 
 
-def test_a_damaged_file_is_set_aside_and_named(tmp_path: Path) -> None:
+def test_a_damaged_file_is_set_aside_and_named(tmp_path: Path, said: list[str]) -> None:
     path = HistoryArchive(tmp_path).path(FINGERPRINT)
     path.parent.mkdir()
     path.write_bytes(b"nonsense")
-    said: list[str] = []
-    histories = HostedHistories(tmp_path, said.append)
+    histories = HostedHistories(tmp_path)
     assert histories.open(OPEN).size.requests == 0
     histories.close()
     assert "the history starts empty" in said[0] and str(path) in said[0]
@@ -147,7 +146,7 @@ def test_a_damaged_file_is_set_aside_and_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "a/b", "AB" * 16, "ab" * 16 + "\n", "ab" * 15, "", "é" * 32])
 def test_a_name_that_is_no_fingerprint_leads_nowhere(tmp_path: Path, name: str) -> None:
-    histories = HostedHistories(tmp_path / "kept", print)
+    histories = HostedHistories(tmp_path / "kept")
     with pytest.raises(ValueError, match="32 hexadecimal digits"):
         histories.open(OpenHistory(name, SHAPE, STORE))
     histories.close()
@@ -156,14 +155,14 @@ def test_a_name_that_is_no_fingerprint_leads_nowhere(tmp_path: Path, name: str) 
 
 @pytest.mark.parametrize("shape", [(0, 8, 2), (-4, 8, 2), (4, 8, 0), (4, 8, 9), (2000, 8, 2), (4, 1 << 20, 2)])
 def test_a_shape_that_no_model_has_is_refused(shape: tuple[int, int, int]) -> None:
-    histories = HostedHistories(None, print)
+    histories = HostedHistories(None)
     with pytest.raises(ValueError, match="no model has the shape"):
         histories.open(OpenHistory(FINGERPRINT, shape, STORE))
     histories.close()
 
 
 def test_histories_in_use_stay_and_others_make_room(tmp_path: Path) -> None:
-    histories = HostedHistories(tmp_path, print)
+    histories = HostedHistories(tmp_path)
     names = [f"{number:032x}" for number in range(hosted_histories.MOST_HISTORIES + 1)]
     opened = [histories.open(OpenHistory(name, SHAPE, name)) for name in names[:-1]]
     opened[3].remember(past_request(1))
@@ -179,7 +178,7 @@ def test_all_histories_together_are_bounded(tmp_path: Path, monkeypatch: pytest.
     """Those that nobody uses go first, saved; then the largest of the others forgets what it would forget anyway."""
     request = past_request(1)
     monkeypatch.setattr(hosted_histories, "MOST_BYTES", 10 * sum(map(np.size, (request.experts, request.weights))) * 2)
-    histories = HostedHistories(tmp_path, print)
+    histories = HostedHistories(tmp_path)
     names = [f"{number:032x}" for number in range(3)]
     first, second = (histories.open(OpenHistory(name, SHAPE, name)) for name in names[:2])
     for seed in range(3):
@@ -196,9 +195,10 @@ def test_all_histories_together_are_bounded(tmp_path: Path, monkeypatch: pytest.
     histories.close()
 
 
-def test_a_history_that_cannot_be_saved_makes_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    histories = HostedHistories(tmp_path / "kept", said.append)
+def test_a_history_that_cannot_be_saved_makes_no_room(
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    histories = HostedHistories(tmp_path / "kept")
     history = histories.open(OPEN)
     history.remember(past_request(1))
     histories.leave(history)
@@ -215,14 +215,15 @@ def test_a_history_that_cannot_be_saved_makes_no_room(tmp_path: Path, monkeypatc
 def test_a_folder_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"--history .*file/history.*or 'off'"):
-        HostedHistories(tmp_path / "file" / "history", print)
+        HostedHistories(tmp_path / "file" / "history")
 
 
-def test_a_full_disk_is_said_once_and_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_said_once_and_nothing_is_lost(
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hosted_histories, "SECONDS_BETWEEN_ROUNDS", 0.01)
     monkeypatch.setattr(persistence, "SECONDS_BETWEEN_SAVES", 0)
-    said: list[str] = []
-    histories = HostedHistories(tmp_path / "kept", said.append)
+    histories = HostedHistories(tmp_path / "kept")
     history = histories.open(OPEN)
     (tmp_path / "kept" / FINGERPRINT).touch()  # a file where a folder must be
     history.remember(past_request(1))

@@ -3,6 +3,7 @@
 import os
 import socket
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from tests.daemon.scripted import ScriptedDaemon
 from tests.daemon.serving import serving
 from tests.daemon.wire import open_fds, packet, wait_until
+from tests.log_lines import LogLines
 from tests.runtime.record_stores import ODD, RecordStore, build_store
 from vllm_moe_offload.daemon import connection, worker_attachment
 from vllm_moe_offload.daemon.client import DaemonClient
@@ -40,14 +42,14 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> RecordStore:
 class Engine:
     """Starts with a setting, as ``integration/hosting.py`` does."""
 
-    def __init__(self, stored: RecordStore):
+    def __init__(self, stored: RecordStore, lines: list[str]):
         self.stored = stored
-        self.lines: list[str] = []
+        self.lines = lines
 
     def start(self, setting: str, policy: str = "lfu") -> DaemonClient | None:
         store = self.stored.store
         request = Attach(store.path.name, os.getpid(), 1 << 16, False, "g", 0, [2])
-        return join_daemon(setting, request, store, policy, 1 << 20, None, Stats(), self.lines.append)
+        return join_daemon(setting, request, store, policy, 1 << 20, None, Stats())
 
     def start_alone(self, path: Path) -> str:
         """With ``auto`` it starts and returns the line that says why alone. With ``unix:`` it says so and ends."""
@@ -62,8 +64,10 @@ class Engine:
 
 
 @pytest.fixture
-def engine(stored: RecordStore) -> Engine:
-    return Engine(stored)
+def engine(stored: RecordStore) -> Iterator[Engine]:
+    log = LogLines(within="joining")
+    yield Engine(stored, log.attach())
+    log.detach()
 
 
 @pytest.fixture
@@ -175,7 +179,7 @@ def test_a_default_place_somebody_else_has_made_is_said(engine: Engine, monkeypa
 
 
 def test_a_daemon_that_answers_and_leaves_is_followed_by_one_that_is_started(path: Path, engine: Engine) -> None:
-    leaving = SocketFile.claim(path, None, print)
+    leaving = SocketFile.claim(path, None)
 
     def leave_after_one_answer() -> None:
         peer, _ = leaving.listener.accept()

@@ -69,7 +69,7 @@ def test_of_another_user_s_request_nothing_but_its_experts_is_told(tmp_path: Pat
 
 
 def test_whose_a_request_is_is_known_for_as_long_as_it_is_remembered() -> None:
-    history = HostedHistory(None, FINGERPRINT, SHAPE, print)
+    history = HostedHistory(None, FINGERPRINT, SHAPE)
     history._history.budget_bytes = 4 * 16 * past_request(0).experts.nbytes
     for number in range(40):
         history.remember(past_request(number), user=ANN if number % 2 else BOB)

@@ -16,6 +16,7 @@ from house import STORE, House
 from past import FINGERPRINT, SHAPE, past_request, same
 from wire import threads, wait_until
 
+from tests.log_lines import LogLines
 from vllm_moe_offload.daemon import history_client
 from vllm_moe_offload.daemon.remote_history import SharedHistory
 from vllm_moe_offload.ipc.protocol import OpenHistory
@@ -38,8 +39,16 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     wait_until(lambda: threads() <= before, "no thread is left")
 
 
-def engine(socket: Path, tells: bool = True, say=print) -> SharedHistory:
-    return SharedHistory(socket, OPEN, 1000, tells, say)
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """What the engine's side logs."""
+    log = LogLines(within=".history_")
+    yield log.attach()
+    log.detach()
+
+
+def engine(socket: Path, tells: bool = True) -> SharedHistory:
+    return SharedHistory(socket, OPEN, 1000, tells)
 
 
 class Seeker:
@@ -139,9 +148,8 @@ def test_only_one_rank_tells(tmp_path: Path) -> None:
             assert third.history.num_requests == 1
 
 
-def test_without_a_daemon_it_goes_on_with_its_own(tmp_path: Path) -> None:
-    said: list[str] = []
-    with closing(engine(tmp_path / "socket", say=said.append)) as alone:
+def test_without_a_daemon_it_goes_on_with_its_own(tmp_path: Path, said: list[str]) -> None:
+    with closing(engine(tmp_path / "socket")) as alone:
         alone.history.add(past_request(1, axis=1))
         found = Seeker(alone, axis=1)
         assert same(found.answers[-1][0].trace, past_request(1, axis=1)) and alone.folder is None
@@ -182,9 +190,8 @@ def test_what_a_killed_daemon_had_saved_is_not_there_twice(tmp_path: Path) -> No
         assert all(same(kept.request(seed), past_request(seed)) for seed in range(5))
 
 
-def test_a_request_the_daemon_does_not_want_is_said_and_the_others_still_go(tmp_path: Path) -> None:
-    said: list[str] = []
-    with House(tmp_path / "socket") as house, closing(engine(house.path, say=said.append)) as first:
+def test_a_request_the_daemon_does_not_want_is_said_and_the_others_still_go(tmp_path: Path, said: list[str]) -> None:
+    with House(tmp_path / "socket") as house, closing(engine(house.path)) as first:
         first.history.add(past_request(1))
         first.history.add(replace(past_request(2), embeddings=None))
         wait_until(lambda: house.histories.open(OPEN).size.requests == 2, "both are there")
@@ -195,22 +202,20 @@ def test_a_request_the_daemon_does_not_want_is_said_and_the_others_still_go(tmp_
     assert len(said) == 1 and "not remembered" in said[0] and "an embedding of 3 numbers" in said[0]
 
 
-def test_a_daemon_that_refuses_is_left_alone_and_named(tmp_path: Path) -> None:
-    said: list[str] = []
+def test_a_daemon_that_refuses_is_left_alone_and_named(tmp_path: Path, said: list[str]) -> None:
     with House(tmp_path / "socket") as house, closing(engine(house.path)):
         wider = OpenHistory(FINGERPRINT, (4, 9, 2), STORE)
-        with closing(SharedHistory(house.path, wider, 1000, True, said.append)) as refused:
+        with closing(SharedHistory(house.path, wider, 1000, True)) as refused:
             refused.history.add(replace(past_request(1), num_experts=9))
             assert len(Seeker(refused).answers[-1]) == 1
     assert len(said) == 1 and "does not share its history" in said[0] and "maps of shape (4, 8, 2)" in said[0]
 
 
 def test_whoever_cannot_use_an_answer_spoils_it_for_nobody_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(history_client, "BACKOFF_SECONDS", 0.05)
-    said: list[str] = []
-    with House(tmp_path / "socket") as house, closing(engine(house.path, say=said.append)) as first:
+    with House(tmp_path / "socket") as house, closing(engine(house.path)) as first:
         assert first._client.ask(None, 10, lambda trace: 1 / 0)  # type: ignore[arg-type, return-value]
         wait_until(lambda: bool(said), "it is said")
         wait_until(lambda: first._client.connected, "it has connected again")

@@ -36,7 +36,7 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become ano
 
 
 def claim(path: Path, patience: float = 0.0) -> SocketFile:
-    return SocketFile.claim(path, None, print, patience)
+    return SocketFile.claim(path, None, patience)
 
 
 def other_daemon(path: Path) -> subprocess.Popen[str]:
@@ -226,18 +226,18 @@ def test_a_sticky_folder_of_root_is_a_place_for_a_socket(tmp_path: Path) -> None
 
 
 @as_root
-def test_members_of_the_group_can_enter_the_folder_that_was_made(tmp_path: Path) -> None:
-    group, lines = 4321, []
+def test_members_of_the_group_can_enter_the_folder_that_was_made(tmp_path: Path, said: list[str]) -> None:
+    group = 4321
     open_to_all(tmp_path)
-    place = SocketFile.claim(tmp_path / "made" / "socket", group, lines.append, 0)
+    place = SocketFile.claim(tmp_path / "made" / "socket", group, 0)
     with House(tmp_path / "also made" / "socket", group=group) as house:
         assert answer_to_another_user(house.path, NOBODY, group) == "welcome"
         assert "Permission denied" in answer_to_another_user(house.path, NOBODY)
-    assert stat.S_IMODE(place.path.parent.stat().st_mode) == 0o710 and lines == []
+    assert stat.S_IMODE(place.path.parent.stat().st_mode) == 0o710 and said == []
     place.release()
     place.path.parent.chmod(0o700)
-    place = SocketFile.claim(place.path, group, lines.append, 0)
-    assert lines == [
+    place = SocketFile.claim(place.path, group, 0)
+    assert said == [
         f"members of group {group} cannot enter {place.path.parent}, so they will not find the daemon; "
         f"chmod o+x {place.path.parent}"
     ]

@@ -50,14 +50,13 @@ def embed(tokens: np.ndarray) -> np.ndarray:
 def engine(
     folder: Path,
     vectors: TokenVectors | None,
-    say: Callable[[str], None] = print,
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[HistoryPredictor, LearningSupervisor]:
     """What one engine has of the histories in ``folder``."""
-    kept = LocalHistory(HistoryArchive(folder), "ab", SHAPE, say, writes=False)
+    kept = LocalHistory(HistoryArchive(folder), "ab", SHAPE, writes=False)
     made = predictor_for_engine("history", SHAPE, kept.history, vectors)
     assert isinstance(made, HistoryPredictor)
-    return made, LearningSupervisor(made, kept, vectors, None, say, clock)
+    return made, LearningSupervisor(made, kept, vectors, None, clock)
 
 
 def learn(learning: LearningSupervisor) -> None:
@@ -70,10 +69,9 @@ def learn(learning: LearningSupervisor) -> None:
 
 @pytest.mark.parametrize("vectors", [None, ModelVectors(embed, 16)], ids=["learned", "the model's"])
 def test_heads_are_learned_beside_the_engine_and_found_at_the_next_start(
-    tmp_path: Path, vectors: TokenVectors | None
+    tmp_path: Path, said: list[str], vectors: TokenVectors | None
 ) -> None:
-    said: list[str] = []
-    young, learning = engine(tmp_path, vectors, said.append)
+    young, learning = engine(tmp_path, vectors)
     learning.poll()
     assert learning._process is None, "there is nothing to learn from"
     young.history.add(request(600))
@@ -84,7 +82,7 @@ def test_heads_are_learned_beside_the_engine_and_found_at_the_next_start(
     assert young.heads is not None and young.trained_tokens == 600 and not young.training_due
     learning.close()
 
-    restarted, learning = engine(tmp_path, vectors, said.append)
+    restarted, learning = engine(tmp_path, vectors)
     learning.close()
     step = restarted.begin([restarted.start_request().context(2)])
     np.testing.assert_array_equal(np.argsort(-step.predict(0)[0])[:2] // 2, [2, 2])
@@ -163,7 +161,7 @@ def test_heads_are_learned_again_when_a_full_history_holds_other_requests(tmp_pa
 def test_what_the_heads_have_not_seen_is_known_after_a_restart(tmp_path: Path) -> None:
     """Whoever saves the history, and however often engines start: half of it new means that heads are due."""
     archive = HistoryArchive(tmp_path)
-    kept = LocalHistory(archive, "ab", SHAPE, print)
+    kept = LocalHistory(archive, "ab", SHAPE)
     for seed in range(20):
         kept.history.add(request(50, seed))
     kept.save(at_once=True)
@@ -192,7 +190,7 @@ def test_what_the_heads_have_not_seen_is_known_after_a_restart(tmp_path: Path) -
     ],
     ids=["cut", "empty", "another model", "another shape", "other vectors"],
 )
-def test_heads_that_do_not_fit_are_set_aside_by_name(tmp_path: Path, damage) -> None:
+def test_heads_that_do_not_fit_are_set_aside_by_name(tmp_path: Path, said: list[str], damage) -> None:
     path = tmp_path / "ab" / LEARNED_VECTORS_HEADS_FILE
     path.parent.mkdir()
     write_heads(path, "ab", Parameters(SIZE), LearnedVectors(16), [request(1)])
@@ -200,8 +198,7 @@ def test_heads_that_do_not_fit_are_set_aside_by_name(tmp_path: Path, damage) -> 
     damage(path)
     with pytest.raises(TraceError, match=r"heads-and-vectors\.npz: not heads of this model"):
         read_heads(path, "ab", SIZE, learned=True)
-    said: list[str] = []
-    young, learning = engine(tmp_path, None, said.append)
+    young, learning = engine(tmp_path, None)
     learning.close()
     assert young.heads is None and not path.exists()
     assert len(list(path.parent.glob(f"{path.name}.unusable-*"))) == 1
@@ -271,18 +268,18 @@ def test_what_cannot_be_learned_from_is_reported_and_tried_again_later(tmp_path:
 
 def test_a_history_is_written_when_it_has_grown_and_only_by_its_owner(tmp_path: Path) -> None:
     archive = HistoryArchive(tmp_path)
-    kept = LocalHistory(archive, "ab", SHAPE, print)
+    kept = LocalHistory(archive, "ab", SHAPE)
     kept.save(at_once=True)
     assert not archive.path("ab").exists()
     kept.history.add(request(5))
     kept.save()
     assert not archive.path("ab").exists(), "not so soon after the start"
     kept.save(at_once=True)
-    reader = LocalHistory(archive, "ab", SHAPE, print, writes=False)
+    reader = LocalHistory(archive, "ab", SHAPE, writes=False)
     assert reader.history.num_tokens == 5
     reader.history.add(request(7, seed=1))
     reader.save(at_once=True)
-    assert LocalHistory(archive, "ab", SHAPE, print).history.num_tokens == 5
+    assert LocalHistory(archive, "ab", SHAPE).history.num_tokens == 5
 
 
 def test_a_large_history_is_written_less_often_and_a_failure_is_not_repeated_at_once(
@@ -290,7 +287,7 @@ def test_a_large_history_is_written_less_often_and_a_failure_is_not_repeated_at_
 ) -> None:
     assert seconds_between_saves(1000) == 60 < seconds_between_saves(256 << 20)
     archive = HistoryArchive(tmp_path / "histories")
-    kept = LocalHistory(archive, "ab", SHAPE, print)
+    kept = LocalHistory(archive, "ab", SHAPE)
     kept.history.add(request(5))
     archive.directory.write_text("in the way")
     with pytest.raises(OSError, match="histories"):

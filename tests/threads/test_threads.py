@@ -35,20 +35,20 @@ def test_a_thread_that_ends_by_an_exception_is_logged_and_counted(
     def work() -> None:
         raise KeyError("lost")
 
-    with caplog.at_level(logging.ERROR, "vllm.moe_offload"):
+    with caplog.at_level(logging.ERROR, "vllm_moe_offload"):
         for target in (work, lambda: None):
             thread = ReportedThread(target=target, name="the reader")
             thread.start()
             thread.join(30)
     assert failed_threads() == ["the reader: KeyError: 'lost'"] and hooked == [KeyError]
     assert [record.message for record in caplog.records] == [
-        "moe-offload: a thread has ended by an error: the reader: KeyError: 'lost'"
+        "a thread has ended by an error: the reader: KeyError: 'lost'"
     ]
 
 
 def test_readers_that_may_not_be_bound_read_all_the_same(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     built, memory = build_store(tmp_path, [(ALIGNED, 8)]), HostMemory(ALIGNED, 8)
-    with caplog.at_level(logging.WARNING, "vllm.moe_offload"):
+    with caplog.at_level(logging.WARNING, "vllm_moe_offload"):
         loader = RecordLoader(built.store, cpus=NO_SUCH_PROCESSOR)
         load = Load(0, 1, memory, 1)
         loader.start([load], guesses=True)

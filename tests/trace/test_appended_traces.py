@@ -21,8 +21,8 @@ from vllm_moe_offload.trace.trace_file import read_trace
 from vllm_moe_offload.trace.trace_recording import TraceRecording
 
 
-def recording(path: Path, warnings: list[str] | None = None, fingerprint: str = FINGERPRINT) -> TraceRecording:
-    return TraceRecording(path, SHAPE, "model", fingerprint, [].append if warnings is None else warnings.append)
+def recording(path: Path, fingerprint: str = FINGERPRINT) -> TraceRecording:
+    return TraceRecording(path, SHAPE, "model", fingerprint)
 
 
 def test_every_request_can_be_read_as_soon_as_it_is_written(tmp_path: Path) -> None:
@@ -156,26 +156,27 @@ def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:
 
 
 def test_a_file_of_the_largest_size_is_not_written_any_more_which_is_said_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, warnings = past_request(1, tokens=1000), []
+    one = past_request(1, tokens=1000)
     monkeypatch.setattr(trace_recording, "MOST_BYTES", 3 * one.experts.nbytes * 3)
-    with closing(recording(tmp_path / "engine.trace", warnings)) as growing:
+    with closing(recording(tmp_path / "engine.trace")) as growing:
         for _ in range(10):
             growing.add(one)
             growing.write()
     assert (tmp_path / "engine.trace").stat().st_size < trace_recording.MOST_BYTES * 1.1
-    assert len(warnings) == 1 and "requests are missing from the trace" in warnings[0]
+    assert len(said) == 1 and "requests are missing from the trace" in said[0]
     assert 1 <= read_trace(tmp_path / "engine.trace").num_requests < 10
 
 
-def test_what_cannot_be_written_now_waits_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_written_now_waits_in_bounded_memory(
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The limit on file sizes stands for a disk that is full, and then has room again."""
     monkeypatch.setattr(trace_recording, "MOST_WAITING_BYTES", 100_000)
-    warnings: list[str] = []
     limits, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        with closing(recording(tmp_path / "engine.trace", warnings)) as growing:
+        with closing(recording(tmp_path / "engine.trace")) as growing:
             growing.add(past_request(1))
             growing.write()
             size = (tmp_path / "engine.trace").stat().st_size
@@ -185,7 +186,7 @@ def test_what_cannot_be_written_now_waits_in_bounded_memory(tmp_path: Path, monk
             with pytest.raises(TraceError, match=r"engine\.trace cannot be written \(File too large\)"):
                 growing.write()
             assert (tmp_path / "engine.trace").stat().st_size == size, "no half frame is left"
-            assert growing._waiting_bytes <= 100_000 and len(warnings) == 1
+            assert growing._waiting_bytes <= 100_000 and len(said) == 1
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             growing.write()
             assert growing._waiting == []

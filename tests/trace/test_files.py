@@ -29,8 +29,8 @@ def request(seed: int):
     return make_trace((5,), seed=seed)
 
 
-def kept(folder: Path, warnings: list[str] | None = None) -> LocalHistory:
-    return LocalHistory(HistoryArchive(folder), "aa", SHAPE, [].append if warnings is None else warnings.append)
+def kept(folder: Path) -> LocalHistory:
+    return LocalHistory(HistoryArchive(folder), "aa", SHAPE)
 
 
 def remembered(folder: Path) -> int:
@@ -47,15 +47,15 @@ def no_descriptor_left() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-def test_a_history_that_cannot_be_read_now_stays_and_what_comes_is_added_to_it(tmp_path: Path) -> None:
+def test_a_history_that_cannot_be_read_now_stays_and_what_comes_is_added_to_it(tmp_path: Path, said: list[str]) -> None:
     first = kept(tmp_path)
     first.history.add(request(1))
     first.close()
-    before, warnings = HistoryArchive(tmp_path).path("aa").read_bytes(), []
+    before = HistoryArchive(tmp_path).path("aa").read_bytes()
     with no_descriptor_left():
-        second = kept(tmp_path, warnings)
+        second = kept(tmp_path)
     assert second.history.num_requests == 0
-    assert len(warnings) == 1 and "Too many open files" in warnings[0] and "stays as it is" in warnings[0]
+    assert len(said) == 1 and "Too many open files" in said[0] and "stays as it is" in said[0]
     assert HistoryArchive(tmp_path).path("aa").read_bytes() == before
     second.history.add(request(2))
     with no_descriptor_left(), pytest.raises(OSError, match="Too many open files"):
@@ -66,15 +66,15 @@ def test_a_history_that_cannot_be_read_now_stays_and_what_comes_is_added_to_it(t
 
 
 @pytest.mark.parametrize("what", ["a folder", "a link to itself"])
-def test_what_is_no_file_at_all_keeps_no_engine_from_starting(tmp_path: Path, what: str) -> None:
-    path, warnings = HistoryArchive(tmp_path).path("aa"), []
+def test_what_is_no_file_at_all_keeps_no_engine_from_starting(tmp_path: Path, said: list[str], what: str) -> None:
+    path = HistoryArchive(tmp_path).path("aa")
     path.parent.mkdir(parents=True)
     if what == "a folder":
         path.mkdir()
     else:
         path.symlink_to(path)
-    assert kept(tmp_path, warnings).history.num_requests == 0
-    assert len(warnings) == 1 and str(path) in warnings[0]
+    assert kept(tmp_path).history.num_requests == 0
+    assert len(said) == 1 and str(path) in said[0]
 
 
 def test_engines_of_one_model_add_to_one_history(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_a_token_that_no_trace_can_hold_is_left_out_and_counted(
     for number in range(3):
         record(recorder, *sound(), request=str(number))
     record(recorder, chosen, shares, request="bad")
-    recording = TraceRecording(tmp_path / "t.trace", SHAPE, "model", "aa", print)
+    recording = TraceRecording(tmp_path / "t.trace", SHAPE, "model", "aa")
     for request in recorder.running:
         trace = recorder.finish(request)
         assert trace is not None and trace.tokens is not None

@@ -1,6 +1,7 @@
 """`vllm-moe-offload daemon …`: run the one expert cache of a host, look at it, end it."""
 
 import contextlib
+import logging
 import os
 import signal
 import time
@@ -29,6 +30,9 @@ from vllm_moe_offload.store import default_root
 from vllm_moe_offload.store.files import named_path, size_text
 
 from .daemon_view import status_view
+from .log import LogLevel, log_to_stderr
+
+logger = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 10.0
 END_SECONDS = 120.0
@@ -78,10 +82,14 @@ def run(
     leave_after: Annotated[
         float | None, typer.Option(min=0, help="End when no engine was attached for so many seconds.")
     ] = None,
+    log_level: Annotated[
+        LogLevel, typer.Option(case_sensitive=False, help="Least level of what is logged on stderr.")
+    ] = LogLevel.INFO,
 ) -> None:
     """Serve experts to the engines of this host until SIGTERM, or until they have left."""
     if context.invoked_subcommand is not None:
         return
+    log_to_stderr(log_level)
     budget = _size("--cache", cache)
     shares = _shares(share or [])
     policy_class(policy)
@@ -91,24 +99,24 @@ def run(
     root = default_root() if store is None else store
     membarrier.barrier()
     with contextlib.ExitStack() as house:
-        place = SocketFile.claim(socket or default_socket_path(), gid, _say)
+        place = SocketFile.claim(socket or default_socket_path(), gid)
         house.callback(place.release)
         # Late, because a second daemon should learn at once that it is one.
         from vllm_moe_offload.daemon.hosted_models import HostedModels
 
-        models = HostedModels(root, budget, shares, policy, None, _say)
+        models = HostedModels(root, budget, shares, policy, None)
         house.callback(models.close)
-        histories = HostedHistories(_history_folder(history, root), _say)
+        histories = HostedHistories(_history_folder(history, root))
         house.callback(histories.close)
-        server = DaemonServer(place, models, histories, budget, gid, leave_after, _say)
+        server = DaemonServer(place, models, histories, budget, gid, leave_after)
         if metrics_port is not None:
             house.callback(serve_metrics(metrics_port, server.status).shutdown)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda which, _: server.stop(signal.Signals(which).name))
-        _say(f"pid {os.getpid()} serves {size_text(budget)} of experts from {root} at {place.path}")
+        logger.info("pid %d serves %s of experts from %s at %s", os.getpid(), size_text(budget), root, place.path)
         notify("READY=1")
         reason = server.serve()
-        _say(f"ending: {reason}")
+        logger.info("ending: %s", reason)
         notify("STOPPING=1")
 
 
@@ -184,7 +192,3 @@ def _history_folder(text: str, root: Path) -> Path | None:
     if text == "off":
         return None
     return named_path(Path(text)) if text else root.parent / "history"
-
-
-def _say(text: str) -> None:
-    typer.echo(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", err=True)

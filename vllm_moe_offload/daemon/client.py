@@ -18,9 +18,9 @@ that they were given once; what lies behind them changes where nothing is held. 
 shared memory that a process which may be alive could still write.
 """
 
+import logging
 import threading
 import time
-from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 
@@ -45,6 +45,8 @@ from ..threads import ReportedThread
 from .connection import DaemonGoneError, RefusedError
 from .surviving_pool import SurvivingPool
 from .worker_attachment import WorkerAttachment
+
+logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 1.0
 BACKOFF_SECONDS = 30.0
@@ -80,7 +82,6 @@ class DaemonClient:
         policy: name of the eviction policy while there is no daemon.
         io_cpus: where loader threads may run then; None leaves them where the process runs.
         counters: the worker's.
-        say: told in a sentence what an operator would want to know.
 
     Raises:
         DaemonGoneError: no daemon answers at ``path``.
@@ -96,11 +97,10 @@ class DaemonClient:
         policy: str,
         io_cpus: set[int] | None,
         counters: Stats,
-        say: Callable[[str], None],
     ):
         membarrier.register()
         self.path, self._request, self._store = path, request, store
-        self._policy, self._io_cpus, self._counters, self._say = policy, io_cpus, counters, say
+        self._policy, self._io_cpus, self._counters = policy, io_cpus, counters
         self._members = pools_of(store.layers)
         """Of the pools, as the protocol numbers them."""
         self._closing = threading.Event()
@@ -175,7 +175,7 @@ class DaemonClient:
         attachment.close()
         if not self._trusted:
             self._retry_at = time.monotonic() + BACKOFF_SECONDS
-        self._say(f"{reason}; going on without it, with {kept} experts that were loaded")
+        logger.warning("%s; going on without it, with %d experts that were loaded", reason, kept)
 
     def close(self) -> None:
         """Leave the daemon. Idempotent."""
@@ -257,7 +257,7 @@ class DaemonClient:
         self._tables, self._trusted = successor.tables, True
         self._attached = attached
         self._end_rejoining(successor)
-        self._say(f"attached to the daemon at {self.path} again")
+        logger.info("attached to the daemon at %s again", self.path)
 
     def _end_rejoining(self, attachment: WorkerAttachment | None) -> None:
         """The slots are memory of ``attachment``, or this process's own."""
@@ -291,7 +291,7 @@ class DaemonClient:
         reason = str(error) if isinstance(error, OffloadError) else f"{type(error).__name__}: {error}"
         if self._last_reason != reason:
             self._last_reason = reason
-            self._say(f"a daemon is back, but this engine goes on without it: {reason}")
+            logger.warning("a daemon is back, but this engine goes on without it: %s", reason)
 
     def _attach_again(self) -> WorkerAttachment:
         attachment = self._attach()

@@ -3,6 +3,7 @@
 It goes on without a daemon, and brings the next one what this engine's latest requests have left.
 """
 
+import logging
 import threading
 import time
 from collections import deque
@@ -20,6 +21,8 @@ from ..threads import ReportedThread
 from ..trace.trace import Trace
 from .connection import Connection, DaemonGoneError, RefusedError
 from .outbox import Outbox
+
+logger = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 5.0
 OPEN_SECONDS = 60.0
@@ -49,15 +52,14 @@ class HistoryClient:
     Args:
         path: of the daemon's socket.
         request: which history.
-        say: told in a sentence what an operator would want to know.
     """
 
-    def __init__(self, path: Path, request: OpenHistory, say: Callable[[str], None]):
+    def __init__(self, path: Path, request: OpenHistory):
         self.size = HistorySize(0, 0)
         """Of the daemon's history, as it said last."""
         self.folder: Path | None = None
         """Where the daemon keeps it, in the daemon's own words."""
-        self._path, self._request, self._say = path, request, say
+        self._path, self._request = path, request
         self._outbox = Outbox()
         self._questions: deque[_Question] = deque()
         self._wake = threading.Condition()
@@ -229,4 +231,4 @@ class HistoryClient:
     def _tell_once(self, sentence: str) -> None:
         if sentence != self._told:
             self._told = sentence
-            self._say(sentence)
+            logger.warning(sentence)

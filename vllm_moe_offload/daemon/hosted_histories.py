@@ -1,5 +1,6 @@
 """The histories of all models a daemon serves. What a peer names must never lead outside of the daemon's own folder."""
 
+import logging
 import re
 import threading
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from ..ipc.transport import LARGE_MESSAGES
 from ..learning.background import Background
 from ..trace.archive import HistoryArchive
 from .hosted_history import HostedHistory
+
+logger = logging.getLogger(__name__)
 
 MOST_HISTORIES = 16
 """In memory at a time; those that no engine uses make room for others."""
@@ -32,17 +35,15 @@ class HostedHistories:
 
     Args:
         folder: where they are kept; None keeps them for as long as the daemon lives.
-        say: told in a sentence what an operator would want to know.
 
     Raises:
         ConfigError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path | None, say: Callable[[str], None]):
+    def __init__(self, folder: Path | None):
         self._archive = None if folder is None else HistoryArchive(folder)
         if self._archive is not None and (problem := self._archive.problem()) is not None:
             raise ConfigError(f"--history {folder}: {problem}; name a folder that can be written, or 'off'")
-        self._say = say
         self.large = threading.BoundedSemaphore(LARGE_MESSAGES)
         """For connections about histories, see ``Channel``."""
         self._lock = threading.Lock()
@@ -108,7 +109,7 @@ class HostedHistories:
 
     def _load(self, request: OpenHistory) -> HostedHistory:
         try:
-            return HostedHistory(self._archive, request.fingerprint, request.shape, self._say)
+            return HostedHistory(self._archive, request.fingerprint, request.shape)
         except OSError as error:
             raise TraceError(f"the history of model {request.fingerprint} cannot be read: {error}") from None
 
@@ -169,7 +170,7 @@ class HostedHistories:
         complaint = f"a history cannot be saved: {error}"
         if complaint != self._complaint:
             self._complaint = complaint
-            self._say(complaint)
+            logger.warning(complaint)
 
 
 def _check_shape(shape: Shape) -> None:

@@ -7,7 +7,7 @@ daemon keeps, so that either finds what the other has left.
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -34,19 +34,18 @@ class HostedHistory:
         archive: where it is kept; None for nowhere.
         fingerprint: of the model.
         shape: of its traces.
-        say: told in a sentence when a file could not be used and was set aside.
 
     Raises:
         TraceError: what is kept under this fingerprint is of another shape.
     """
 
-    def __init__(self, archive: HistoryArchive | None, fingerprint: str, shape: Shape, say: Callable[[str], None]):
+    def __init__(self, archive: HistoryArchive | None, fingerprint: str, shape: Shape):
         outline = None if archive is None else archive.outline(fingerprint)
         if outline is not None and outline[1] != shape:
             raise TraceError(f"the history of model {fingerprint} holds maps of shape {outline[1]}, not {shape}")
         self.fingerprint, self.shape = fingerprint, shape
         self.folder = None if archive is None else archive.path(fingerprint).parent
-        self._kept = LocalHistory(archive, fingerprint, shape, say)
+        self._kept = LocalHistory(archive, fingerprint, shape)
         self._history = self._kept.history
         self._lock = threading.Lock()
         self._tokens = self._history.num_tokens

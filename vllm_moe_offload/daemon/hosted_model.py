@@ -4,6 +4,7 @@ It stays as it is when its last worker leaves, until others need the memory. It 
 it was given.
 """
 
+import logging
 import mmap
 import os
 import threading
@@ -23,6 +24,8 @@ from .entries import Entries
 from .hosted_pool import HostedPool
 from .workers import Worker
 
+logger = logging.getLogger(__name__)
+
 _LOOK_SECONDS = 0.25
 """How often noted uses are collected when nobody asks for anything; the rings of workers hold far more."""
 _BUSY_SECONDS = 0.001
@@ -35,13 +38,12 @@ class HostedModel:
         store: closed with the model.
         policy: name of the eviction policy.
         io_cpus: where reading threads may run; None leaves them where the daemon runs.
-        say: told what an operator should know.
 
     Raises:
         ConfigError: the policy is unknown, or the system has no room for the arenas' addresses.
     """
 
-    def __init__(self, store: Store, policy: str, io_cpus: set[int] | None, say: Callable[[str], None]):
+    def __init__(self, store: Store, policy: str, io_cpus: set[int] | None):
         self.store = store
         self.name = store.path.name
         self.pressure = 0.0
@@ -55,7 +57,6 @@ class HostedModel:
         self._lock = threading.Lock()
         self._maintenance_due = threading.Event()
         self._closing = False
-        self._say = say
         self._complaint = ""
         self._loader = RecordLoader(store, cpus=io_cpus)
         self.pools = [
@@ -144,6 +145,7 @@ class HostedModel:
                 entry, request, leased, least_bytes, self.pools, self.store, self.fds, same_experts, self._free
             )
             self.workers[entry] = worker
+        logger.info("worker %d (pid %d) is attached to store %s", entry, request.pid, self.name)
         self._maintenance_due.set()
         return worker
 
@@ -210,6 +212,7 @@ class HostedModel:
                 pool.dismiss(worker.entry)
             del self.workers[worker.entry]
             self._entries.give_back(worker.entry)
+        logger.info("worker %d (pid %d) has left store %s", worker.entry, worker.pid, self.name)
 
     def _stats_of(self, entry: int) -> Stats:
         return Stats.from_words(self.pools[0].table.stats[entry].tolist())
@@ -234,7 +237,9 @@ class HostedModel:
                 complaint = f"{type(error).__name__}: {error}"
                 if complaint != self._complaint:
                     self._complaint = complaint
-                    self._say(f"slots of store {self.name} could not be reclaimed; the daemon tries again: {complaint}")
+                    logger.error(
+                        "slots of store %s could not be reclaimed; the daemon tries again: %s", self.name, complaint
+                    )
         return busy
 
 

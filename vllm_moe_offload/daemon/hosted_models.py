@@ -3,10 +3,11 @@
 It must never open a folder outside its root, and never let all of them together take more than the budget.
 """
 
+import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import ConfigError, OffloadError, StoreError
@@ -17,6 +18,8 @@ from ..threads import ReportedThread
 from .budget import Claim, split
 from .hosted_model import HostedModel
 from .workers import Worker
+
+logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[0-9a-f]{32}")
 _LOOK_SECONDS = 5.0
@@ -41,7 +44,6 @@ class HostedModels:
         shares: what the operator allows at most, by store fingerprint or model name, in bytes.
         policy: name of the eviction policy.
         io_cpus: where reading threads may run; None leaves them where the daemon runs.
-        say: told what an operator should know.
     """
 
     def __init__(
@@ -51,10 +53,9 @@ class HostedModels:
         shares: Mapping[str, int],
         policy: str,
         io_cpus: set[int] | None,
-        say: Callable[[str], None],
     ):
         self._root, self._budget, self._shares = root, budget_bytes, dict(shares)
-        self._policy, self._io_cpus, self._say = policy, io_cpus, say
+        self._policy, self._io_cpus = policy, io_cpus
         self._models: dict[_File, HostedModel] = {}
         self._dividing = threading.RLock()
         """Held while models come, go, or change size."""
@@ -83,9 +84,12 @@ class HostedModels:
                 worker.detach()
                 raise
         if request.lease and not worker.leased:
-            self._say(
-                f"an engine (pid {request.pid}) wanted all of {_name(model)} in memory; "
-                f"{_size(model.budget)} of {_size(model.full_bytes)} can be spared, it will read what it misses"
+            logger.warning(
+                "an engine (pid %d) wanted all of %s in memory; %s of %s can be spared, it will read what it misses",
+                request.pid,
+                _name(model),
+                _size(model.budget),
+                _size(model.full_bytes),
             )
         return worker
 
@@ -126,7 +130,7 @@ class HostedModels:
                 raise StoreError(
                     f"store {path} was built as {store.identity.fingerprint}; remove it and build it again"
                 )
-            self._models[file] = HostedModel(store, self._policy, self._io_cpus, self._say)
+            self._models[file] = HostedModel(store, self._policy, self._io_cpus)
         return file, self._models[file]
 
     def _make_room(self, file: _File, model: HostedModel, request: Attach) -> bool:
@@ -235,7 +239,7 @@ class HostedModels:
             except Exception as error:  # whatever it is, nobody else moves memory
                 before, complaint = complaint, f"{type(error).__name__}: {error}"
                 if complaint != before:
-                    self._say(f"the memory could not be divided anew; the daemon tries again: {complaint}")
+                    logger.error("the memory could not be divided anew; the daemon tries again: %s", complaint)
 
     def _measure_pressure(self, missed: dict[_File, int]) -> None:
         """``missed``: by model, the bytes missed until the last look; updated."""

@@ -3,6 +3,7 @@
 With ``auto`` nothing about a daemon may keep an engine from starting.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,6 +18,8 @@ from .client import DaemonClient
 from .connection import DaemonGoneError
 from .hosted_model import slot_bytes
 from .start import start_daemon
+
+logger = logging.getLogger(__name__)
 
 LEAVE_AFTER_SECONDS = 60.0
 """A daemon started for an engine stays so long after its last one has gone."""
@@ -34,7 +37,6 @@ def join_daemon(
     daemon_bytes: int,
     io_cpus: set[int] | None,
     counters: Stats,
-    say: Callable[[str], None],
 ) -> DaemonClient | None:
     """The daemon that the setting ``daemon`` asks for, or None where this worker keeps its own slots.
 
@@ -45,14 +47,13 @@ def join_daemon(
         daemon_bytes: size of a daemon that is started, whole pages of slots included (``bytes_with_pages``).
         io_cpus: where a daemon that is started, and loader threads while there is none, may run; None for anywhere.
         counters: the worker's.
-        say: told in a sentence what an operator would want to know.
 
     Raises:
         ConfigError: the daemon that was named does not answer, will not serve this model, or could not be started.
     """
 
     def join(path: Path) -> DaemonClient:
-        return DaemonClient(path, request, store, policy, io_cpus, counters, say)
+        return DaemonClient(path, request, store, policy, io_cpus, counters)
 
     if setting == "off":
         return None
@@ -71,7 +72,9 @@ def join_daemon(
         reason = f"{type(error).__name__}: {error}"
         if setting != "auto":
             raise
-    say(f"no daemon can be used: {reason}; this engine keeps its own experts (daemon 'off' does so without looking)")
+    logger.warning(
+        "no daemon can be used: %s; this engine keeps its own experts (daemon 'off' does so without looking)", reason
+    )
     return None
 
 

@@ -87,12 +87,11 @@ class SharedHistory(PersistentHistory):
         request: which history.
         most_found: tokens that a search may bring.
         tells: whether this worker tells the daemon of requests that have ended: one rank of those that see the same.
-        say: told in a sentence what an operator would want to know.
     """
 
-    def __init__(self, path: Path, request: OpenHistory, most_found: int, tells: bool, say: Callable[[str], None]):
+    def __init__(self, path: Path, request: OpenHistory, most_found: int, tells: bool):
         self.fingerprint = request.fingerprint
-        self._client = HistoryClient(path, request, say)
+        self._client = HistoryClient(path, request)
         self.history: HistoryStore = RemoteHistory(self._client, request.shape, most_found, tells)
         folder = self._client.folder
         self.folder = folder if folder is not None and _can_write(folder) else None

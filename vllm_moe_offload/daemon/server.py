@@ -4,13 +4,13 @@ It decides who may come in and how many; what they may ask is ``session``'s, wha
 """
 
 import contextlib
+import logging
 import os
 import select
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
 
 import msgspec
 
@@ -21,6 +21,8 @@ from ..threads import ReportedThread, failed_threads
 from .hosted_histories import HostedHistories
 from .session import MAX_FDS, Models, Session
 from .socket_file import SocketFile
+
+logger = logging.getLogger(__name__)
 
 MAX_PEERS = 256
 COMPLAINT_SECONDS = 10.0
@@ -40,7 +42,6 @@ class DaemonServer:
         budget_bytes: for ``status``.
         group: members of this group may come in too.
         leave_after: seconds without any engine after which ``serve`` returns; None to stay for ever.
-        say: told, a line at a time, what an operator would want to know.
     """
 
     def __init__(
@@ -51,7 +52,6 @@ class DaemonServer:
         budget_bytes: int,
         group: int | None,
         leave_after: float | None,
-        say: Callable[[str], None],
     ) -> None:
         self.models = models
         self.histories = histories
@@ -61,7 +61,6 @@ class DaemonServer:
         self._budget_bytes = budget_bytes
         self._group = group
         self._leave_after = leave_after
-        self._say = say
         self._started = self._alone_since = time.monotonic()
         self._wakeup_send, self._wakeup_recv = socket.socketpair()
         self._wakeup_send.setblocking(False)
@@ -201,10 +200,11 @@ class DaemonServer:
             self.refused += 1
             self._unsaid += 1
             if time.monotonic() - self._complained < COMPLAINT_SECONDS:
+                logger.debug(text)
                 return
             others = f" ({self._unsaid - 1} more since the last such line)" if self._unsaid > 1 else ""
             self._complained, self._unsaid = time.monotonic(), 0
-        self._say(text + others)
+        logger.warning("%s%s", text, others)
 
     def _disconnect(self, *roles: str) -> None:
         """Returns when the threads of these connections have ended."""
@@ -215,7 +215,7 @@ class DaemonServer:
         for _, thread in ending:
             thread.join(_JOIN_SECONDS)
             if thread.is_alive():
-                self._say(f"{thread.name} does not end; leaving without it")
+                logger.error("%s does not end; leaving without it", thread.name)
 
     def _wake_up(self) -> None:
         """Let ``serve`` look again. A full socket wakes it already; a closed one has nobody to wake."""

@@ -6,16 +6,18 @@ and never removed. Only its holder may touch the socket, and only one that is a 
 
 import errno
 import grp
+import logging
 import os
 import socket
 import stat
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import ConfigError
 from ..ipc.address import make_folder
 from ..store.files import try_lock
+
+logger = logging.getLogger(__name__)
 
 BACKLOG = 128
 LONGEST_PATH = 107
@@ -49,9 +51,7 @@ class SocketFile:
         self._inode = path.lstat().st_ino
 
     @classmethod
-    def claim(
-        cls, path: Path, group: int | None, say: Callable[[str], None], patience: float = PATIENCE_SECONDS
-    ) -> "SocketFile":
+    def claim(cls, path: Path, group: int | None, patience: float = PATIENCE_SECONDS) -> "SocketFile":
         """Listen at ``path``, for this user and the members of ``group``.
 
         Waits up to ``patience`` seconds for a daemon that holds the place without answering: it is about to leave.
@@ -63,11 +63,16 @@ class SocketFile:
             raise ConfigError(f"--socket {path}: longer than the {LONGEST_PATH} bytes a socket's path can have")
         make_folder(path, group)
         if group is not None and (closed := _closed_to(group, path.parent.resolve())) is not None:
-            say(f"members of group {group} cannot enter {closed}, so they will not find the daemon; chmod o+x {closed}")
-        lock = _lock(path, patience, say)
+            logger.warning(
+                "members of group %d cannot enter %s, so they will not find the daemon; chmod o+x %s",
+                group,
+                closed,
+                closed,
+            )
+        lock = _lock(path, patience)
         try:
             if _remove_dead(path):
-                say(f"removed {path}, which a daemon that died had left")
+                logger.info("removed %s, which a daemon that died had left", path)
             listener = _listen(path, group)
         except BaseException:
             os.close(lock)
@@ -103,7 +108,7 @@ def _closed_to(group: int, folder: Path) -> Path | None:
     return None
 
 
-def _lock(path: Path, patience: float, say: Callable[[str], None]) -> int:
+def _lock(path: Path, patience: float) -> int:
     """The descriptor that holds the lock of ``path``."""
     file = lock_path(path)
     try:
@@ -127,7 +132,7 @@ def _lock(path: Path, patience: float, say: Callable[[str], None]) -> int:
             )
         if not waits:
             waits = True
-            say(f"waiting for a daemon (pid {holder}) that is leaving {path}")
+            logger.info("waiting for a daemon (pid %s) that is leaving %s", holder, path)
         time.sleep(_RETRY_SECONDS)
     os.ftruncate(lock, 0)
     os.pwrite(lock, str(os.getpid()).encode(), 0)

@@ -96,9 +96,9 @@ class RoutingHistory:
     def _round(self) -> None:
         if self._recorder.unsound_tokens and not self._warned_of_unsound_tokens:
             self._warned_of_unsound_tokens = True
-            _warn(
-                "tokens are left out of history and trace, because a router gave weights that are not finite, negative "
-                "or all zero, or an expert that is none (counted as unsound_tokens)"
+            logger.warning(
+                "moe-offload: tokens are left out of history and trace, because a router gave weights that are not "
+                "finite, negative or all zero, or an expert that is none (counted as unsound_tokens)"
             )
         if self.kept is not None:
             self.kept.save()
@@ -162,7 +162,7 @@ def trace_recording(
     path = config.trace.with_name(f"{config.trace.stem}{suffix}{config.trace.suffix}")
     name = Path(vllm_config.model_config.model).name
     logger.info("moe-offload: recording a trace of every request in %s", path)
-    return TraceRecording(path, shape, name, fingerprint, _warn)
+    return TraceRecording(path, shape, name, fingerprint)
 
 
 def persistent_history(
@@ -182,10 +182,10 @@ def persistent_history(
     kept: PersistentHistory
     if daemon is not None and config.history is None:
         request = OpenHistory(fingerprint, shape, store.path.name)
-        kept = SharedHistory(daemon, request, MAX_CANDIDATES, writes_files(), _warn)
+        kept = SharedHistory(daemon, request, MAX_CANDIDATES, writes_files())
     else:
         first = vllm_config.parallel_config.data_parallel_rank == 0
-        kept = LocalHistory(_archive(config), fingerprint, shape, _warn, first and writes_files())
+        kept = LocalHistory(_archive(config), fingerprint, shape, first and writes_files())
     logger.info(
         "moe-offload: predicting by '%s', from %d tokens of %d earlier requests",
         config.predictor,
@@ -210,12 +210,8 @@ def _archive(config: OffloadConfig) -> HistoryArchive | None:
         return archive
     if config.history is not None:
         raise ConfigError(f"history = {config.history!r}: {problem}; name a folder that can be written, or 'off'")
-    _warn(f"the history stays in memory and ends with this engine: {problem}")
+    logger.warning("moe-offload: the history stays in memory and ends with this engine: %s", problem)
     return None
-
-
-def _warn(sentence: str) -> None:
-    logger.warning("moe-offload: %s", sentence)
 
 
 def _complain(error: Exception) -> None:

@@ -50,7 +50,7 @@ def attach_to_daemon(
         rank=get_tensor_model_parallel_rank(),
         least_slots=least_slots,
     )
-    client = join_daemon(config.daemon, request, store, config.policy, daemon_bytes, io_cpus, counters, _say)
+    client = join_daemon(config.daemon, request, store, config.policy, daemon_bytes, io_cpus, counters)
     if client is not None:
         logger.info("moe-offload: experts are kept by the daemon (pid %d) at %s", client.daemon_pid, client.path)
         if "policy" in config.model_fields_set and config.daemon != "start":
@@ -72,7 +72,3 @@ def predicts_on_other_rank(vllm_config: Any) -> bool:
     What that rank asks the daemon to prefetch, the daemon prefetches for all of its group.
     """
     return get_tensor_model_parallel_rank() > 0 and not vllm_config.parallel_config.enable_expert_parallel
-
-
-def _say(sentence: str) -> None:
-    logger.warning("moe-offload: %s", sentence)

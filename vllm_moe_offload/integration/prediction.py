@@ -93,7 +93,7 @@ def _build(
         predictor = predictor_for_engine(config.predictor, shape, kept.history, vectors)
     learning = None
     if kept is not None and isinstance(predictor, HistoryPredictor):
-        learning = LearningSupervisor(predictor, kept, vectors, cpus, _say)
+        learning = LearningSupervisor(predictor, kept, vectors, cpus)
     if predictor is not None:
         _prefetch(predictor, layers, runtime, switch)
     recorder = Recorder(shape, MOST_TOKENS if trace is None else None)
@@ -178,7 +178,3 @@ def _held(layer: torch.nn.Module) -> NDArray[np.int64] | None:
     own = expert_map.numpy()
     held = np.flatnonzero(own >= 0)
     return held[np.argsort(own[held])]
-
-
-def _say(sentence: str) -> None:
-    logger.info("moe-offload: %s", sentence)

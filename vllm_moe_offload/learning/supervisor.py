@@ -4,6 +4,7 @@ Engines that share a folder share the heads in it: one of them trains at a time,
 The training itself happens in another process (``process``); everything here is called from the background thread.
 """
 
+import logging
 import os
 import subprocess
 import sys
@@ -27,6 +28,8 @@ from .heads_file import HEADS_FILE, LEARNED_VECTORS_HEADS_FILE, LOCK_FILE, read_
 from .process import TrainingJob
 from .temporary_folder import TemporaryFolder
 
+logger = logging.getLogger(__name__)
+
 CPU_SHARE = 0.05
 """Of one core. What ``OffloadConfig`` promises."""
 _VECTORS_FILE = "vectors.npz"
@@ -43,7 +46,6 @@ class LearningSupervisor:
         kept: the history, and where it is kept.
         vectors: the model's own token embeddings; None to learn some.
         cpus: where the training may run; None leaves it where this process runs.
-        say: told in a sentence what happens.
         clock: seconds.
     """
 
@@ -53,12 +55,11 @@ class LearningSupervisor:
         kept: PersistentHistory,
         vectors: TokenVectors | None,
         cpus: set[int] | None,
-        say: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
     ):
         self._clock = clock
         self._predictor, self._kept, self._vectors = predictor, kept, vectors
-        self._cpus, self._say = cpus, say
+        self._cpus = cpus
         self._work = TemporaryFolder("moe-offload-learning-")
         name = LEARNED_VECTORS_HEADS_FILE if vectors is None else HEADS_FILE
         self._heads_file = (kept.folder or self._work.path) / name
@@ -178,17 +179,17 @@ class LearningSupervisor:
             seen = file_version(self._heads_file)
             saved = read_heads(self._heads_file, self._kept.fingerprint, size, learned=self._vectors is None)
         except (OSError, TraceReadError) as error:
-            self._say(f"predicting without the heads in {self._heads_file}: {error}")
+            logger.warning("predicting without the heads in %s: %s", self._heads_file, error)
             return False
         except TraceError as error:
-            self._say(f"heads are learned anew: {error}; {self._set_aside(seen)}")
+            logger.warning("heads are learned anew: %s; %s", error, self._set_aside(seen))
             return False
         vectors = saved.vectors if self._vectors is None else self._vectors
         assert vectors is not None
         heads = HeadsPredictor(shape, saved.parameters, vectors)
         requests = [past.trace for past in list(self._predictor.history.requests)]
         self._predictor.use_heads(heads, saved.trained_tokens, saved.unseen_tokens(requests))
-        self._say(f"predicting by heads learned from {saved.trained_tokens} tokens")
+        logger.info("predicting by heads learned from %d tokens", saved.trained_tokens)
         return True
 
     def _set_aside(self, seen: FileVersion | None) -> str:

@@ -1,9 +1,9 @@
 """The history of one model, kept between starts of the engine."""
 
 import contextlib
+import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import TraceError
@@ -11,6 +11,8 @@ from ..store.files import FileVersion
 from .archive import HistoryArchive
 from .history import HistoryStore
 from .trace import Trace
+
+logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_SAVES = 60.0
 BYTES_PER_SECOND = 1 << 20
@@ -57,7 +59,6 @@ class LocalHistory(PersistentHistory):
         archive: where histories lie; None keeps this one in memory only.
         fingerprint: of the model.
         shape: layers, experts per layer, experts per token.
-        warn: called with a sentence when a file could not be used.
         writes: whether this worker is the one that keeps the file.
     """
 
@@ -66,7 +67,6 @@ class LocalHistory(PersistentHistory):
         archive: HistoryArchive | None,
         fingerprint: str,
         shape: tuple[int, int, int],
-        warn: Callable[[str], None],
         writes: bool = True,
     ):
         self.fingerprint = fingerprint
@@ -83,7 +83,7 @@ class LocalHistory(PersistentHistory):
             self.history, problem = archive.load(fingerprint, shape)
             if problem is not None:
                 self._file = None
-                warn(f"the history starts empty: {problem}")
+                logger.warning("the history starts empty: %s", problem)
         self._saved_number = self._last_number
 
     def save(self, at_once: bool = False) -> None:

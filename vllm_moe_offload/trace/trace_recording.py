@@ -1,12 +1,14 @@
 """``--moe-offload-trace FILE``: all requests of an engine, as a trace file that grows while it serves."""
 
-from collections.abc import Callable
+import logging
 from pathlib import Path
 
 from ..errors import TraceError
 from .trace import Trace, concat
 from .trace_file import LogHeader, decode_log_header, encode_log_header, encode_trace
 from .trace_log import LogWriter
+
+logger = logging.getLogger(__name__)
 
 MOST_BYTES = 4 << 30
 """Of the file. Replay reads it whole."""
@@ -23,18 +25,15 @@ class TraceRecording:
         shape: layers, experts per layer, experts per token.
         model: what people call it.
         fingerprint: of its weights.
-        warn: called with a sentence when requests are not recorded.
 
     Raises:
         TraceError: the file is there and is not a trace of this model, is being written by another engine, or cannot be
             written.
     """
 
-    def __init__(
-        self, path: Path, shape: tuple[int, int, int], model: str, fingerprint: str, warn: Callable[[str], None]
-    ):
+    def __init__(self, path: Path, shape: tuple[int, int, int], model: str, fingerprint: str):
         self.path = path
-        self._shape, self._warn = shape, warn
+        self._shape = shape
         self._waiting: list[Trace] = []
         self._waiting_bytes = 0
         self._complete = True
@@ -57,7 +56,9 @@ class TraceRecording:
         except ValueError as error:
             raise TraceError(f"trace = {path}: {error}; give another file, or move that one away") from None
         if self._log.dropped:
-            warn(f"{path}: the last {self._log.dropped} bytes had not been written to the end and are dropped")
+            logger.warning(
+                "%s: the last %d bytes had not been written to the end and are dropped", path, self._log.dropped
+            )
 
     def add(self, request: Trace) -> None:
         """A request has ended. In the file after the next ``write``."""
@@ -108,4 +109,4 @@ class TraceRecording:
     def _stop(self, reason: str) -> None:
         if self._complete:
             self._complete = False
-            self._warn(f"requests are missing from the trace {self.path} from now on: {reason}")
+            logger.warning("requests are missing from the trace %s from now on: %s", self.path, reason)
