@@ -28,9 +28,10 @@ from comparison import (
     write_result,
 )
 from engines import Variant
-from memory import parse_size
 from prompts import EXAMPLES, read_prompts
 from warm import HELD_OUT, HISTORY, TINY_MOE
+
+from vllm_moe_offload.sizes import parse_size
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:

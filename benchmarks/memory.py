@@ -16,15 +16,6 @@ SAMPLE_SECONDS = 0.02
 TREE_SECONDS = 0.5
 V1 = Path("/sys/fs/cgroup/memory")
 V2 = Path("/sys/fs/cgroup")
-UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "512MiB", "6GiB", "2G" or a plain number. Raises ValueError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:iB|B)?", text.strip())
-    if not match:
-        raise ValueError(f"{text!r} is no size; try 6GiB or 512MiB")
-    return int(float(match[1]) * UNITS[match[2]])
 
 
 def drop_caches() -> None:

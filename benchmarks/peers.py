@@ -35,12 +35,13 @@ from typing import Any
 from comparison import PLAIN, Comparison, Conditions, Workload, console, write_result
 from engines import EngineError
 from footprint import GIB, Allowance
-from memory import parse_size
 from peer_engines import ACCELERATE, LLAMA, OURS, Bench, Peer
 from prompts import EXAMPLES, read_prompts
 from report import Spread, tpot
 from rich.table import Table
 from warm import TINY_MOE
+
+from vllm_moe_offload.sizes import parse_size
 
 DEFAULT_PEERS = "ours,llama-bf16,llama-bf16@128,llama-f16,accelerate,accelerate@128,plain"
 COLUMNS = ("peer", "limit GiB", "experts that fit", "tokens/s", "ours x", "TTFT s", "peak GiB", "tokens as plain")

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from engines import Engine, EngineError, Variant
-from memory import drop_caches, parse_size
+from memory import drop_caches
 from report import Spread
 from rich.console import Console
 from rich.table import Table
+
+from vllm_moe_offload.sizes import parse_size
 
 TINY_MOE = Path(__file__).parent.parent / "examples" / "models" / "tiny-moe"
 PLAIN, BUILD, PRESENT = "plain", "building the store", "store present"

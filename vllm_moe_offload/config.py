@@ -17,6 +17,7 @@ from .cache import POLICY_NAMES
 from .errors import ConfigError
 from .extensions import is_reference
 from .predict.registry import ENGINE_PREDICTORS
+from .sizes import parse_size, shortened
 from .store.files import named_path
 
 PLUGIN_NAME = "moe-offload"
@@ -25,18 +26,6 @@ ADDITIONAL_CONFIG_KEY = "moe_offload"
 ENVIRONMENT_VARIABLE = "VLLM_MOE_OFFLOAD"
 MODEL_EMBEDDING = "model"
 
-_UNITS = {
-    "B": 1,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B)", re.IGNORECASE)
 _SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 _MOST_BYTES = 2**60
 _CACHE_EXAMPLES = "a share like '25%', a size like '4GiB', or 'auto'"
@@ -63,22 +52,17 @@ class CacheBudget(BaseModel):
         if match := _SHARE.fullmatch(text):
             share = float(match[1]) / 100
             if not 0 < share <= 1:
-                raise ValueError(f"{_shortened(text)!r} must be above 0% and at most 100%")
+                raise ValueError(f"{shortened(text)!r} must be above 0% and at most 100%")
             return cls(share=share)
-        if match := _SIZE.fullmatch(text):
-            size = float(match[1]) * _UNITS[match[2].upper()]
-            if size > _MOST_BYTES:
-                raise ValueError(f"{_shortened(text)!r} is more than any machine has; give {_CACHE_EXAMPLES}")
-            if size < 1:
-                raise ValueError(f"{text!r} leaves no room at all; give {_CACHE_EXAMPLES}")
-            return cls(size=int(size))
-        raise ValueError(f"{_shortened(text)!r} is not {_CACHE_EXAMPLES}")
-
-
-def _shortened(value: object) -> str:
-    """``value`` for an error message."""
-    text = str(value)
-    return text if len(text) <= 200 else f"{text[:40]}… ({len(text)} characters)"
+        try:
+            size = parse_size(text)
+        except ValueError:
+            raise ValueError(f"{shortened(text)!r} is not {_CACHE_EXAMPLES}") from None
+        if size > _MOST_BYTES:
+            raise ValueError(f"{shortened(text)!r} is more than any machine has; give {_CACHE_EXAMPLES}")
+        if size < 1:
+            raise ValueError(f"{text!r} leaves no room at all; give {_CACHE_EXAMPLES}")
+        return cls(size=size)
 
 
 class OffloadConfig(BaseModel):
@@ -212,7 +196,7 @@ class OffloadConfig(BaseModel):
                 raise ConfigError(f"{door}: unknown key {key!r}; {hint}")
         for key, value in settings.items():
             if complaint := cls.complaint(key, value):
-                raise ConfigError(f"{door}: {key} = {_shortened(repr(value))}: {complaint}")
+                raise ConfigError(f"{door}: {key} = {shortened(repr(value))}: {complaint}")
         return cls(**settings)
 
 

@@ -5,25 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from memory import MemoryLimit, PeakSampler, mapped_file_bytes, parse_size
+from memory import MemoryLimit, PeakSampler, mapped_file_bytes
 
 MIB = 1 << 20
 # A child of the sampled process holds the memory until it is told to end.
 ALLOCATE = "import sys; held = bytearray(b'x') * (200 << 20); print('ready', flush=True); sys.stdin.read()"
 PARENT = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {ALLOCATE!r}]))"
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("6GiB", 6 << 30), ("1.5G", 3 << 29), ("512 MiB", 512 << 20), ("4096", 4096)]
-)
-def test_sizes(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "lots", "5TiB", "-1G"])
-def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="try 6GiB"):
-        parse_size(text)
 
 
 def test_the_peak_includes_descendants() -> None:

@@ -1,6 +1,7 @@
 """OffloadConfig: what each door accepts, what wins, and what users read when it is wrong."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def test_whatever_else_is_refused_with_an_example(text: str) -> None:
     except ValueError as error:
         assert "100%" in str(error) or "'25%'" in str(error)
     else:
-        assert text.strip().lower() == "auto" or text.strip()[-1] in "%bB"
+        assert re.fullmatch(r"auto|[\d.]+ *(%|[kmgtpe]?i?b?|[kmgtpe]?bit)", text.strip().lower(), re.ASCII)
 
 
 @pytest.mark.parametrize(("text", "reason"), [("0%", "above 0%"), ("101%", "at most 100%"), ("0GiB", "no room at all")])

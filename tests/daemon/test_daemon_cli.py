@@ -176,12 +176,12 @@ def test_a_metrics_port_in_use_is_named_and_the_place_given_up(tmp_path: Path) -
 
 
 REFUSED = {
-    "no size": ([], "--cache (not given): give a size, like 32GiB"),
-    "a share": (["--cache", "25%"], "--cache 25%: give a size"),
-    "auto": (["--cache", "auto"], "--cache auto: give a size"),
+    "no size": ([], "--cache is missing: give a size like '4GiB'"),
+    "a share": (["--cache", "25%"], "--cache 25%: '25%' is not a size like '4GiB'"),
+    "auto": (["--cache", "auto"], "--cache auto: 'auto' is not a size"),
     "policy": (["--cache", "1GiB", "--policy", "fifo"], "policy: 'fifo' is unknown; choose one of lfu, lru, "),
     "share": (["--cache", "1GiB", "--share", "abc"], "--share abc: give STORE=SIZE"),
-    "size of a share": (["--cache", "1GiB", "--share", "abc=much"], "--share abc= much: give a size"),
+    "size of a share": (["--cache", "1GiB", "--share", "abc=much"], "--share abc= much: 'much' is not a size"),
     "group": (["--cache", "1GiB", "--socket", "x", "--group", "nonesuch"], "--group nonesuch: there is no such group"),
     "group alone": (["--cache", "1GiB", "--group", "root"], "--group root: name a --socket"),
 }

@@ -115,7 +115,7 @@ def test_why_it_could_not_start_is_said_with_its_last_lines(tmp_path: Path) -> N
         start_daemon(tmp_path / "socket", "much", 600)
     assert str(caught.value).splitlines() == [
         f"the daemon that was started for {tmp_path / 'socket'} has ended:",
-        "  error: --cache much: give a size, like 32GiB",
+        "  error: --cache much: 'much' is not a size like '4GiB', '500MB' or '4096' (bytes)",
     ]
     assert open_fds() == before
 

@@ -11,8 +11,8 @@ from tests.e2e.engines import EngineServer
 from tests.integration.dense import dense_llama
 from tests.models import build
 from tests.models.recipe import write
+from vllm_moe_offload.sizes import size_text
 from vllm_moe_offload.store import StoreRoot
-from vllm_moe_offload.store.files import size_text
 
 
 def prepare(*words: str) -> subprocess.CompletedProcess[str]:

@@ -171,8 +171,8 @@ def test_a_budget_below_one_token_names_the_smallest_that_works(engine: EngineSe
     with pytest.raises(RuntimeError) as error:
         engine.run(mixtral.path, offloading("100KiB"), [ROUND])
     said = str(error.value).splitlines()[0]
-    assert said.startswith("ConfigError: cache = '100KiB' gives 0.1 MiB, too little to hold the experts of one token")
-    named = re.search(r"the smallest that works is '(\d+MiB)' \((\d+\.\d%)\)", said)
+    assert said.startswith("ConfigError: cache = '100KiB' gives 100.0 KiB, too little to hold the experts of one token")
+    named = re.search(r"the smallest that works is '(\d+[KM]iB)' \((\d+\.\d%)\)", said)
     assert named is not None
     for budget in named.groups():
         stats = engine.run(mixtral.path, offloading(budget), [ROUND])["stats"][0]

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import NamedTuple, TypeVar
 
 from ..errors import ConfigError
+from ..sizes import size_setting, size_text
 
 Layout = TypeVar("Layout")
 
@@ -65,6 +66,6 @@ def _too_little(needs: Collection[LayoutNeeds], budget_bytes: int, setting: str)
     smallest = sum(need.minimum_bytes for need in needs)
     per_mille = -(-1000 * smallest // sum(need.total_bytes for need in needs))
     return ConfigError(
-        f"cache = {setting} gives {budget_bytes / 2**20:.1f} MiB, too little to hold the experts of one token; "
-        f"the smallest that works is '{-(-smallest // 2**20)}MiB' ({per_mille / 10:.1f}%)"
+        f"cache = {setting} gives {size_text(budget_bytes)}, too little to hold the experts of one token; "
+        f"the smallest that works is '{size_setting(smallest)}' ({per_mille / 10:.1f}%)"
     )

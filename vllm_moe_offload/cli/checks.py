@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..config import ENVIRONMENT_VARIABLE, PLUGIN_NAME
+from ..sizes import size_text
 from ..store.direct import open_direct
-from ..store.files import ROOT_SETTING, free_bytes, size_text
+from ..store.files import ROOT_SETTING, free_bytes
 from ..store.layout import ALIGNMENT
 from ..store.root import default_root
 from ..threads import ReportedThread

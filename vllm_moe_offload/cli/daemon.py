@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.live import Live
 
 from vllm_moe_offload.cache import POLICY_NAMES, policy_class
-from vllm_moe_offload.config import CacheBudget
 from vllm_moe_offload.daemon.connection import Connection
 from vllm_moe_offload.daemon.hosted_histories import HostedHistories
 from vllm_moe_offload.daemon.metrics import serve_metrics
@@ -27,8 +26,9 @@ from vllm_moe_offload.ipc.address import default_socket_path
 from vllm_moe_offload.ipc.death import Death
 from vllm_moe_offload.ipc.protocol import GetStatus, Stop
 from vllm_moe_offload.store import default_root
-from vllm_moe_offload.store.files import named_path, size_text
+from vllm_moe_offload.store.files import named_path
 
+from ..sizes import EXAMPLES, parse_size, shortened, size_text
 from .daemon_view import status_view
 from .log import LogLevel, log_to_stderr
 
@@ -168,13 +168,15 @@ def _connect(path: Path | None) -> Connection:
 
 
 def _size(option: str, text: str) -> int:
-    """Bytes in ``text``, which must not be a share or left open: the daemon knows no model to take it from."""
+    """Bytes in ``text``; the daemon knows no model of which it could be a share."""
+    if not text:
+        raise ConfigError(f"{option} is missing: give {EXAMPLES}")
     try:
-        size = CacheBudget.parse(text).size
-    except ValueError:
-        size = None
-    if size is None:
-        raise ConfigError(f"{option} {text or '(not given)'}: give a size, like 32GiB")
+        size = parse_size(text)
+    except ValueError as error:
+        raise ConfigError(f"{option} {shortened(text)}: {error}") from None
+    if size < 1:
+        raise ConfigError(f"{option} {text}: leaves no room at all; give {EXAMPLES}")
     return size
 
 

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from vllm_moe_offload.ipc.protocol import ModelStatus, StatusReport, WorkerStatus
-from vllm_moe_offload.store.files import size_text
+from vllm_moe_offload.sizes import size_text
 
 from ..stats import DAEMON, STATISTICS, Number, Statistic
 
@@ -17,7 +17,7 @@ _STORE_DIGITS = 12
 
 def status_view(report: StatusReport) -> RenderableType:
     """One line about the daemon, a table of its models, a table of their workers."""
-    resident = sum(int(model.stats["resident_bytes"]) for model in report.models)
+    resident = sum(model.stats["resident_bytes"] for model in report.models)
     headline = (
         f"pid {report.pid}, up {_duration(report.uptime_seconds)}, "
         f"{size_text(resident)} of {size_text(report.budget_bytes)} in use"
@@ -69,7 +69,7 @@ def _worker_row(model: ModelStatus, worker: WorkerStatus) -> tuple[str, ...]:
 
 
 def _amount(stats: Mapping[str, Number], count: str, size: str) -> str:
-    return f"{stats[count]} ({size_text(int(stats[size]))})"
+    return f"{stats[count]} ({size_text(stats[size])})"
 
 
 def _cells(statistics: Sequence[Statistic], stats: Mapping[str, Number]) -> list[str]:
@@ -78,7 +78,7 @@ def _cells(statistics: Sequence[Statistic], stats: Mapping[str, Number]) -> list
 
 def _text(statistic: Statistic, value: Number) -> str:
     if statistic.unit == "bytes":
-        return size_text(int(value))
+        return size_text(value)
     return f"{value:.1f} s" if statistic.unit == "seconds" else str(value)
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from vllm_moe_offload.errors import TraceError
 from vllm_moe_offload.learning.heads_file import LEARNED_FILES
+from vllm_moe_offload.sizes import size_text
 from vllm_moe_offload.store import default_root
 from vllm_moe_offload.store.files import named_path, remove_leftovers
 from vllm_moe_offload.trace.archive import HISTORY_FILE, HISTORY_LOCK_FILE, HistoryArchive
@@ -46,7 +47,7 @@ def ls(directory: DirectoryOption = None) -> None:
             columns = (trace.model or "-", str(trace.num_requests), str(trace.num_tokens))
         except TraceError as error:
             problems.append(f"unusable: {error}")
-        table.add_row(entry.fingerprint, *columns, f"{entry.nbytes / 2**20:.1f} MiB")
+        table.add_row(entry.fingerprint, *columns, size_text(entry.nbytes))
     if entries:
         Console().print(table)
     else:
@@ -96,7 +97,7 @@ def import_(
         archive.write(name, store.to_trace())
     added = int((trace.offsets[1:] > trace.offsets[:-1]).sum())
     forgotten = before + added - len(store.requests)
-    room = f"; {forgotten} forgotten to stay within {store.budget_bytes >> 20} MiB" if forgotten else ""
+    room = f"; {forgotten} forgotten to stay within {size_text(store.budget_bytes)}" if forgotten else ""
     typer.echo(f"{name}: {len(store.requests)} requests, {store.num_tokens} tokens{room}")
 
 

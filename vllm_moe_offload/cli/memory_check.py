@@ -8,8 +8,8 @@ import numpy as np
 from ..errors import OffloadError
 from ..ipc.shm import Mapping
 from ..pool.huge_pages import HUGE_PAGE_BYTES, LARGE_PAGE_BYTES, SETTINGS, private_huge_pages, shared_page_bytes
+from ..sizes import size_text
 from ..store.direct import aligned_buffer
-from ..store.files import size_text
 
 _TRIED_BYTES = 4 * HUGE_PAGE_BYTES
 _FREE_SOME = "the kernel had none free: as root, echo 1 > /proc/sys/vm/compact_memory"

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..store.files import size_text
+from ..sizes import size_text
 from .installed import require_vllm
 
 

@@ -11,10 +11,9 @@ import typer
 from rich.console import Console
 from rich.progress import DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from vllm_moe_offload.config import CacheBudget
 from vllm_moe_offload.errors import StoreError
+from vllm_moe_offload.sizes import parse_size, shortened, size_text
 from vllm_moe_offload.store import Store, StoreInfo, StoreRoot
-from vllm_moe_offload.store.files import size_text
 
 DAY = 86400
 
@@ -129,14 +128,10 @@ def _row(info: StoreInfo) -> tuple[str, str, str, str, str, str]:
 
 
 def _size_of(text: str) -> int:
-    """Bytes, from a size as settings write it. Raises StoreError for anything else."""
     try:
-        size = CacheBudget.parse(text).size
-    except (ValueError, OverflowError) as error:
-        raise StoreError(f"--keep {text!r} is not a size like 500GiB") from error
-    if size is None:
-        raise StoreError(f"--keep {text!r} is not a size like 500GiB")
-    return size
+        return parse_size(text)
+    except ValueError as error:
+        raise StoreError(f"--keep {shortened(text)}: {error}") from None
 
 
 def _model_name(model: str) -> str:

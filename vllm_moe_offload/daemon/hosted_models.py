@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..errors import ConfigError, OffloadError, StoreError
 from ..ipc.protocol import Attach, ModelStatus
+from ..sizes import size_setting
 from ..store.manifest import RECORDS_NAME
 from ..store.reader import Store
 from ..threads import ReportedThread
@@ -88,8 +89,8 @@ class HostedModels:
                 "an engine (pid %d) wanted all of %s in memory; %s of %s can be spared, it will read what it misses",
                 request.pid,
                 _name(model),
-                _size(model.budget),
-                _size(model.full_bytes),
+                size_setting(model.budget),
+                size_setting(model.full_bytes),
             )
         return worker
 
@@ -143,16 +144,16 @@ class HostedModels:
         )
         if floor > ceiling:
             raise ConfigError(
-                f"--share {self._share_of(model)}: {_size(ceiling)} is too little for {_name(model)}; the least that "
-                f"works is {_size(floor)}"
+                f"--share {self._share_of(model)}: {size_setting(ceiling)} is too little for {_name(model)}; "
+                f"the least that works is {size_setting(floor)}"
             )
         claims[file] = Claim(floor, ceiling, wanted, claims[file].held, model.pressure)
         others = sum(claim.floor for key, claim in claims.items() if key != file)
         if floor + others > self._budget:
             raise ConfigError(
-                f"--cache {_size(self._budget)} of the daemon is too little for {_name(model)}: it needs at least "
-                f"{_size(floor)}, and {_size(others)} are promised to {self._others(model)}; the least that works is "
-                f"{_size(floor + others)}"
+                f"--cache {size_setting(self._budget)} of the daemon is too little for {_name(model)}: it needs at "
+                f"least {size_setting(floor)}, and {size_setting(others)} are promised to {self._others(model)}; "
+                f"the least that works is {size_setting(floor + others)}"
             )
         targets = split(claims, self._budget)
         leased = request.lease and targets[file] >= model.full_bytes
@@ -266,8 +267,3 @@ class HostedModels:
 
 def _name(model: HostedModel) -> str:
     return f"{model.store.identity.model or 'the model'} (store {model.name})"
-
-
-def _size(nbytes: int) -> str:
-    """As an operator writes it, rounded up."""
-    return f"{-(-nbytes // 2**20)}MiB" if nbytes >= 2**26 else f"{-(-nbytes // 2**10)}KiB"

@@ -16,8 +16,8 @@ from ..daemon.client import DaemonClient
 from ..daemon.joining import bytes_with_pages
 from ..pool import SlotPool, local_pools
 from ..pool.memory_limits import Limits, equal_share, memory_limits
+from ..sizes import size_text
 from ..stats import Stats
-from ..store.files import size_text
 from ..store.layout import RecordLayout
 from ..store.reader import Store
 from .hosting import attach_to_daemon

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from vllm.logger import init_logger
 
+from ..sizes import size_text
 from ..stats import STATISTICS, Number, Statistic, Stats
 
 logger = init_logger("vllm.moe_offload")
@@ -56,7 +57,7 @@ class StatsReport:
             return f"{value} {statistic.unit} {statistic.phrase}"
         difference = value - getattr(self._before, statistic.name)
         if statistic.unit == "bytes":
-            return f"{difference / 2**20 / seconds:.1f} MiB/s {statistic.phrase}"
+            return f"{size_text(difference / seconds)}/s {statistic.phrase}"
         if statistic.unit == "seconds":
             return f"{100 * difference / seconds:.0f}% {statistic.phrase}"
         return f"{difference} {statistic.phrase}"

@@ -10,6 +10,7 @@ from ..daemon.attached_pool import slots_taken_back
 from ..errors import StoreError
 from ..pool.loader import DamagedRecordError
 from ..runtime import OffloadRuntime
+from ..sizes import size_text
 from ..stats import WORKER_STATISTICS
 from ..store.root import StoreRoot
 from ..threads import failed_threads
@@ -65,9 +66,9 @@ class ServedModel:
     @property
     def summary(self) -> str:
         """Its experts in slots, for the log."""
-        resident, every = _gib(self.runtime.slot_bytes), _gib(self._expert_bytes)
+        resident, every = size_text(self.runtime.slot_bytes), size_text(self._expert_bytes)
         return (
-            f"{resident} of {every} GiB of experts in {self.runtime.slots} slots"
+            f"{resident} of {every} of experts in {self.runtime.slots} slots"
             f"{' (all resident)' if self._resident else ''}, store {self.runtime.store.path}"
         )
 
@@ -210,7 +211,3 @@ def mark_graph(vllm_config: Any, resident: bool, slots: list[int]) -> None:
     """
     mark = ["resident" if resident else "pooled", *slots]
     vllm_config.additional_config = {**vllm_config.additional_config, GRAPH_KEY: mark}
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f}" if size >= 2**30 else f"{size / 2**30:.3f}"

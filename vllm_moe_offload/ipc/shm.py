@@ -19,6 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from ..errors import ConfigError, OffloadError
 from ..pool.huge_pages import HUGE_PAGE_BYTES, shared_page_bytes
+from ..sizes import size_text
 
 NAME_PREFIX = "moe-offload:"
 """Of every memfd of this package; ``/proc/PID/maps`` shows ``/memfd:moe-offload:…``."""
@@ -276,6 +277,6 @@ def _system_error(call: str) -> OSError:
 
 def _no_room(what: str, nbytes: int, error: OSError) -> ConfigError:
     return ConfigError(
-        f"no room for {what} of {nbytes / 2**20:.1f} MiB ({error.strerror}); give the daemon a smaller --cache, "
+        f"no room for {what} of {size_text(nbytes)} ({error.strerror}); give the daemon a smaller --cache, "
         "or raise the memory limit (ulimit, container) it runs under"
     )

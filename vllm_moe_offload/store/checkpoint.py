@@ -13,7 +13,8 @@ from pathlib import Path
 
 import msgspec
 
-from vllm_moe_offload.store.files import explained, size_text, write_atomically
+from vllm_moe_offload.sizes import size_text
+from vllm_moe_offload.store.files import explained, write_atomically
 from vllm_moe_offload.store.lock import BuildLock
 
 SAMPLES = 32

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from vllm_moe_offload.errors import ConfigError, StoreError
+from vllm_moe_offload.sizes import size_text
 
 ROOT_SETTING = "VLLM_MOE_OFFLOAD_STORE_ROOT"
 
@@ -84,15 +85,6 @@ def require_space(path: Path, need: int) -> None:
         raise StoreError(
             f"cannot build the store at {path}: it needs {size_text(need)}, {size_text(free)} are free; {_MORE_SPACE}"
         )
-
-
-def size_text(nbytes: int) -> str:
-    value, unit = float(nbytes), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{nbytes} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
 def write_synced(path: Path, data: bytes) -> None:

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 from ..errors import TraceError
+from ..sizes import size_text
 from .trace import Trace, concat
 from .trace_file import LogHeader, decode_log_header, encode_log_header, encode_trace
 from .trace_log import LogWriter
@@ -64,9 +65,9 @@ class TraceRecording:
         """A request has ended. In the file after the next ``write``."""
         nbytes = request.experts.nbytes + request.weights.nbytes
         if self._log.nbytes + self._waiting_bytes + nbytes > MOST_BYTES:
-            self._stop(f"it has reached its largest size, {MOST_BYTES >> 30} GiB")
+            self._stop(f"it has reached its largest size, {size_text(MOST_BYTES)}")
         elif self._waiting_bytes + nbytes > MOST_WAITING_BYTES and self._waiting:
-            self._stop(f"{MOST_WAITING_BYTES >> 20} MiB wait to be written already")
+            self._stop(f"{size_text(MOST_WAITING_BYTES)} wait to be written already")
         else:
             self._waiting.append(request)
             self._waiting_bytes += nbytes
