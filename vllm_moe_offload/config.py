@@ -1,6 +1,6 @@
-"""OffloadConfig: one typed, validated object, whatever door it came through.
+"""OffloadConfig: one typed, validated object, whatever source its settings come from.
 
-Doors, most explicit first: ``--moe-offload-*`` flags and ``additional_config["moe_offload"]`` (vLLM carries both to
+Sources, most explicit first: ``--moe-offload-*`` flags and ``additional_config["moe_offload"]`` (vLLM carries both to
 every process as one dict), then the environment variable ``VLLM_MOE_OFFLOAD``. Nothing given means off.
 """
 
@@ -66,7 +66,7 @@ class CacheBudget(BaseModel):
 
 
 class OffloadConfig(BaseModel):
-    """Everything a user can set. Field names are the keys of all doors (flags spell ``_`` as ``-``)."""
+    """Everything a user can set. Field names are the keys in all sources (flags spell ``_`` as ``-``)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -91,13 +91,15 @@ class OffloadConfig(BaseModel):
     )
     history: str | None = Field(
         None,
-        description="folder in which predictors keep what earlier requests routed to, or 'off' to keep it in memory "
-        "only (default: 'history' beside the stores). Learning from it takes at most 5% of one core, at low priority",
+        description="folder of the history, the routing of earlier requests that predictors search and learn from, or "
+        "'off' to keep it in memory only (default: 'history' beside the stores). Learning takes at most 5% of one "
+        "core, at low priority",
     )
     embedding: str = Field(
         MODEL_EMBEDDING,
-        description="prompt embedder: 'model' (the mean of the prompt's token embeddings), or "
-        "'package.module:function', given the list of a prompt's token ids and returning a 1-D array",
+        description="prompt embedder, by which similar earlier requests are found: 'model' (the mean of the prompt's "
+        "token embeddings), or 'package.module:function', given the list of a prompt's token ids and returning a 1-D "
+        "array",
     )
     trace: Path | None = Field(
         None, description="file (.trace) to record every request's experts and routing weights in; replay reads it"
@@ -183,8 +185,8 @@ class OffloadConfig(BaseModel):
         return None
 
     @classmethod
-    def from_mapping(cls, settings: Mapping[str, Any], door: str) -> "OffloadConfig":
-        """Validate ``settings``; ``door`` says in errors where they came from.
+    def from_mapping(cls, settings: Mapping[str, Any], source: str) -> "OffloadConfig":
+        """Validate ``settings``; ``source`` says in errors where they come from.
 
         Raises:
             ConfigError: an unknown key (naming the nearest valid one) or a bad value.
@@ -193,10 +195,10 @@ class OffloadConfig(BaseModel):
             if key not in cls.model_fields:
                 near = difflib.get_close_matches(key, cls.model_fields, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(cls.model_fields)}"
-                raise ConfigError(f"{door}: unknown key {key!r}; {hint}")
+                raise ConfigError(f"{source}: unknown key {key!r}; {hint}")
         for key, value in settings.items():
             if complaint := cls.complaint(key, value):
-                raise ConfigError(f"{door}: {key} = {shortened(repr(value))}: {complaint}")
+                raise ConfigError(f"{source}: {key} = {shortened(repr(value))}: {complaint}")
         return cls(**settings)
 
 
@@ -257,11 +259,12 @@ def settings_from_additional_config(additional_config: object) -> dict[str, Any]
 
 
 def merge_settings(
-    explicit: dict[str, Any], implicit: dict[str, Any], explicit_door: str, implicit_door: str
+    explicit: dict[str, Any], implicit: dict[str, Any], explicit_source: str, implicit_source: str
 ) -> tuple[dict[str, Any], list[str]]:
     """``implicit`` overridden by ``explicit``, and one sentence for every key on which they disagree."""
     sentences = [
-        f"{key} is {explicit[key]!r} in {explicit_door} and {implicit[key]!r} in {implicit_door}: {explicit_door} wins"
+        f"{key} is {explicit[key]!r} in {explicit_source} and {implicit[key]!r} in {implicit_source}: "
+        f"{explicit_source} wins"
         for key in explicit.keys() & implicit.keys()
         if explicit[key] != implicit[key]
     ]
@@ -269,7 +272,7 @@ def merge_settings(
 
 
 def resolve(additional_config: object, environment: Mapping[str, str]) -> tuple[OffloadConfig | None, list[str]]:
-    """The configuration all doors together give (None: off), and what the user should be told about conflicts.
+    """The configuration all sources together give (None: off), and what the user should be told about conflicts.
 
     ``additional_config["moe_offload"] = False`` switches off whatever the environment says.
 
@@ -283,8 +286,8 @@ def resolve(additional_config: object, environment: Mapping[str, str]) -> tuple[
         return None, sentences if ambient is not None else []
     if given is None and ambient is None:
         return None, []
-    for settings, door in ((given, "additional_config['moe_offload']"), (ambient, ENVIRONMENT_VARIABLE)):
+    for settings, source in ((given, "additional_config['moe_offload']"), (ambient, ENVIRONMENT_VARIABLE)):
         if settings is not None:
-            OffloadConfig.from_mapping(settings, door)
+            OffloadConfig.from_mapping(settings, source)
     merged, sentences = merge_settings(given or {}, ambient or {}, "additional_config", ENVIRONMENT_VARIABLE)
     return OffloadConfig.from_mapping(merged, "moe_offload"), sentences

@@ -9,7 +9,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from vllm_moe_offload.cli import PlainErrors, app
+from vllm_moe_offload.cli import app
+from vllm_moe_offload.cli.errors import PlainErrors
 from vllm_moe_offload.cli.installed import SUPPORTED, is_supported
 from vllm_moe_offload.errors import TraceError
 
@@ -32,7 +33,7 @@ def test_python_m_is_the_command() -> None:
 def test_offline_commands_import_neither_vllm_nor_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from vllm_moe_offload.cli import app\n"
-        f"try: app(['store', 'ls', '--root', {str(tmp_path)!r}])\n"
+        f"try: app(['store', 'ls', '--store', {str(tmp_path)!r}])\n"
         "except SystemExit as end: assert end.code == 0, end.code\n"
         "assert not {'vllm', 'torch'} & sys.modules.keys()"
     )

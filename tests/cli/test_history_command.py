@@ -31,7 +31,7 @@ def run(*arguments):
 @pytest.fixture
 def folder(tmp_path):
     write_trace(tmp_path / "in.npz", TRACE)
-    assert run("import", tmp_path / "in.npz", "--dir", tmp_path / "kept").output == "feed01: 2 requests, 6 tokens\n"
+    assert run("import", tmp_path / "in.npz", "--history", tmp_path / "kept").output == "feed01: 2 requests, 6 tokens\n"
     return tmp_path / "kept"
 
 
@@ -50,7 +50,7 @@ def test_what_cannot_be_used_is_listed_with_the_reason(folder):
     (folder / "beef03" / HISTORY_FILE).write_bytes((folder / "feed01" / HISTORY_FILE).read_bytes())
     aside = folder / "feed01" / f"{HISTORY_FILE}.unusable-7-0"
     aside.write_bytes(b"old")
-    listed = run("ls", "--dir", folder).output
+    listed = run("ls", "--history", folder).output
     assert f"set aside as unusable: {aside}" in listed
     assert "dead02/history.npz: not a readable npz" in listed
     assert "belongs to model 'feed01', not to 'beef03'" in listed
@@ -60,24 +60,24 @@ def test_what_cannot_be_used_is_listed_with_the_reason(folder):
 def test_removing_a_history_removes_what_was_learned_from_it(folder):
     for name in LEARNED_FILES:
         (folder / "feed01" / name).write_bytes(b"learned")
-    assert run("prune", "fee", "--megabytes", 0, "--dir", folder).output == "feed01: removed\n"
+    assert run("prune", "fee", "--keep", 0, "--history", folder).output == "feed01: removed\n"
     assert list(folder.iterdir()) == []
 
 
 def test_a_damaged_history_can_be_removed_but_not_shortened(folder):
     (folder / "feed01" / HISTORY_FILE).write_bytes(b"PK nothing")
-    for arguments in (("prune", "feed01", "--megabytes", 1), ("export", "feed01", folder / "out.npz")):
-        failed = run(*arguments, "--dir", folder)
+    for arguments in (("prune", "feed01", "--keep", "1MiB"), ("export", "feed01", folder / "out.npz")):
+        failed = run(*arguments, "--history", folder)
         assert failed.exit_code == 2 and "not a readable npz" in failed.output
-    assert run("prune", "feed01", "--megabytes", 0, "--dir", folder).exit_code == 0
+    assert run("prune", "feed01", "--keep", 0, "--history", folder).exit_code == 0
 
 
 def test_the_whole_fingerprint_names_one_history_though_another_begins_like_it(folder, tmp_path):
     write_trace(tmp_path / "longer.npz", replace(TRACE, fingerprint="feed0123"))
-    assert run("import", tmp_path / "longer.npz", "--dir", folder).exit_code == 0
-    assert run("export", "feed01", tmp_path / "out.npz", "--dir", folder).exit_code == 0
+    assert run("import", tmp_path / "longer.npz", "--history", folder).exit_code == 0
+    assert run("export", "feed01", tmp_path / "out.npz", "--history", folder).exit_code == 0
     assert read_trace(tmp_path / "out.npz").fingerprint == "feed01"
-    assert "names 2 histories" in run("export", "feed", tmp_path / "out.npz", "--dir", folder).output
+    assert "names 2 histories" in run("export", "feed", tmp_path / "out.npz", "--history", folder).output
 
 
 @pytest.mark.parametrize(
@@ -95,21 +95,21 @@ def test_the_whole_fingerprint_names_one_history_though_another_begins_like_it(f
 def test_a_file_that_does_not_belong_is_refused_and_nothing_changes(folder, tmp_path, change, arguments, words):
     before = (folder / "feed01" / HISTORY_FILE).read_bytes()
     write_trace(tmp_path / "other.npz", replace(TRACE, **change))
-    failed = run("import", tmp_path / "other.npz", *arguments, "--dir", folder)
+    failed = run("import", tmp_path / "other.npz", *arguments, "--history", folder)
     assert failed.exit_code == 2 and words in failed.output
     assert (folder / "feed01" / HISTORY_FILE).read_bytes() == before
 
 
 def test_paths_that_cannot_be_written_or_are_no_folder_are_said(folder, tmp_path):
-    nowhere = run("export", "feed01", tmp_path / "absent" / "out.npz", "--dir", folder)
+    nowhere = run("export", "feed01", tmp_path / "absent" / "out.npz", "--history", folder)
     assert nowhere.exit_code == 2 and "cannot be written (No such file or directory)" in nowhere.output
     for command in (("ls",), ("import", tmp_path / "in.npz")):
-        failed = run(*command, "--dir", tmp_path / "in.npz")
+        failed = run(*command, "--history", tmp_path / "in.npz")
         assert failed.exit_code == 2 and "is a file; name the folder" in failed.output
 
 
 def test_a_trace_without_tokens_is_refused(tmp_path):
     write_trace(tmp_path / "none.npz", TRACE.select([]))
-    failed = run("import", tmp_path / "none.npz", "--dir", tmp_path / "kept")
+    failed = run("import", tmp_path / "none.npz", "--history", tmp_path / "kept")
     assert failed.exit_code == 2 and "holds no tokens" in failed.output
     assert not (tmp_path / "kept").exists()

@@ -1,4 +1,4 @@
-"""OffloadConfig: what each door accepts, what wins, and what users read when it is wrong."""
+"""OffloadConfig: what each source accepts, what wins, and what users read when it is wrong."""
 
 import json
 import re
@@ -198,16 +198,16 @@ def test_an_additional_config_that_is_no_dict_is_refused_with_an_example(value: 
 
 
 @pytest.mark.parametrize(
-    ("additional_config", "environment", "door"),
+    ("additional_config", "environment", "source"),
     [
         ({"moe_offload": {"cahce": "1%"}}, {}, r"additional_config\['moe_offload'\]"),
         ({"moe_offload": {"cache": "1%"}}, {"VLLM_MOE_OFFLOAD": '{"cache": "x"}'}, "VLLM_MOE_OFFLOAD"),
     ],
 )
 def test_errors_name_the_door_even_if_another_would_win(
-    additional_config: object, environment: dict[str, str], door: str
+    additional_config: object, environment: dict[str, str], source: str
 ) -> None:
-    with pytest.raises(ConfigError, match=f"^{door}: "):
+    with pytest.raises(ConfigError, match=f"^{source}: "):
         resolve(additional_config, environment)
 
 

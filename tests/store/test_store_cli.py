@@ -13,7 +13,7 @@ from store_samples import EXPERTS, LAYERS, build
 from test_store_processes import expect_line
 from typer.testing import CliRunner, Result
 
-from vllm_moe_offload.cli.store import store as app
+from vllm_moe_offload.cli import app
 from vllm_moe_offload.store import Store, StoreIdentity, StoreRoot
 
 RECORDS = EXPERTS * len(LAYERS)
@@ -22,7 +22,7 @@ RECORDS = EXPERTS * len(LAYERS)
 @pytest.fixture
 def run(root: StoreRoot, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     monkeypatch.setenv("VLLM_MOE_OFFLOAD_STORE_ROOT", str(root.path))
-    return lambda *words, **options: CliRunner().invoke(app, list(words), **options)
+    return lambda *words, **options: CliRunner().invoke(app, ["store", *words], **options)
 
 
 def test_ls_shows_model_size_age_and_fingerprint(

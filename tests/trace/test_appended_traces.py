@@ -40,7 +40,7 @@ def test_every_request_can_be_read_as_soon_as_it_is_written(tmp_path: Path) -> N
     assert [same(request, past_request(seed)) for seed, request in enumerate(trace.requests())] == [True] * 6
     assert (trace.model, trace.fingerprint) == ("model", FINGERPRINT)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    imported = CliRunner().invoke(app, ["history", "import", str(path), "--dir", str(tmp_path / "histories")])
+    imported = CliRunner().invoke(app, ["history", "import", str(path), "--history", str(tmp_path / "histories")])
     assert imported.exit_code == 0 and "6 requests" in imported.output
 
 

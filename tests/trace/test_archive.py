@@ -63,25 +63,25 @@ def run(*arguments):
 def test_the_commands_move_histories_in_and_out(tmp_path):
     folder, trace = tmp_path / "histories", make_trace((3, 2, 5))
     write_trace(tmp_path / "in.npz", trace)
-    assert run("import", tmp_path / "in.npz", "--dir", folder).exit_code == 0
-    listed = run("ls", "--dir", folder)
+    assert run("import", tmp_path / "in.npz", "--history", folder).exit_code == 0
+    listed = run("ls", "--history", folder)
     assert trace.fingerprint[:8] in listed.output
-    assert run("export", "ff", tmp_path / "out.npz", "--dir", folder).exit_code == 0
+    assert run("export", "ff", tmp_path / "out.npz", "--history", folder).exit_code == 0
     exported = read_trace(tmp_path / "out.npz")
     assert np.array_equal(exported.experts, trace.experts) and exported.fingerprint == trace.fingerprint
-    assert "6 requests" in run("import", tmp_path / "in.npz", "--dir", folder).output
-    assert run("prune", "ff", "--megabytes", 0, "--dir", folder).exit_code == 0
-    assert "no histories" in run("ls", "--dir", folder).output
+    assert "6 requests" in run("import", tmp_path / "in.npz", "--history", folder).output
+    assert run("prune", "ff", "--keep", 0, "--history", folder).exit_code == 0
+    assert "no histories" in run("ls", "--history", folder).output
 
 
 def test_the_commands_say_what_is_wrong(tmp_path):
-    missing = run("export", "zz", tmp_path / "out.npz", "--dir", tmp_path)
+    missing = run("export", "zz", tmp_path / "out.npz", "--history", tmp_path)
     assert missing.exit_code == 2 and "'zz' names 0 histories" in missing.output
     np.savez(
         tmp_path / "anonymous.npz",
         **{name: getattr(make_trace(), name) for name in ("experts", "weights", "offsets", "num_experts")},
     )
-    anonymous = run("import", tmp_path / "anonymous.npz", "--dir", tmp_path)
+    anonymous = run("import", tmp_path / "anonymous.npz", "--history", tmp_path)
     assert anonymous.exit_code == 2 and "--fingerprint" in anonymous.output
 
 

@@ -3,30 +3,15 @@
 Importing it must never import vLLM or torch: every offline command works on a machine that has neither.
 """
 
-from typing import Any
-
 import typer
-from typer.core import TyperGroup
 
-from ..errors import OffloadError
 from .daemon import daemon
 from .doctor import doctor
+from .errors import PlainErrors
 from .history import history
 from .prepare import prepare
 from .replay import replay
 from .store import store
-
-
-class PlainErrors(TyperGroup):
-    """Errors meant for users are one line on stderr and exit code 2, whichever command they come from."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except OffloadError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from None
-
 
 app = typer.Typer(
     name="vllm-moe-offload",

@@ -31,6 +31,7 @@ from vllm_moe_offload.store.files import named_path
 from ..sizes import EXAMPLES, parse_size, shortened, size_text
 from .daemon_view import status_view
 from .log import LogLevel, log_to_stderr
+from .options import StoreOption
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +57,7 @@ def run(
     context: typer.Context,
     cache: Annotated[str, typer.Option(help="Memory for experts of all models together, like 32GiB.")] = "",
     socket: SocketOption = None,
-    store: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the stores.", envvar="VLLM_MOE_OFFLOAD_STORE_ROOT", show_default=False),
-    ] = None,
+    store: StoreOption = None,
     history: Annotated[
         str,
         typer.Option(

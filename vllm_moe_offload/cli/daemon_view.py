@@ -48,7 +48,7 @@ def _models(models: list[ModelStatus]) -> Table:
 
 def _workers(models: list[ModelStatus]) -> Table:
     counted = [each.column for each in _WORKER_STATISTICS]
-    table = _table("worker", "pid", "engine", "rank", "store", "hit rate", *counted)
+    table = _table("worker", "pid", "engine", "rank", "store", *counted)
     for model in models:
         for worker in model.workers:
             table.add_row(*_worker_row(model, worker))
@@ -56,14 +56,12 @@ def _workers(models: list[ModelStatus]) -> Table:
 
 
 def _worker_row(model: ModelStatus, worker: WorkerStatus) -> tuple[str, ...]:
-    hits, misses = worker.stats["hits"], worker.stats["misses"]
     return (
         f"{worker.worker}{' (lease)' if worker.lease else ''}",
         str(worker.pid),
         worker.group or "-",
         str(worker.rank),
         model.store[:_STORE_DIGITS],
-        f"{100 * hits / (hits + misses):.1f}%" if hits + misses else "-",
         *_cells(_WORKER_STATISTICS, worker.stats),
     )
 
@@ -73,10 +71,13 @@ def _amount(stats: Mapping[str, Number], count: str, size: str) -> str:
 
 
 def _cells(statistics: Sequence[Statistic], stats: Mapping[str, Number]) -> list[str]:
-    return [_text(each, stats[each.name]) for each in statistics]
+    return [_cell(each, stats) for each in statistics]
 
 
-def _text(statistic: Statistic, value: Number) -> str:
+def _cell(statistic: Statistic, stats: Mapping[str, Number]) -> str:
+    value = stats[statistic.name]
+    if statistic.name == "hits" and value:
+        return f"{value} ({100 * value / (value + stats['misses']):.1f}%)"
     if statistic.unit == "bytes":
         return size_text(value)
     return f"{value:.1f} s" if statistic.unit == "seconds" else str(value)

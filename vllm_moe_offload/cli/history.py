@@ -13,9 +13,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_moe_offload.errors import TraceError
+from vllm_moe_offload.errors import ConfigError, TraceError
 from vllm_moe_offload.learning.heads_file import LEARNED_FILES
-from vllm_moe_offload.sizes import size_text
+from vllm_moe_offload.sizes import parse_size, shortened, size_text
 from vllm_moe_offload.store import default_root
 from vllm_moe_offload.store.files import named_path, remove_leftovers
 from vllm_moe_offload.trace.archive import HISTORY_FILE, HISTORY_LOCK_FILE, HistoryArchive
@@ -25,18 +25,20 @@ from vllm_moe_offload.trace.trace_file import read_trace, write_trace
 
 history = typer.Typer(name="history", help="List, export, import and prune histories.", no_args_is_help=True)
 
-DirectoryOption = Annotated[
+HistoryOption = Annotated[
     Path | None,
-    typer.Option("--dir", help="Folder of the histories (default: 'history' beside the stores).", show_default=False),
+    typer.Option(
+        "--history", help="Folder of the histories (default: 'history' beside the stores).", show_default=False
+    ),
 ]
 Fingerprint = Annotated[str, typer.Argument(help="Fingerprint of the model, or the start of it; see `history ls`.")]
 _FINGERPRINT = re.compile(r"\w[\w.-]*")
 
 
 @history.command()
-def ls(directory: DirectoryOption = None) -> None:
+def ls(folder: HistoryOption = None) -> None:
     """Show each model's history: requests, tokens, size; and what cannot be used."""
-    archive = _archive(directory)
+    archive = _archive(folder)
     entries = list(archive.entries())
     table = Table("fingerprint", "model", "requests", "tokens", "size")
     problems = [f"set aside as unusable: {path}" for path in sorted(archive.directory.glob(_set_aside("*")))]
@@ -62,10 +64,10 @@ def ls(directory: DirectoryOption = None) -> None:
 def export(
     fingerprint: Fingerprint,
     file: Annotated[Path, typer.Argument(help="Trace file (.npz) to write.")],
-    directory: DirectoryOption = None,
+    folder: HistoryOption = None,
 ) -> None:
     """Write a history as a trace file, to replay it or to bring it to another machine."""
-    archive = _archive(directory)
+    archive = _archive(folder)
     trace = archive.read(_complete(archive, fingerprint))
     try:
         write_trace(file, trace)
@@ -83,12 +85,12 @@ def import_(
             help="Model it belongs to, where the file does not say: all of its fingerprint.", show_default=False
         ),
     ] = "",
-    directory: DirectoryOption = None,
+    folder: HistoryOption = None,
 ) -> None:
     """Add a trace's requests to a model's history."""
     trace = read_trace(file)
     name = _owner(file, trace, fingerprint)
-    archive = _archive(directory)
+    archive = _archive(folder)
     with _locked(archive, name):
         store = _load(archive, name) if archive.path(name).exists() else HistoryStore(trace.shape)
         _check_alike(file, trace, name, store)
@@ -104,30 +106,40 @@ def import_(
 @history.command()
 def prune(
     fingerprint: Fingerprint,
-    megabytes: Annotated[int, typer.Option(min=0, help="Forget requests until no more than this is kept.")],
-    directory: DirectoryOption = None,
+    keep: Annotated[
+        str, typer.Option(metavar="SIZE", help="Forget requests until the history takes no more than SIZE (64MiB).")
+    ],
+    folder: HistoryOption = None,
 ) -> None:
     """Shorten a history, forgetting what newer requests repeat first; 0 removes it and what was learned from it."""
-    archive = _archive(directory)
+    archive = _archive(folder)
     name = _complete(archive, fingerprint)
-    if megabytes == 0:
+    size = _size(keep)
+    if size == 0:
         _remove(archive, name)
         typer.echo(f"{name}: removed")
         return
     with _locked(archive, name):
         store = _load(archive, name)
         before = len(store.requests)
-        store.prune(megabytes << 20)
+        store.prune(size)
         archive.write(name, store.to_trace())
     typer.echo(f"{name}: {len(store.requests)} of {before} requests, {store.num_tokens} tokens kept")
 
 
-def _archive(directory: Path | None) -> HistoryArchive:
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise ConfigError(f"--keep {shortened(text)}: {error}") from None
+
+
+def _archive(folder: Path | None) -> HistoryArchive:
     """Where an engine keeps its histories when nothing else is configured, or in the folder named."""
-    directory = named_path(directory) if directory else default_root().parent / "history"
-    if directory.exists() and not directory.is_dir():
-        raise TraceError(f"dir: {directory} is a file; name the folder of the histories")
-    return HistoryArchive(directory)
+    folder = named_path(folder) if folder else default_root().parent / "history"
+    if folder.exists() and not folder.is_dir():
+        raise TraceError(f"--history {folder}: is a file; name the folder of the histories")
+    return HistoryArchive(folder)
 
 
 def _owner(file: Path, trace: Trace, fingerprint: str) -> str:

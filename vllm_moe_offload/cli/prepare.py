@@ -1,13 +1,13 @@
 """`vllm-moe-offload prepare MODEL`: build the stores a later `vllm serve MODEL` finds. Must never serve."""
 
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..sizes import size_text
 from .installed import require_vllm
+from .options import StoreOption
 
 
 def prepare(
@@ -21,10 +21,7 @@ def prepare(
             show_default=False,
         ),
     ] = None,
-    store: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the stores.", envvar="VLLM_MOE_OFFLOAD_STORE_ROOT", show_default=False),
-    ] = None,
+    store: StoreOption = None,
 ) -> None:
     """Build the store of MODEL for this machine, one per worker, without serving."""
     require_vllm("prepare")

@@ -2,8 +2,6 @@
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -15,22 +13,19 @@ from vllm_moe_offload.errors import StoreError
 from vllm_moe_offload.sizes import parse_size, shortened, size_text
 from vllm_moe_offload.store import Store, StoreInfo, StoreRoot
 
+from .errors import print_error
+from .options import StoreOption
+
 DAY = 86400
 
 store = typer.Typer(name="store", help="List, verify and prune the stores of expert records.", no_args_is_help=True)
 
-RootOption = Annotated[
-    Path | None,
-    typer.Option("--root", help="Folder of the stores.", envvar="VLLM_MOE_OFFLOAD_STORE_ROOT", show_default=False),
-]
-
 
 @store.command()
-def ls(root: RootOption = None) -> None:
+def ls(folder: StoreOption = None) -> None:
     """Show each store's model, size, age, time since an engine last opened it, and fingerprint."""
-    with _plain_errors():
-        stores = StoreRoot(root)
-        infos = stores.ls()
+    stores = StoreRoot(folder)
+    infos = stores.ls()
     if not infos:
         typer.echo(f"no stores in {stores.path}")
         return
@@ -45,15 +40,14 @@ def verify(
     fingerprint: Annotated[
         str, typer.Argument(help="Start of the fingerprint of one store; all without it.", show_default=False)
     ] = "",
-    root: RootOption = None,
+    folder: StoreOption = None,
 ) -> None:
     """Read every record and compare it with its checksum; exit with 1 if any is damaged."""
-    with _plain_errors():
-        stores = StoreRoot(root)
-        chosen = [info for info in stores.ls() if _is_store(info) and info.fingerprint.startswith(fingerprint)]
-        if not chosen:
-            raise StoreError(f"no store in {stores.path} is named {fingerprint!r}…; see `store ls`")
-        sound = [_verify_one(info) for info in chosen]
+    stores = StoreRoot(folder)
+    chosen = [info for info in stores.ls() if _is_store(info) and info.fingerprint.startswith(fingerprint)]
+    if not chosen:
+        raise StoreError(f"no store in {stores.path} is named {fingerprint!r}…; see `store ls`")
+    sound = [_verify_one(info) for info in chosen]
     if not all(sound):
         raise typer.Exit(1)
 
@@ -74,39 +68,29 @@ def prune(
         typer.Option("--keep", metavar="SIZE", help="Also those longest unused, until the rest fits in SIZE (500GiB)."),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    root: RootOption = None,
+    folder: StoreOption = None,
 ) -> None:
     """Remove what killed builds left, stores that are damaged or outdated, and stores whose checkpoint is gone."""
-    with _plain_errors():
-        stores = StoreRoot(root)
-        doomed = stores.prunable(
-            everything,
-            superseded,
-            math.inf if unused_for is None else unused_for * DAY,
-            math.inf if keep is None else _size_of(keep),
-        )
-        if not doomed:
-            typer.echo(f"nothing to prune in {stores.path}")
-            return
-        for info in doomed:
-            typer.echo("  ".join(_row(info)))
-        if not yes:
-            typer.confirm(f"remove {len(doomed)} from {stores.path}?", abort=True)
-        kept: list[str] = []
-        typer.echo(f"freed {size_text(stores.prune(doomed, kept.append))}")
+    stores = StoreRoot(folder)
+    doomed = stores.prunable(
+        everything,
+        superseded,
+        math.inf if unused_for is None else unused_for * DAY,
+        math.inf if keep is None else _size_of(keep),
+    )
+    if not doomed:
+        typer.echo(f"nothing to prune in {stores.path}")
+        return
+    for info in doomed:
+        typer.echo("  ".join(_row(info)))
+    if not yes:
+        typer.confirm(f"remove {len(doomed)} from {stores.path}?", abort=True)
+    kept: list[str] = []
+    typer.echo(f"freed {size_text(stores.prune(doomed, kept.append))}")
     for problem in kept:
-        typer.echo(f"error: {problem}", err=True)
+        print_error(problem)
     if kept:
         raise typer.Exit(1)
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    try:
-        yield
-    except StoreError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
 
 
 def _is_store(info: StoreInfo) -> bool:

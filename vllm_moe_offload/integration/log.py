@@ -21,7 +21,6 @@ class VllmHandler(logging.Handler):
 def log_through_vllm() -> None:
     """Let whatever this package logs appear in vLLM's log, from vLLM's level on. Idempotent."""
     ours = logging.getLogger(PACKAGE)
-    if not any(isinstance(handler, VllmHandler) for handler in ours.handlers):
-        ours.addHandler(VllmHandler())
+    ours.handlers = [VllmHandler()]
     ours.setLevel(logger.getEffectiveLevel())
     ours.propagate = False
