@@ -39,7 +39,7 @@ ANSWER_SECONDS = 10.0
 END_SECONDS = 120.0
 """For writing the histories, too."""
 
-daemon = typer.Typer(name="daemon", help="One expert cache for all engines of this host: run it, see it, end it.")
+daemon = typer.Typer(name="daemon", help="Run one expert cache for all engines of this host, show its status, stop it.")
 
 SocketOption = Annotated[
     Path | None,
@@ -61,24 +61,24 @@ def run(
     history: Annotated[
         str,
         typer.Option(
-            help="Folder where histories are kept, or 'off' to keep none beyond the daemon's life "
+            help="Folder of the histories, or 'off' to keep them in memory only "
             "(default: 'history' beside the stores).",
             show_default=False,
         ),
     ] = "",
     metrics_port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Count for Prometheus on this port of 127.0.0.1.")
+        int | None, typer.Option(min=1, max=65535, help="Serve the statistics to Prometheus on this port of 127.0.0.1.")
     ] = None,
     policy: Annotated[
         str, typer.Option(help=f"Eviction policy: {', '.join(POLICY_NAMES)}, or a class as package.module:Class.")
     ] = "lfu",
     share: Annotated[
         list[str] | None,
-        typer.Option(help="STORE=SIZE: memory kept for one model, by the name of its store; again for others."),
+        typer.Option(help="STORE=SIZE: at most so much memory for one model, by the name of its store (repeatable)."),
     ] = None,
     group: Annotated[str, typer.Option(help="Members of this group may use the daemon too.")] = "",
     leave_after: Annotated[
-        float | None, typer.Option(min=0, help="End when no engine was attached for so many seconds.")
+        float | None, typer.Option(min=0, help="End after so many seconds without an attached engine.")
     ] = None,
     log_level: Annotated[
         LogLevel, typer.Option(case_sensitive=False, help="Least level of what is logged on stderr.")
@@ -121,7 +121,7 @@ def run(
 @daemon.command()
 def status(
     socket: SocketOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show who is attached, and per model what is resident and how well that serves."""
     with contextlib.closing(_connect(socket)) as connection:
@@ -135,7 +135,7 @@ def status(
 @daemon.command()
 def top(
     socket: SocketOption = None,
-    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two updates.")] = 1.0,
 ) -> None:
     """Show the same, again and again, until Ctrl-C."""
     with contextlib.suppress(KeyboardInterrupt), contextlib.closing(_connect(socket)) as connection, Live() as live:

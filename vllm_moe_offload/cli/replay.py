@@ -31,13 +31,15 @@ def replay(
         typer.Option(help="Slots, as a number or a share of all experts.", show_default="25%"),
     ] = None,
     predictor: Annotated[
-        str | None, typer.Option(help=f"{', '.join(REPLAY_PREDICTORS)}{_OR_A_CLASS}", show_default="history")
+        str | None, typer.Option(help=f"Predictor: {', '.join(REPLAY_PREDICTORS)}{_OR_A_CLASS}", show_default="history")
     ] = None,
     policy: Annotated[
-        str | None, typer.Option(help=f"{', '.join(POLICY_NAMES)}{_OR_A_CLASS}", show_default="lfu")
+        str | None, typer.Option(help=f"Eviction policy: {', '.join(POLICY_NAMES)}{_OR_A_CLASS}", show_default="lfu")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Requests that run at a time.")] = 1,
-    threshold: Annotated[float, typer.Option(help="Prefetch what is given a greater probability.")] = 0.5,
+    threshold: Annotated[
+        float, typer.Option(help="Prefetch experts to which the predictor gives a greater probability.")
+    ] = 0.5,
     hardware: Annotated[
         str | None, typer.Option(help=f"Also simulate time on {', '.join(PROFILE_NAMES)} or a JSON file's machine.")
     ] = None,
@@ -64,8 +66,8 @@ def replay(
     plot: Annotated[
         Path | None,
         typer.Option(
-            help="Draw the result into this file (.png, .svg, .pdf). --sweep draws TRACE-sweep.png here unless told "
-            "otherwise.",
+            help="Draw the result into this file (.png, .svg, .pdf). --sweep draws TRACE-sweep.png here if "
+            "this is not given.",
             show_default=False,
         ),
     ] = None,
