@@ -77,6 +77,13 @@ def said() -> Iterator[list[str]]:
         yield lines
 
 
+@pytest.fixture
+def silent(said: list[str]) -> Iterator[None]:
+    """The test fails if the package logs anything, from INFO on."""
+    yield
+    assert not said
+
+
 @pytest.fixture(scope="session")
 def tiny_moe() -> Path:
     """The bundled model."""

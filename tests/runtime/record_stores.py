@@ -53,7 +53,7 @@ class RecordStore:
 def build_store(root: Path, layers: Sequence[tuple[RecordLayout, int]], seed: int = 0) -> RecordStore:
     """A store whose layers have these layouts and numbers of experts, called ``layer 0``, ``layer 1``, …"""
     draw = np.random.default_rng(seed)
-    writer = StoreRoot(root).open_or_build(StoreIdentity({"seed": seed, "layers": str(layers)}), print)
+    writer = StoreRoot(root).open_or_build(StoreIdentity({"seed": seed, "layers": str(layers)}))
     assert isinstance(writer, StoreWriter)
     records = []
     for index, (shape, experts) in enumerate(layers):

@@ -7,6 +7,7 @@ $ACT_AS=UID:GID it becomes that user, with that one group.
 """
 
 import hashlib
+import logging
 import os
 import resource
 import signal
@@ -27,9 +28,16 @@ def emit(*words: object) -> None:
     print(*words, flush=True)
 
 
+class Say(logging.Handler):
+    """Prints what the package logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        emit("say", record.getMessage())
+
+
 def main(root: str, layers: str, record_bytes: str, *options: str) -> None:
     layout = RecordLayout((Component("w", "uint8", (int(record_bytes),), int(record_bytes)),))
-    opened = StoreRoot(Path(root)).open_or_build(StoreIdentity({"test": "processes"}), lambda text: emit("say", text))
+    opened = StoreRoot(Path(root)).open_or_build(StoreIdentity({"test": "processes"}))
     how = "opened"
     if not isinstance(opened, Store):
         how = "built"
@@ -84,6 +92,7 @@ if user := os.environ.get("ACT_AS"):
     os.setgroups([])
     os.setgid(gid)
     os.setuid(uid)
+logging.getLogger("vllm_moe_offload").addHandler(Say())
 try:
     main(*sys.argv[1:])
 except StoreError as error:

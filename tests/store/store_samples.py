@@ -1,7 +1,5 @@
 """A small store to build."""
 
-from collections.abc import Callable
-
 import numpy as np
 
 from vllm_moe_offload.store import Component, RecordLayout, Store, StoreIdentity, StoreRoot, StoreWriter
@@ -16,8 +14,8 @@ def layer_bytes(seed: int, layout: RecordLayout = LAYOUT, experts: int = EXPERTS
     return [rng.integers(0, 256, (experts, part.nbytes), np.uint8) for part in layout.components]
 
 
-def build(root: StoreRoot, identity: StoreIdentity, say: Callable[[str], None] = print) -> Store:
-    writer = root.open_or_build(identity, say)
+def build(root: StoreRoot, identity: StoreIdentity) -> Store:
+    writer = root.open_or_build(identity)
     assert isinstance(writer, StoreWriter)
     for seed, name in enumerate(LAYERS):
         writer.add_layer(name, LAYOUT, layer_bytes(seed))

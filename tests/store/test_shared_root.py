@@ -66,12 +66,13 @@ def team(folder: Path) -> StoreRoot:
 IDENTITY = StoreIdentity({"a": 1}, "/models/mine")
 
 
+@pytest.mark.usefixtures("silent")
 @pytest.mark.parametrize("reader", [OWNER, THIRD, 0])
 def test_a_store_that_anybody_could_have_put_there_is_not_believed(public: StoreRoot, reader: int) -> None:
     with acting_as(OTHER):
         build(public, IDENTITY).close()
     with acting_as(reader), pytest.raises(StoreError) as refused:
-        public.open_or_build(IDENTITY, pytest.fail)
+        public.open_or_build(IDENTITY)
     assert f"belongs to uid {OTHER}, and everyone can write to {public.path}, so it is not trusted" in str(
         refused.value
     )
@@ -81,30 +82,33 @@ def test_a_store_that_anybody_could_have_put_there_is_not_believed(public: Store
     assert info.state == "unreadable" and "not trusted" in info.detail
 
 
+@pytest.mark.usefixtures("silent")
 @pytest.mark.parametrize("builder", [OWNER, 0, THIRD])
 def test_stores_of_the_folders_owner_of_the_superuser_and_of_oneself_are(public: StoreRoot, builder: int) -> None:
     with acting_as(builder):
         build(public, IDENTITY).close()
     with acting_as(THIRD):
-        store = public.open_or_build(IDENTITY, pytest.fail)
+        store = public.open_or_build(IDENTITY)
         assert isinstance(store, Store) and store.verify() == []
         store.close()
 
 
+@pytest.mark.usefixtures("silent")
 @pytest.mark.parametrize("name", ["records.bin", "manifest.json"])
 def test_a_trusted_users_file_that_everyone_can_change_is_not_believed(public: StoreRoot, name: str) -> None:
     with acting_as(OWNER):
         path = build(public, IDENTITY).path
     (path / name).chmod(0o666)
     with acting_as(THIRD), pytest.raises(StoreError, match="can be changed by everyone"):
-        public.open_or_build(IDENTITY, pytest.fail)
+        public.open_or_build(IDENTITY)
 
 
+@pytest.mark.usefixtures("silent")
 def test_where_only_a_group_can_write_its_members_trust_each_other(team: StoreRoot) -> None:
     with acting_as(OTHER, GROUP):
         build(team, IDENTITY).close()
     with acting_as(THIRD, GROUP):
-        store = team.open_or_build(IDENTITY, pytest.fail)
+        store = team.open_or_build(IDENTITY)
         assert isinstance(store, Store)
         store.close()
 
@@ -129,6 +133,7 @@ def test_what_another_users_killed_build_left_is_in_nobodys_way(team: StoreRoot,
     assert output.splitlines()[-1].startswith("built")
 
 
+@pytest.mark.usefixtures("silent")
 @pytest.mark.parametrize("mode", [0o600, 0o666])
 def test_a_lock_that_anybody_could_have_put_there_is_named_instead_of_waited_for(public: StoreRoot, mode: int) -> None:
     lock = public.path / f"{IDENTITY.fingerprint}.lock"
@@ -137,15 +142,16 @@ def test_a_lock_that_anybody_could_have_put_there_is_named_instead_of_waited_for
     lock.chmod(mode)
     said = "not trusted" if mode == 0o666 else "permission denied"
     with acting_as(THIRD), pytest.raises(StoreError, match=said):
-        public.open_or_build(IDENTITY, pytest.fail)
+        public.open_or_build(IDENTITY)
 
 
+@pytest.mark.usefixtures("silent")
 def test_a_lock_that_is_a_link_does_not_lead_to_somebodys_file(public: StoreRoot, tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.write_text("words")
     (public.path / f"{IDENTITY.fingerprint}.lock").symlink_to(precious)
     with pytest.raises(StoreError, match="cannot build a store"):
-        public.open_or_build(IDENTITY, pytest.fail)
+        public.open_or_build(IDENTITY)
     assert precious.read_text() == "words"
 
 
@@ -158,8 +164,8 @@ def test_ls_and_prune_of_other_users_stores_say_what_they_cannot(folder: Path) -
     private.chmod(0o700)
     with acting_as(OTHER):
         infos = {info.fingerprint: info for info in root.ls()}
-        problems: list[str] = []
-        assert root.prune(root.prunable(everything=True), problems.append) == 0
+        freed, problems = root.prune(root.prunable(everything=True))
+        assert freed == 0
     assert infos[private.name].state == "unreadable" and "Permission denied" in infos[private.name].detail
     assert infos[IDENTITY.fingerprint].state == "complete"
     assert len(problems) == 2 and all("permission denied" in problem for problem in problems)

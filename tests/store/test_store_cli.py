@@ -138,24 +138,26 @@ def test_prune_offers_what_a_newer_store_of_the_same_settings_has_superseded(
     assert removed_by(run, root, "--superseded") == {identity.fingerprint}
 
 
+@pytest.mark.usefixtures("silent")
 def test_opening_a_store_makes_it_used_and_no_newer(root: StoreRoot, identity: StoreIdentity) -> None:
     store = build(root, identity)
     aged(root, store, 3)
     (before,) = root.ls()
-    opened = root.open_or_build(identity, pytest.fail)
+    opened = root.open_or_build(identity)
     assert isinstance(opened, Store)
     opened.close()
     (after,) = root.ls()
     assert after.built == before.built and after.used > before.used
 
 
+@pytest.mark.usefixtures("silent")
 def test_prune_by_time_unused_and_by_size_takes_the_longest_unused(
     run: Callable[..., Result], root: StoreRoot, tmp_path: Path
 ) -> None:
     kinds = [StoreIdentity({"kind": number}, str(tmp_path)) for number in range(4)]
     for number, one in enumerate(kinds):
         aged(root, build(root, one), 10 * (4 - number))
-    opened = root.open_or_build(kinds[0], pytest.fail)
+    opened = root.open_or_build(kinds[0])
     assert isinstance(opened, Store)
     assert removed_by(run, root, "--unused-for", "25") == {kinds[1].fingerprint}
     size = next(info.size for info in root.ls())
@@ -170,6 +172,7 @@ def test_prune_down_to_what_is_no_size_is_refused(run: Callable[..., Result], si
     assert result.exit_code == 2 and "is not a size like '4GiB'" in result.stderr
 
 
+@pytest.mark.usefixtures("silent")
 def test_prune_all_removes_stores_in_use_too(
     run: Callable[..., Result], root: StoreRoot, identity: StoreIdentity
 ) -> None:
@@ -177,7 +180,7 @@ def test_prune_all_removes_stores_in_use_too(
     assert run("prune", "--all", "--yes").exit_code == 0
     assert root.ls() == [] and list(root.path.iterdir()) == []
     assert store.verify() == []
-    build(root, identity, pytest.fail)
+    build(root, identity)
 
 
 def test_prune_spares_a_running_build(

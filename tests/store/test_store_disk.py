@@ -45,7 +45,7 @@ def open_folder() -> Iterator[Path]:
 
 
 def start(root: StoreRoot, identity: StoreIdentity) -> StoreWriter:
-    writer = root.open_or_build(identity, pytest.fail)
+    writer = root.open_or_build(identity)
     assert isinstance(writer, StoreWriter)
     return writer
 
@@ -58,6 +58,7 @@ def test_a_disk_too_small_for_the_announced_size_is_refused_at_once(small_disk: 
     assert root.ls() == []
 
 
+@pytest.mark.usefixtures("silent")
 def test_a_disk_that_fills_up_is_an_error_and_given_back(small_disk: Path, identity: StoreIdentity) -> None:
     root = StoreRoot(small_disk)
     writer = start(root, identity)
@@ -67,7 +68,7 @@ def test_a_disk_that_fills_up_is_an_error_and_given_back(small_disk: Path, ident
         writer.finish()
     assert root.ls() == []
     mount("-o", "remount,size=4M", str(small_disk))
-    build(root, identity, pytest.fail)
+    build(root, identity)
 
 
 def test_a_disk_too_full_even_to_begin(small_disk: Path, identity: StoreIdentity) -> None:
@@ -132,6 +133,7 @@ def test_a_store_one_may_not_read_is_an_error_not_a_rebuild(open_folder: Path, s
     assert info.path.exists()
 
 
+@pytest.mark.usefixtures("silent")
 def test_a_read_only_file_system_serves_but_does_not_build(tmp_path: Path, identity: StoreIdentity) -> None:
     folder = tmp_path / "stores"
     build(StoreRoot(folder), identity).close()
@@ -139,10 +141,10 @@ def test_a_read_only_file_system_serves_but_does_not_build(tmp_path: Path, ident
     try:
         mount("-o", "remount,bind,ro", str(folder))
         root = StoreRoot(folder)
-        store = root.open_or_build(identity, pytest.fail)
+        store = root.open_or_build(identity)
         assert isinstance(store, Store) and store.verify() == []
         with pytest.raises(StoreError, match=r"cannot build a store at .*: the file system is read-only"):
-            root.open_or_build(StoreIdentity({"other": 1}), pytest.fail)
+            root.open_or_build(StoreIdentity({"other": 1}))
         with pytest.raises(StoreError, match=r"cannot set a damaged store aside .*: the file system is read-only"):
             root.set_aside(store, "damaged")
         store.close()

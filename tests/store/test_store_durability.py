@@ -22,7 +22,7 @@ def die_half_way(path):
     (Path(path) / "manifest.json").unlink()
     os.kill(os.getpid(), signal.SIGKILL)
 shutil.rmtree = die_half_way
-root.prune(root.prunable(everything=True), print)
+root.prune(root.prunable(everything=True))
 """
 
 
@@ -49,13 +49,14 @@ def test_everything_is_on_disk_before_a_store_is_in_its_place(
     assert after == [f"fsync {root.path.name}"]
 
 
+@pytest.mark.usefixtures("silent")
 def test_a_removal_killed_half_way_leaves_nothing_at_the_stores_place(root: StoreRoot, identity: StoreIdentity) -> None:
     path = build(root, identity).path
     killed = subprocess.run([sys.executable, "-c", DIE_WHILE_PRUNING, str(root.path)])
     assert killed.returncode < 0
     assert not path.exists()
     assert [info.state for info in root.ls()] == ["leftover"]
-    build(root, identity, pytest.fail).close()
+    build(root, identity).close()
     assert [info.state for info in root.ls()] == ["complete"]
 
 

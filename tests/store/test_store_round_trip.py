@@ -39,12 +39,13 @@ def test_components_are_aligned_and_do_not_overlap(layout: RecordLayout) -> None
     assert layout.payload_bytes == sum(part.nbytes for part in layout.components)
 
 
+@pytest.mark.usefixtures("silent")
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.tuples(layouts, st.integers(1, 6)), min_size=1, max_size=4))
 def test_every_record_comes_back(shapes: list[tuple[RecordLayout, int]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root, identity = StoreRoot(Path(folder)), StoreIdentity({"a": 1})
-        writer = root.open_or_build(identity, pytest.fail)
+        writer = root.open_or_build(identity)
         assert isinstance(writer, StoreWriter)
         written = [layer_bytes(seed, layout, experts) for seed, (layout, experts) in enumerate(shapes)]
         for index, components in enumerate(written):
@@ -54,7 +55,7 @@ def test_every_record_comes_back(shapes: list[tuple[RecordLayout, int]]) -> None
                 data.fill(0)
         writer.finish().close()
 
-        store = root.open_or_build(identity, pytest.fail)
+        store = root.open_or_build(identity)
         assert isinstance(store, Store)
         first_record = 0
         for index, (layout, experts) in enumerate(shapes):
@@ -76,7 +77,7 @@ def test_every_record_comes_back(shapes: list[tuple[RecordLayout, int]]) -> None
 
 
 def test_progress_reaches_the_announced_total(root: StoreRoot, identity: StoreIdentity) -> None:
-    writer = root.open_or_build(identity, print)
+    writer = root.open_or_build(identity)
     assert isinstance(writer, StoreWriter)
     total, written = len(LAYERS) * EXPERTS * LAYOUT.record_bytes, []
     writer.progress = written.append
@@ -109,6 +110,7 @@ def cached_pages(path: Path) -> int:
         return sum(flag & 1 for flag in vector)
 
 
+@pytest.mark.usefixtures("silent")
 @pytest.mark.parametrize(
     ("components", "complaint"),
     [
@@ -122,28 +124,29 @@ def cached_pages(path: Path) -> int:
 def test_wrong_arrays_are_refused_and_the_build_ends(
     root: StoreRoot, identity: StoreIdentity, components: list[np.ndarray], complaint: str
 ) -> None:
-    writer = root.open_or_build(identity, print)
+    writer = root.open_or_build(identity)
     assert isinstance(writer, StoreWriter)
     with pytest.raises(StoreError, match=complaint):
         writer.add_layer("layer", LAYOUT, components)
     assert root.ls() == []
-    build(root, identity, pytest.fail).close()
+    build(root, identity).close()
 
 
 def test_a_layer_twice_or_no_layer_at_all_is_refused(root: StoreRoot, identity: StoreIdentity) -> None:
-    writer = root.open_or_build(identity, print)
+    writer = root.open_or_build(identity)
     assert isinstance(writer, StoreWriter)
     writer.add_layer("layer", LAYOUT, layer_bytes(0))
     with pytest.raises(StoreError, match="added to the store before"):
         writer.add_layer("layer", LAYOUT, layer_bytes(0))
-    writer = root.open_or_build(identity, print)
+    writer = root.open_or_build(identity)
     assert isinstance(writer, StoreWriter)
     with pytest.raises(StoreError, match="no layers"):
         writer.finish()
 
 
+@pytest.mark.usefixtures("silent")
 def test_readers_outlive_the_files(root: StoreRoot, identity: StoreIdentity) -> None:
     store = build(root, identity)
-    root.prune(root.prunable(everything=True), pytest.fail)
+    root.prune(root.prunable(everything=True))
     assert not store.path.exists()
     assert store.verify() == []

@@ -85,11 +85,11 @@ def prune(
         typer.echo("  ".join(_row(info)))
     if not yes:
         typer.confirm(f"remove {len(doomed)} from {stores.path}?", abort=True)
-    kept: list[str] = []
-    typer.echo(f"freed {size_text(stores.prune(doomed, kept.append))}")
-    for problem in kept:
+    freed, problems = stores.prune(doomed)
+    typer.echo(f"freed {size_text(freed)}")
+    for problem in problems:
         print_error(problem)
-    if kept:
+    if problems:
         raise typer.Exit(1)
 
 

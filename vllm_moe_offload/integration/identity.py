@@ -5,7 +5,7 @@ What identifies a checkpoint, and what a store depends on besides, is said in ``
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,13 +51,13 @@ class CheckpointRead:
     mapped: bool
     """Tensors are views of mapped files."""
 
-    def facts(self, root: StoreRoot, say: Callable[[str], None]) -> dict[str, Any]:
-        """Content and configuration, as facts of a store's identity. ``say`` is given the reason if it takes long.
+    def facts(self, root: StoreRoot) -> dict[str, Any]:
+        """Content and configuration, as facts of a store's identity.
 
         Raises:
             StoreError: a file cannot be read.
         """
-        digests = FileDigests(root.path, say).of(list(self.files.values()))
+        digests = FileDigests(root.path).of(list(self.files.values()))
         return {"checkpoint": dict(zip(self.files, digests, strict=True)), "model": self.configuration}
 
 

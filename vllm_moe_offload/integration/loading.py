@@ -164,9 +164,9 @@ class ModelOffload:
             for name, (layer, _) in self.layers.items()
         }
         root = StoreRoot(self._config.store) if self._config.store else StoreRoot()
-        facts = checkpoint.facts(root, _warn)
+        facts = checkpoint.facts(root)
         identity = store_identity(self._vllm_config, self._model_config, model, self.layers, facts, checkpoint.folder)
-        found = root.open_or_build(identity, _warn)
+        found = root.open_or_build(identity)
         if isinstance(found, Store):
             logger.info("moe-offload: experts come from store %s", found.path)
             self._store = found
@@ -263,10 +263,6 @@ class ModelOffload:
 
     def _name(self, layer: torch.nn.Module) -> str:
         return str(layer.layer_name).removeprefix(self._prefix)
-
-
-def _warn(sentence: str) -> None:
-    logger.warning("moe-offload: %s", sentence)
 
 
 def _pass_over_weights(layer: torch.nn.Module) -> None:

@@ -4,9 +4,10 @@ Must never call two files the same because they merely look alike, nor believe w
 """
 
 import hashlib
+import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,8 @@ import msgspec
 from vllm_moe_offload.sizes import size_text
 from vllm_moe_offload.store.files import explained, write_atomically
 from vllm_moe_offload.store.lock import BuildLock
+
+logger = logging.getLogger(__name__)
 
 SAMPLES = 32
 SAMPLE_BYTES = 4096
@@ -32,11 +35,10 @@ class FileDigests:
     its own sha256 (the Hugging Face cache) is not read at all.
     """
 
-    def __init__(self, folder: Path, say: Callable[[str], None]):
-        """`say` hears why this takes long, or why it will the next time. `folder` need not exist."""
+    def __init__(self, folder: Path):
+        """`folder` need not exist. Why it takes long, or will the next time, is logged."""
         self._folder = folder
         self._path = folder / f"file-digests-{os.geteuid()}.json"
-        self._say = say
 
     def of(self, files: Sequence[Path]) -> list[str]:
         """64 hex digits for each of `files`. Raises StoreError if one cannot be read."""
@@ -65,7 +67,7 @@ class FileDigests:
     def _read(self, files: dict[str, Path]) -> dict[str, str]:
         size = sum(path.stat().st_size for path in files.values())
         if size >= WORTH_SAYING_BYTES:
-            self._say(f"reading {size_text(size)} of checkpoint once, to know it again by its content")
+            logger.info("reading %s of checkpoint once, to know it again by its content", size_text(size))
         with ThreadPoolExecutor(READERS) as threads:
             return dict(zip(files, threads.map(_sha256_of, files.values()), strict=True))
 
@@ -74,7 +76,8 @@ class FileDigests:
         with suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
             return BuildLock.acquire(
-                self._path.with_suffix(".lock"), lambda holder: self._say(f"waiting for {holder}, reading checkpoints")
+                self._path.with_suffix(".lock"),
+                lambda holder: logger.info("waiting for %s, reading checkpoints", holder),
             )
         return None
 
@@ -92,7 +95,9 @@ class FileDigests:
         try:
             write_atomically(self._path, lambda file: file.write(msgspec.json.encode(known)))
         except OSError as error:
-            self._say(f"the next start reads the checkpoint again: {self._path} cannot be written ({error.strerror})")
+            logger.warning(
+                "the next start reads the checkpoint again: %s cannot be written (%s)", self._path, error.strerror
+            )
 
 
 def _content_address(path: Path) -> str | None:

@@ -3,13 +3,14 @@
 Must never touch a folder whose builder is alive, nor remove anything it did not create.
 """
 
+import logging
 import math
 import os
 import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from vllm_moe_offload.store.lock import BuildLock
 from vllm_moe_offload.store.manifest import OutdatedError
 from vllm_moe_offload.store.reader import Store, UnusableStoreError
 from vllm_moe_offload.store.writer import StoreWriter
+
+logger = logging.getLogger(__name__)
 
 REASON_NAME = "reason"
 USED_NAME = "used"
@@ -88,14 +91,14 @@ class StoreRoot:
     def __init__(self, path: Path | None = None):
         self.path = default_root() if path is None else named_path(path)
 
-    def open_or_build(self, identity: StoreIdentity, say: Callable[[str], None]) -> Store | StoreWriter:
+    def open_or_build(self, identity: StoreIdentity) -> Store | StoreWriter:
         """The store built for exactly `identity`, or a writer to build it, which then nobody else can.
 
-        Blocks while another process builds it. `say` hears why this takes long: who is building, or why what is
-        there is not believed. Raises StoreError if the root cannot be read or written.
+        Blocks while another process builds it, and logs which one; also why what is there is not believed. Raises
+        StoreError if the root cannot be read or written.
         """
         final = self.path / identity.fingerprint
-        store = self._usable(final, identity, say=lambda reason: None)
+        store, _ = self._usable(final, identity)
         if store is not None:
             with suppress(OSError):  # another user's, or a read-only file system
                 (final / USED_NAME).touch()
@@ -104,11 +107,13 @@ class StoreRoot:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = BuildLock.acquire(
                 self._lock_path(identity.fingerprint),
-                lambda holder: say(f"store {final} is being built by {holder}; waiting for it"),
+                lambda holder: logger.warning("store %s is being built by %s; waiting for it", final, holder),
             )
         try:
-            store = self._usable(final, identity, say)
+            store, problem = self._usable(final, identity)
             if store is None:
+                if problem:
+                    logger.warning("%s; building it again", problem)
                 return self._start(final, identity, lock)
         except BaseException:
             lock.release()
@@ -174,12 +179,12 @@ class StoreRoot:
                 excess -= info.size
         return chosen
 
-    def prune(self, infos: Iterable[StoreInfo], say: Callable[[str], None]) -> int:
-        """Remove these; returns the bytes freed. Engines that have one open go on reading it.
+    def prune(self, infos: Iterable[StoreInfo]) -> tuple[int, list[str]]:
+        """Remove these. Engines that have one open go on reading it.
 
-        `say` hears what could not be removed, another user's for example.
+        Returns the bytes freed, and why each of those that stay, another user's for example, could not be removed.
         """
-        freed = 0
+        freed, problems = 0, []
         for info in infos:
             try:
                 with explained("remove a store", info.path):
@@ -192,25 +197,25 @@ class StoreRoot:
                     finally:
                         lock.release()
             except StoreError as problem:
-                say(str(problem))
+                problems.append(str(problem))
             else:
                 freed += info.size
-        return freed
+        return freed, problems
 
     def _entries(self) -> list[tuple[Path, str, str | None]]:
         """Each folder of ours with its fingerprint and, unless it is a store in its place, what became of it."""
         matches = [(path, _ENTRY.fullmatch(path.name)) for path in self.path.iterdir() if path.is_dir()]
         return [(path, match["fingerprint"], match["state"]) for path, match in matches if match]
 
-    def _usable(self, final: Path, identity: StoreIdentity, say: Callable[[str], None]) -> Store | None:
+    def _usable(self, final: Path, identity: StoreIdentity) -> tuple[Store | None, str]:
+        """The store, or None and what is wrong with what is there; nothing is wrong where there is nothing."""
         with explained("read the stores", self.path):
             if not final.exists():
-                return None
+                return None, ""
         try:
-            return Store.open(final, identity)
+            return Store.open(final, identity), ""
         except UnusableStoreError as problem:
-            say(f"{problem}; building it again")
-            return None
+            return None, str(problem)
 
     def _start(self, final: Path, identity: StoreIdentity, lock: BuildLock) -> StoreWriter:
         """With the lock held, whatever else bears this fingerprint has no living owner."""
