@@ -80,7 +80,7 @@ def attached(store: Store, budget: int, policy: str, checkout: Path) -> Iterator
             start_daemon(socket, f"{budget}B", 60.0, options)
         request = Attach(store.path.name, os.getpid(), budget, False, "benchmark", 0)
         client = DaemonClient(socket, request, store, policy, None, counters)
-        yield OffloadRuntime(store, client.pools, counters)
+        yield OffloadRuntime(store, client.pools, counters, client)
         client.close()
         control = Connection.connect(socket, "control", 10.0)
         control.request(Stop())

@@ -20,6 +20,7 @@ from tests.daemon.waits import Waits
 from tests.log_lines import LogLines
 from vllm_moe_offload.daemon.client import DaemonClient
 from vllm_moe_offload.ipc.protocol import Attach
+from vllm_moe_offload.pool import SlotPool
 from vllm_moe_offload.runtime import Batch, OffloadRuntime, PooledLayer
 from vllm_moe_offload.stats import WORKER_STATISTICS, Stats
 from vllm_moe_offload.store import Store
@@ -44,17 +45,16 @@ class Reader:
         )
         self.counters = Stats()
         self.client = DaemonClient(socket, request, self.store, "lfu", None, self.counters)
-        self.runtime = OffloadRuntime(self.store, self.client.pools, self.counters)
-        for pool in self.runtime.pools:
-            pool.enable_predictions()
+        self.runtime = OffloadRuntime(self.store, self.client.pools, self.counters, self.client)
+        self._predicted: set[SlotPool] = set()
+        """Pools that have been told that predictions follow."""
         self._preference = {layer.name: self.random.random(layer.experts) for layer in self.runtime.layers.values()}
 
     def step(self) -> None:
         """One forward pass of a few rows, sometimes a long one; most of it among the experts this worker prefers."""
         rows = int(self.random.choice([1, 1, 2, 4, 64]))
         with self._waiting():
-            self.client.begin_step()
-        self.runtime.begin_step(Batch(rows))
+            self.runtime.begin_step(Batch(rows))
         wrong = []
         for layer in self.runtime.layers.values():
             noise = self.random.random((rows, layer.experts)) * self._preference[layer.name]
@@ -68,12 +68,15 @@ class Reader:
 
     def serve(self, layer: PooledLayer, chosen: NDArray[np.int32]) -> None:
         guess = self.random.permutation(layer.experts)[:2] + layer.first
-        waves = self.runtime.serve(layer, chosen)
+        waves = iter(self.runtime.serve(layer, chosen))
         while True:
             with self._waiting():
                 wave = next(waves, None)
             if wave is None:
                 break
+            if layer.pool not in self._predicted:
+                self._predicted.add(layer.pool)
+                layer.pool.enable_predictions()
             layer.pool.expect(layer.span, self._preference[layer.name].astype(np.float32))
             self.counters.add(layer.pool.prefetch(layer.span, guess))
             mine = chosen if wave.rows is None else chosen[wave.rows]

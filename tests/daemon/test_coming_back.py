@@ -19,6 +19,7 @@ from vllm_moe_offload.daemon.connection import Connection, DaemonGoneError
 from vllm_moe_offload.ipc.death import Death
 from vllm_moe_offload.ipc.protocol import GetStatus, StatusReport
 from vllm_moe_offload.pool import loader
+from vllm_moe_offload.runtime import Batch
 
 SMALL, LARGE = layout(8192, 4096), layout(6000, 100)
 BUDGET = 1 << 20
@@ -128,7 +129,7 @@ def test_no_memory_is_mapped_over_a_read_that_is_under_way(survivor: Reader, mon
     monkeypatch.setattr(loader.os, "preadv", slow_disk)
     assert layer.pool.prefetch(layer.span, absent[:1]).started == 1
     assert reading.wait(60)
-    step = threading.Thread(target=survivor.client.begin_step)
+    step = threading.Thread(target=survivor.runtime.begin_step, args=(Batch(1),))
     step.start()
     step.join(0.2)
     mappings = [arena.mapping for arena in survivor.client._arenas]

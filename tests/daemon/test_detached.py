@@ -15,9 +15,13 @@ from tests.daemon.wire import wait_until
 from tests.runtime.record_stores import ALIGNED, build_store
 from vllm_moe_offload.daemon import client, worker_attachment
 from vllm_moe_offload.daemon.attached_pool import AttachedPool
-from vllm_moe_offload.daemon.connection import DaemonGoneError
+from vllm_moe_offload.daemon.connection import DaemonGoneError, RefusedError
+from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.ipc.protocol import Demand, Hint, Supplied, pack_ids, unpack_ids
 from vllm_moe_offload.ipc.table import ABSENT
+from vllm_moe_offload.load_report import NOTHING, LoadReport
+from vllm_moe_offload.pool.base import PoolGoneError
+from vllm_moe_offload.runtime import Batch
 from vllm_moe_offload.stats import Stats
 
 ENTRY = 3
@@ -30,8 +34,16 @@ class Direct:
 
     def __init__(self, it: Pool):
         self.it = it
+        self.fails_with: OffloadError | None = None
+
+    def send(self, hint: Hint) -> None:
+        if self.fails_with is not None:
+            raise self.fails_with
+        self.it.pool.hint(ENTRY, unpack_ids(hint.experts), hint.stream)
 
     def request(self, demand: Demand) -> Supplied:
+        if self.fails_with is not None:
+            raise self.fails_with
         supply = self.it.pool.demand(ENTRY, demand.ticket, unpack_ids(demand.experts), demand.stream)
         return Supplied(demand.ticket, pack_ids(supply.slots), supply.loaded, supply.joined)
 
@@ -39,6 +51,35 @@ class Direct:
 def attach(it: Pool) -> AttachedPool:
     it.pool.admit(ENTRY)
     return AttachedPool(Direct(it), 0, it.pool.arena, it.pool.table, ENTRY, itertools.count(1), Stats())  # type: ignore[arg-type]
+
+
+def test_only_who_waits_for_a_daemon_learns_that_it_is_gone(tmp_path: Path) -> None:
+    with Pool(tmp_path) as it:
+        attached = attach(it)
+        attached.enable_predictions()
+        connection = attached._connection
+        connection.fails_with = DaemonGoneError("it is gone")  # type: ignore[attr-defined]
+        assert attached.stream_ahead(LAYER) == NOTHING
+        assert attached.prefetch(LAYER, ASKED) == NOTHING
+        assert attached.absent(LAYER)[ASKED].all() and not len(attached._speculative.unused), "they were not asked for"
+        started, report = attached.start_hold(LAYER, ASKED)
+        assert report == NOTHING
+        for error in (DaemonGoneError("it is gone"), RefusedError("it will not")):
+            connection.fails_with = error  # type: ignore[attr-defined]
+            for ask in (
+                lambda: attached.finish_hold(LAYER, started),
+                lambda: attached.hold(LAYER, ASKED),
+                lambda: attached.hold_streaming(LAYER, ASKED),
+            ):
+                with pytest.raises(PoolGoneError, match=str(error)):
+                    ask()
+
+
+def test_hints_that_get_through_are_counted(tmp_path: Path) -> None:
+    with Pool(tmp_path) as it:
+        attached = attach(it)
+        assert attached.prefetch(LAYER, ASKED) == LoadReport(started=len(ASKED))
+        assert attached.stream_ahead(range(EXPERTS, 2 * EXPERTS)) == LoadReport(streamed=EXPERTS)
 
 
 def overwrite(it: Pool, entry: int) -> None:
@@ -75,12 +116,12 @@ def test_it_reads_nothing_more(tmp_path: Path) -> None:
         attached = attach(it)
         attached.release(attached.hold(LAYER, ASKED)[0])
         it.pool.dismiss(ENTRY)
-        with pytest.raises(DaemonGoneError, match="detached"):
+        with pytest.raises(PoolGoneError, match="detached"):
             AttachedPool(Direct(it), 0, it.pool.arena, it.pool.table, ENTRY, itertools.count(1), Stats())  # type: ignore[arg-type]
         Worker(it, ENTRY).reader.enter()
         overwrite(it, ENTRY + 1)
         entry = it.pool.table.entries[ENTRY].copy()
-        with pytest.raises(DaemonGoneError, match="detached"):
+        with pytest.raises(PoolGoneError, match="detached"):
             attached.hold(LAYER, ASKED)
         assert (it.pool.table.entries[ENTRY] == entry).all(), "its successor is reading"
 
@@ -98,7 +139,7 @@ def test_detached_at_the_moment_it_begins_to_read_it_reads_nothing_and_holds_not
             enter()
 
         monkeypatch.setattr(attached._reader, "enter", detached_first)
-        with pytest.raises(DaemonGoneError, match="detached"):
+        with pytest.raises(PoolGoneError, match="detached"):
             attached.hold(LAYER, ASKED)
         overwrite(it, ENTRY + 1)
         it.run_maintenance()
@@ -136,12 +177,12 @@ def test_a_lease_that_is_lost_voids_the_step_and_is_loaded_again(
     total = 3 * 12 * ALIGNED.payload_bytes
     with running_daemon(tmp_path / "daemon.sock", total, made.store.path.parent):
         reader = Reader(tmp_path / "daemon.sock", made.store.path, seed=1, lease=True)
-        reader.client.begin_step()
+        reader.runtime.begin_step(Batch(1))
         assert reader.client.lease and not reader.client.lease_lost
         assert reader.client._attachment is not None
         reader.client._attachment.connection.send(Hint(77, b""))  # the daemon detaches who says such things
         wait_until(lambda: reader.client.lease_lost, "the step under way finds out", 60)
-        reader.client.begin_step()
+        reader.runtime.begin_step(Batch(1))
         assert not reader.client.lease_lost and reader.client.daemon_pid == 0
         assert reader.counters.loads == 36, "everything is read again: the daemon may have overwritten it"
         for layer in reader.runtime.layers.values():

@@ -75,13 +75,13 @@ def test_a_step_cut_up_before_its_model_shrank_outlives_the_daemon(tmp_path: Pat
         reader = Reader(tmp_path / "daemon.sock", made.store.path, seed=1)
         layer = next(iter(reader.runtime.layers.values()))
         assert layer.pool.capacity > 10
+        waves = reader.runtime.serve(layer, np.arange(10)[None])
         reader.client._tables[0].limit = 2
         daemon.kill()
-        hold, _ = layer.pool.hold(layer.span, np.arange(10))
-        assert not hold.failures and reader.client.daemon_pid == 0
-        for expert, slot in enumerate(hold.slots.tolist()):
+        (wave,) = waves
+        assert not reader.runtime.has_failures and reader.client.daemon_pid == 0
+        for expert, slot in enumerate(wave.slots[0].tolist()):
             reader.check(layer, expert, slot)
-        layer.pool.release(hold)
         reader.close()
     finally:
         daemon.abandon()

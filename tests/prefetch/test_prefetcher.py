@@ -321,3 +321,21 @@ def test_a_layer_of_which_a_worker_holds_some_experts_is_addressed_by_the_number
     wanted = draw.permutation(numbers)
     assert layer.prefetch(wanted).started == len(held)
     assert [int(numbers[flat - 16]) for flat in asked["prefetch"]] == wanted.tolist()
+
+
+def test_another_pool_takes_the_place_of_one_in_all_its_layers() -> None:
+    clock = [0.0]
+
+    class Predicted(Slots):
+        enabled = False
+
+        def enable_predictions(self) -> None:
+            self.enabled = True
+
+    old, new = Predicted(clock), Predicted(clock)
+    prefetcher = ready(Oracle(), old, clock)
+    assert old.enabled and not new.enabled
+    prefetcher.replace_pool(old, new)
+    assert new.enabled
+    run_step(prefetcher, Recorder(SHAPE), [decode_row()], clock)
+    assert new.started and not old.started

@@ -18,10 +18,10 @@ from ..ipc.protocol import Demand, Hint, Supplied, pack_ids, unpack_ids
 from ..ipc.table import ABSENT, ATTACHED, DONE, ResidencyTable
 from ..ipc.uses import STEP, UseWriter
 from ..load_report import NOTHING, LoadReport
-from ..pool.base import Failure, Hold, SlotPool, Span
+from ..pool.base import Failure, Hold, PoolGoneError, SlotPool, Span
 from ..pool.loader import DamagedRecordError
 from ..stats import Stats
-from .connection import Connection, DaemonGoneError
+from .connection import Connection, DaemonGoneError, RefusedError
 
 _STEP = np.array([STEP], dtype=np.int32)
 _STEPS_BETWEEN_LOOKS_BACK = 16
@@ -40,7 +40,7 @@ class _TicketHold(Hold):
 class AttachedPool(SlotPool):
     """One pool of a model this worker is attached to.
 
-    Every call may raise ``DaemonGoneError``; the pool is of no use any more then, and nothing is held.
+    It is gone when the daemon is, does not answer, refuses, or has detached this worker.
 
     Args:
         number: of the pool in the protocol.
@@ -122,9 +122,9 @@ class AttachedPool(SlotPool):
 
     def stream_ahead(self, layer: Span) -> LoadReport:
         absent = layer.start + np.flatnonzero(self.absent(layer))
-        if len(absent):
-            self._hint(absent, stream=True)
-        return LoadReport(streamed=len(absent))
+        if len(absent) and self._hint(absent, stream=True):
+            return LoadReport(streamed=len(absent))
+        return NOTHING
 
     def settle(self, layer: Span) -> LoadReport:
         """The daemon minds its own slots."""
@@ -169,10 +169,10 @@ class AttachedPool(SlotPool):
 
     def prefetch(self, layer: Span, experts: IntArray) -> LoadReport:
         wanted = experts[: speculative_room(self.capacity, len(layer), len(self._asked))]
-        if len(wanted):
-            self._hint(wanted, stream=False)
-            self._speculative.start(wanted)
-            self._asked.update(wanted.tolist())
+        if not len(wanted) or not self._hint(wanted, stream=False):
+            return NOTHING
+        self._speculative.start(wanted)
+        self._asked.update(wanted.tolist())
         return LoadReport(started=len(wanted))
 
     def queued(self) -> int:
@@ -183,17 +183,20 @@ class AttachedPool(SlotPool):
 
     def _check_attached(self) -> None:
         if not self.minded:
-            raise DaemonGoneError("the daemon has detached this worker")
+            raise PoolGoneError("the daemon has detached this worker")
 
     def _demand(self, experts: IntArray, stream: bool) -> tuple[Hold, LoadReport]:
         ticket = next(self._tickets)
         before = self.table.slot_of[experts]
         started = time.perf_counter()
-        reply = self._connection.request(Demand(ticket, self._number, pack_ids(experts), stream))
+        try:
+            reply = self._connection.request(Demand(ticket, self._number, pack_ids(experts), stream))
+        except (DaemonGoneError, RefusedError) as error:
+            raise PoolGoneError(str(error)) from error
         waited = time.perf_counter() - started
         slots = unpack_ids(reply.slots)
         if reply.ticket != ticket or len(slots) != len(experts):
-            raise DaemonGoneError(f"the daemon answered ticket {reply.ticket} instead of {ticket}")
+            raise PoolGoneError(f"the daemon answered ticket {reply.ticket} instead of {ticket}")
         self._uses.note(experts)
         hold = _TicketHold(experts, np.maximum(slots, 0), ticket)
         hold.failures = [Failure(f.expert, _error(f.reason, f.damaged)) for f in reply.failed]
@@ -234,8 +237,13 @@ class AttachedPool(SlotPool):
         lost = unused[(self.table.slot_of[unused] == ABSENT) & (self.table.loading[unused] == 0)]
         return LoadReport(wasted=self._speculative.evict(lost))
 
-    def _hint(self, experts: IntArray, stream: bool) -> None:
-        self._connection.send(Hint(self._number, pack_ids(experts), stream))
+    def _hint(self, experts: IntArray, stream: bool) -> bool:
+        """Returns whether there was a daemon to be told. Whoever waits for the experts finds out as well."""
+        try:
+            self._connection.send(Hint(self._number, pack_ids(experts), stream))
+        except DaemonGoneError:
+            return False
+        return True
 
 
 def slots_taken_back() -> LoadError:

@@ -21,6 +21,7 @@ shared memory that a process which may be alive could still write.
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from ..ipc import membarrier
 from ..ipc.arena import Arena
 from ..ipc.protocol import Adopt, Attach, pack_ids
 from ..ipc.table import ResidencyTable
-from ..pool.base import SlotPool
+from ..pool.base import PoolGoneError, SlotPool
 from ..pool.loader import RecordLoader
 from ..pool.local import LocalPool
 from ..pool.operations import Operations
@@ -43,7 +44,6 @@ from ..store.pools import PoolMembers, pools_of
 from ..store.reader import Store
 from ..threads import ReportedThread
 from .connection import DaemonGoneError, RefusedError
-from .surviving_pool import SurvivingPool
 from .worker_attachment import WorkerAttachment
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ class DaemonClient:
             for members in self._members:
                 self._arenas.append(Arena.attach(attachment.take_arena(), members.layout, members.experts))
             self._attached = attachment.pools(self._arenas, counters)
-            """Pools of the daemon attached to last."""
+            """Pools of the daemon attached to last, as the protocol numbers them."""
         except BaseException:
             self._close_arenas()
             attachment.close()
@@ -126,9 +126,8 @@ class DaemonClient:
         """Of the daemon attached to last."""
         self.lease = attachment.lease
         """Whether every expert stays in the slot of its own number."""
-        self._pools = [
-            SurvivingPool(arena, pool, self.fail_over) for arena, pool in zip(self._arenas, self._attached, strict=True)
-        ]
+        self.pools: dict[RecordLayout, SlotPool] = self._by_layout(self._attached)
+        """What serves now."""
         self._trusted = True
         """Whether what the tables say of the arenas is true, or was when the daemon ended."""
         self._retry_at = 0.0
@@ -138,23 +137,20 @@ class DaemonClient:
         self._watcher.start()
 
     @property
-    def pools(self) -> dict[RecordLayout, SlotPool]:
-        """By record layout."""
-        return {members.layout: pool for members, pool in zip(self._members, self._pools, strict=True)}
-
-    @property
     def daemon_pid(self) -> int:
         """Of the daemon that keeps the slots; 0 while there is none."""
         return 0 if self._attachment is None else self._attachment.connection.daemon_pid
 
-    def begin_step(self) -> None:
-        """Nothing is held: the moment to join a daemon that has come back."""
+    def begin_step(self) -> bool:
+        """Nothing is held: the moment to join a daemon that has come back. Returns whether ``pools`` have changed."""
         assert self.state is not CLOSED
+        before = self.pools
         if self.state is REJOINING:
             self._rejoin()
         elif self.lease_lost:
-            self.fail_over(DaemonGoneError("the daemon has detached this worker"))
+            self.fail_over(PoolGoneError("the daemon has detached this worker"))
             self._restore_lease()
+        return self.pools is not before
 
     @property
     def lease_lost(self) -> bool:
@@ -183,8 +179,7 @@ class DaemonClient:
             return
         self._closing.set()
         self._watcher.join()
-        for pool in self._pools:
-            pool.close()
+        self._close_pools()
         self._close(self._attachment, self._successor)
         with self._changing:
             self._attachment = self._successor = None
@@ -209,21 +204,33 @@ class DaemonClient:
     def _serve_alone(self, tables: list[ResidencyTable]) -> int:
         """Serve from what the slots hold now, as far as ``tables`` are trusted. Returns how many experts that is."""
         operations = Operations(lambda: RecordLoader(self._store, cpus=self._io_cpus))
+        self._close_pools()
         kept = 0
-        for members, arena, table, pool in zip(self._members, self._arenas, tables, self._pools, strict=True):
+        pools = []
+        for members, arena, table in zip(self._members, self._arenas, tables, strict=True):
             cache = self._own_cache(members, table.limit)
             if self._trusted:
                 experts = np.flatnonzero(table.slot_of != ABSENT)
                 cache.insert_resident(experts, table.slot_of[experts])
                 kept += len(experts)
-            pool.keep(LocalPool(members, arena, cache, operations))
+            arena.mapping.become_private()
+            pools.append(LocalPool(members, arena, cache, operations))
+        self.pools = self._by_layout(pools)
         return kept
 
     def _restore_lease(self) -> None:
         """Layers that compute without looking need every expert where the daemon had promised it."""
         if self.lease and not self._trusted:
-            for pool in self._pools:
+            for pool in self.pools.values():
                 self._counters.add(pool.load_all())
+
+    def _by_layout(self, pools: Sequence[SlotPool]) -> dict[RecordLayout, SlotPool]:
+        return {members.layout: pool for members, pool in zip(self._members, pools, strict=True)}
+
+    def _close_pools(self) -> None:
+        """No read copies into slots any more: their memory may be exchanged."""
+        for pool in self.pools.values():
+            pool.close()
 
     def _own_cache(self, members: PoolMembers, limit: int) -> ExpertCache:
         policy = create_policy(self._policy, members.layer_of)
@@ -243,8 +250,9 @@ class DaemonClient:
             self._end_rejoining(last)
             return
         try:
-            for pool, behind in zip(self._pools, attached, strict=True):
-                pool.share(successor.take_arena(), behind)
+            self._close_pools()
+            for arena in self._arenas:
+                arena.mapping.replace(successor.take_arena())
         except OffloadError as error:
             self._trusted = False
             self._serve_alone(successor.tables)
@@ -255,7 +263,7 @@ class DaemonClient:
             return
         self._close(last)
         self._tables, self._trusted = successor.tables, True
-        self._attached = attached
+        self._attached, self.pools = attached, self._by_layout(attached)
         self._end_rejoining(successor)
         logger.info("attached to the daemon at %s again", self.path)
 

@@ -45,7 +45,7 @@ class ServedModel:
         self._expert_bytes = model.expert_bytes
         self._daemon = slots.daemon
         self._resident = slots.resident
-        self.runtime = OffloadRuntime(model.store, slots.pools, slots.counters)
+        self.runtime = OffloadRuntime(model.store, slots.pools, slots.counters, slots.daemon)
         for name, (layer, method) in model.layers.items():
             self._attach(name, layer, method)
         if self._resident:
@@ -81,8 +81,6 @@ class ServedModel:
         """A step has been scheduled. Where it has no tokens, it only says which requests have ended."""
         if batch.tokens:
             self._step = batch, failures
-            if self._daemon is not None:
-                self._daemon.begin_step()
             self._chunks.begin_step(batch.tokens)
             self._report.maybe_log()
         self.runtime.begin_step(batch)

@@ -5,14 +5,16 @@ experts. One thread asks, one forward pass at a time.
 """
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..cache.base import IntArray
-from ..errors import LoadError
+from ..errors import LoadError, OffloadError
 from ..load_report import NOTHING, LoadReport
+from ..store.layout import RecordLayout
 from .memory import SlotMemory
 
 Span = range
@@ -24,6 +26,10 @@ class Failure(NamedTuple):
 
     expert: int
     error: LoadError
+
+
+class PoolGoneError(OffloadError):
+    """Whoever kept the slots of a pool is gone: the pool is of no use any more, and nothing is held."""
 
 
 class Hold:
@@ -44,6 +50,9 @@ class SlotPool(ABC):
     """The slots of all layers whose records have one layout, and who is in them.
 
     What a call counts, waits for or starts is in the report that it returns, and in no other.
+
+    A pool that somebody else keeps may raise ``PoolGoneError`` where it waits for experts: in ``hold``,
+    ``hold_streaming`` and ``finish_hold``. What nobody waits for it lets fail in silence: who needs it finds out.
     """
 
     memory: SlotMemory
@@ -143,3 +152,18 @@ class SlotPool(ABC):
     @abstractmethod
     def close(self) -> None:
         """Nothing will be asked any more."""
+
+
+class PoolSource(Protocol):
+    """Who keeps the pools of a runtime and can put others in their place: all of them, while nothing is held.
+
+    The memory of the slots stays at its addresses, whatever becomes of its contents.
+    """
+
+    @property
+    def pools(self) -> Mapping[RecordLayout, SlotPool]: ...
+    def begin_step(self) -> bool:
+        """Nothing is held. Returns whether ``pools`` are others now."""
+
+    def fail_over(self, reason: PoolGoneError) -> None:
+        """The pools are gone, and nothing is held: put ``pools`` in their place that work."""

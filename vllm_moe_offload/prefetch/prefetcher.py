@@ -123,6 +123,12 @@ class Prefetcher:
         self._demands = 0
         self._prefetches = 0
 
+    def replace_pool(self, old: PrefetchPool, new: PrefetchPool) -> None:
+        """``new`` takes the place of ``old``, with the same ids. Loads that ``old`` has started are forgotten."""
+        self._layers = [layer._replace(pool=new) if layer.pool is old else layer for layer in self._layers]
+        self._pools = [new if pool is old else pool for pool in self._pools]
+        new.enable_predictions()
+
     @property
     def predicts(self) -> bool:
         """Whether the running step is predicted."""

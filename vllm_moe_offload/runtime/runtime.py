@@ -3,7 +3,7 @@
 It cuts steps up so that they fit. It must never yield a wave whose experts it does not hold.
 """
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ..errors import LoadError
 from ..load_report import LoadReport
 from ..pool import Hold, SlotPool, Span
+from ..pool.base import PoolGoneError, PoolSource
 from ..pool.waves import group_rows, order_arrivals, streams
 from ..prefetch.prefetcher import Prefetcher
 from ..stats import Stats
@@ -41,6 +42,9 @@ class Waves(Protocol):
     def close(self) -> None: ...
 
 
+Held = tuple[Hold, LoadReport]
+
+
 class SingleWave:
     """Waves of a layer whose experts were all found: there is nothing to wait for and nothing to let go of."""
 
@@ -56,9 +60,12 @@ class SingleWave:
         pass
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class PooledLayer:
-    """A layer as the runtime sees it. Its experts are the flat ids ``first … first + experts - 1`` of its pool."""
+    """A layer as the runtime sees it. Its experts are the flat ids ``first … first + experts - 1`` of its pool.
+
+    ``pool`` may be another one when a step begins, and after a wait for experts; its memory is always the same.
+    """
 
     name: str
     index: int
@@ -82,9 +89,16 @@ class OffloadRuntime:
         store: complete and verified records of every layer; closed with the runtime.
         pools: of every record layout of the store.
         counters: add up the reports of these pools.
+        source: of the pools, if it may exchange them.
     """
 
-    def __init__(self, store: Store, pools: Mapping[RecordLayout, SlotPool], counters: Stats):
+    def __init__(
+        self,
+        store: Store,
+        pools: Mapping[RecordLayout, SlotPool],
+        counters: Stats,
+        source: PoolSource | None = None,
+    ):
         self.store = store
         self.pools = list(pools.values())
         self.layers: dict[str, PooledLayer] = {}
@@ -92,6 +106,7 @@ class OffloadRuntime:
         self.tracer: RoutingTracer | None = None
         self.prefetcher: Prefetcher | None = None
         """For steps that are traced."""
+        self._source = source
         self._batch: Batch | None = None
         """Of a step whose forward pass has not started yet."""
         self._num_rows = 0
@@ -123,7 +138,8 @@ class OffloadRuntime:
         """A step has been scheduled. Its forward pass follows, unless it has no tokens.
 
         In this order: the step before ends, where it was left without saying so; requests leave that have ended; pools
-        begin the step. When its pass starts, the tracer begins it, and then the prefetcher.
+        are exchanged, if they have to be, and begin the step. When its pass starts, the tracer begins it, and then the
+        prefetcher.
         """
         self.end_step()
         self.end_requests(batch.ended)
@@ -132,6 +148,8 @@ class OffloadRuntime:
         self._batch = batch
         self.counters.steps += 1
         self.counters.tokens += batch.tokens
+        if self._source is not None and self._source.begin_step():
+            self._exchange_pools(self._source.pools)
         for pool in self.pools:
             self._note(pool.begin_step())
 
@@ -234,7 +252,7 @@ class OffloadRuntime:
     def _serve_at_once(
         self, layer: PooledLayer, chosen: NDArray[np.integer], needed: NDArray[np.int64]
     ) -> Generator[Wave]:
-        hold, report = layer.pool.hold(layer.span, needed)
+        hold, report = self._ask(layer, lambda pool: pool.hold(layer.span, needed))
         try:
             self._note(report)
             self._look_ahead()
@@ -257,7 +275,7 @@ class OffloadRuntime:
                 if number < len(groups):
                     self._note(pool.wait_for(hold, count))
                 else:
-                    hold, report = pool.finish_hold(layer.span, hold)
+                    hold, report = self._finish_hold(layer, hold)
                     finished = True
                     self._note(report)
                 yield Wave(rows, self._slots_of(layer, hold.experts, hold.slots, chosen[rows]))
@@ -271,7 +289,7 @@ class OffloadRuntime:
         self, layer: PooledLayer, chosen: NDArray[np.integer], needed: NDArray[np.int64]
     ) -> Generator[Wave]:
         """A long prefill: pass the layer's experts through a share of the slots and start on the next layer's."""
-        hold, report = layer.pool.hold_streaming(layer.span, needed)
+        hold, report = self._ask(layer, lambda pool: pool.hold_streaming(layer.span, needed))
         try:
             self._note(report)
             if following := self._following.get(layer.name):
@@ -282,8 +300,7 @@ class OffloadRuntime:
 
     def _serve_in_waves(self, layer: PooledLayer, chosen: NDArray[np.integer], capacity: int) -> Generator[Wave]:
         """Fewer slots than the step needs: rows are grouped so that the experts of two groups fit side by side."""
-        pool = layer.pool
-        self._note(pool.settle(layer.span))
+        self._note(layer.pool.settle(layer.span))
         overlap = capacity >= 2 * chosen.shape[1]
         groups = group_rows(chosen, layer.experts, capacity // 2 if overlap else capacity)
         self.counters.waves += len(groups) - 1
@@ -292,7 +309,7 @@ class OffloadRuntime:
             for number, rows in enumerate(groups):
                 hold = started or self._start_hold(layer, chosen[rows])
                 started = None
-                hold, report = pool.finish_hold(layer.span, hold)
+                hold, report = self._finish_hold(layer, hold)
                 try:
                     self._note(report)
                     if overlap and number + 1 < len(groups):
@@ -302,12 +319,42 @@ class OffloadRuntime:
                     self._release(layer, hold, chosen)
         finally:
             if started is not None:
-                self._note(pool.abandon(started))
+                self._note(layer.pool.abandon(started))
 
     def _start_hold(self, layer: PooledLayer, chosen: NDArray[np.integer]) -> Hold:
         hold, report = layer.pool.start_hold(layer.span, _needed(layer, chosen))
         self._note(report)
         return hold
+
+    def _finish_hold(self, layer: PooledLayer, hold: Hold) -> Held:
+        return self._ask(
+            layer, lambda pool: pool.finish_hold(layer.span, hold), lambda pool: pool.hold(layer.span, hold.experts)
+        )
+
+    def _ask(
+        self, layer: PooledLayer, ask: Callable[[SlotPool], Held], ask_other: Callable[[SlotPool], Held] | None = None
+    ) -> Held:
+        """Ask the layer's pool for a hold; if it is gone, the one that takes its place, which never heard of it."""
+        try:
+            return ask(layer.pool)
+        except PoolGoneError as gone:
+            if self._source is None:
+                raise
+            self._source.fail_over(gone)
+            self._exchange_pools(self._source.pools)
+            return (ask_other or ask)(layer.pool)
+
+    def _exchange_pools(self, pools: Mapping[RecordLayout, SlotPool]) -> None:
+        """Serve from other pools, of the same memory. Nothing may be held."""
+        for old in self.pools:
+            new = pools[old.memory.layout]
+            assert new.memory is old.memory, "kernels compute on the memory that they were given"
+            for layer in self.layers.values():
+                if layer.pool is old:
+                    layer.pool = new
+            if self.prefetcher is not None:
+                self.prefetcher.replace_pool(old, new)
+        self.pools = list(pools.values())
 
     def _look_ahead(self) -> None:
         """The experts of a layer are there: prefetch for the next ones while it computes."""
