@@ -50,6 +50,13 @@ SocketOption = Annotated[
         show_default=False,
     ),
 ]
+HistoryOption = Annotated[
+    str,
+    typer.Option(
+        help="Folder of the histories, or 'off' to keep them in memory only (default: 'history' beside the stores).",
+        show_default=False,
+    ),
+]
 
 
 @daemon.callback(invoke_without_command=True)
@@ -58,14 +65,7 @@ def run(
     cache: Annotated[str, typer.Option(help="Memory for experts of all models together, like 32GiB.")] = "",
     socket: SocketOption = None,
     store: StoreOption = None,
-    history: Annotated[
-        str,
-        typer.Option(
-            help="Folder of the histories, or 'off' to keep them in memory only "
-            "(default: 'history' beside the stores).",
-            show_default=False,
-        ),
-    ] = "",
+    history: HistoryOption = "",
     metrics_port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Serve the statistics to Prometheus on this port of 127.0.0.1.")
     ] = None,

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +21,32 @@ from vllm_moe_offload.trace.trace_file import read_trace
 
 _SAMPLE_TOKENS = Setup(slots=1).frontier_tokens
 _OR_A_CLASS = ", or a class as package.module:Class."
+
+
+TokensOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help=f"Size of the sample of whole requests that the frontier and the timeline ({_SAMPLE_TOKENS} when not "
+        f"given) and the sweep ({SWEEP_TOKENS}) are replayed on.",
+        show_default=False,
+    ),
+]
+SweepOption = Annotated[
+    bool,
+    typer.Option(
+        "--sweep",
+        help="All policies, predictors and sizes, or those named, with the bounds: a table and a plot.",
+    ),
+]
+PlotOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Draw the result into this file (.png, .svg, .pdf). --sweep draws TRACE-sweep.png here if "
+        "this is not given.",
+        show_default=False,
+    ),
+]
 
 
 def replay(
@@ -46,31 +72,10 @@ def replay(
     record_bytes: Annotated[
         int | None, typer.Option(min=1, help="Bytes of one expert, where the model is not known.")
     ] = None,
-    tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help=f"Size of the sample of whole requests that the frontier and the timeline ({_SAMPLE_TOKENS} when not "
-            f"given) and the sweep ({SWEEP_TOKENS}) are replayed on.",
-            show_default=False,
-        ),
-    ] = None,
+    tokens: TokensOption = None,
     keep_repetitive: Annotated[bool, typer.Option(help="Replay requests flagged repetitive too.")] = False,
-    sweep_all: Annotated[
-        bool,
-        typer.Option(
-            "--sweep",
-            help="All policies, predictors and sizes, or those named, with the bounds: a table and a plot.",
-        ),
-    ] = False,
-    plot: Annotated[
-        Path | None,
-        typer.Option(
-            help="Draw the result into this file (.png, .svg, .pdf). --sweep draws TRACE-sweep.png here if "
-            "this is not given.",
-            show_default=False,
-        ),
-    ] = None,
+    sweep_all: SweepOption = False,
+    plot: PlotOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Replay a trace through the engine's own cache, predictors and planner, with the bounds beside them."""
@@ -99,13 +104,7 @@ def replay(
         )
         _sweep(trace.stem, recorded, cells, plot, as_json)
     else:
-        report = run_replay(recorded, setup, earlier)
-        if plot is not None:
-            plot_report(report, plot)
-        if as_json:
-            typer.echo(json.dumps(report))
-        else:
-            print_report(report)
+        _report(run_replay(recorded, setup, earlier), plot, as_json)
 
 
 def _read(path: Path, keep_repetitive: bool) -> Trace:
@@ -116,6 +115,15 @@ def _read(path: Path, keep_repetitive: bool) -> Trace:
         reason = "all of its requests are flagged repetitive" if trace.num_tokens else "it holds no tokens"
         raise TraceError(f"{path}: {reason}{way_out}")
     return kept
+
+
+def _report(report: dict[str, Any], plot: Path | None, as_json: bool) -> None:
+    if plot is not None:
+        plot_report(report, plot)
+    if as_json:
+        typer.echo(json.dumps(report))
+    else:
+        print_report(report)
 
 
 def _sweep(name: str, trace: Trace, cells: Iterator[list[Point]], plot: Path | None, as_json: bool) -> None:
