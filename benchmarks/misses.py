@@ -24,10 +24,10 @@ from report import Spread
 from rich.console import Console
 from rich.table import Table
 
+from vllm_moe_offload.client.client import DaemonClient
+from vllm_moe_offload.client.connection import Connection
+from vllm_moe_offload.client.launch import start_daemon
 from vllm_moe_offload.config import CacheBudget
-from vllm_moe_offload.daemon.client import DaemonClient
-from vllm_moe_offload.daemon.connection import Connection
-from vllm_moe_offload.daemon.start import start_daemon
 from vllm_moe_offload.ipc.protocol import Attach, Stop
 from vllm_moe_offload.pool import local_pools
 from vllm_moe_offload.runtime import Batch, OffloadRuntime

@@ -20,9 +20,9 @@ from prompts import EXAMPLES, read_prompts
 from rich.console import Console
 from rich.table import Table
 
+from vllm_moe_offload.client.connection import Connection
+from vllm_moe_offload.client.launch import start_daemon
 from vllm_moe_offload.config import CacheBudget
-from vllm_moe_offload.daemon.connection import Connection
-from vllm_moe_offload.daemon.start import start_daemon
 from vllm_moe_offload.ipc.protocol import Stop
 from vllm_moe_offload.store import default_root
 

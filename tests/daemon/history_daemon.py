@@ -4,17 +4,17 @@ import os
 import threading
 from pathlib import Path
 
-from house import House
+from served_daemon import ServedDaemon
 
-from vllm_moe_offload.daemon import hosted_histories
+from vllm_moe_offload.daemon import histories
 from vllm_moe_offload.trace import persistence
 
 
 def serve(socket: str, folder: str, seconds_between_saves: float) -> None:
     """Until killed, or until whoever started it is gone."""
-    hosted_histories.SECONDS_BETWEEN_ROUNDS = seconds_between_saves
+    histories.SECONDS_BETWEEN_ROUNDS = seconds_between_saves
     persistence.SECONDS_BETWEEN_SAVES = seconds_between_saves
-    with House(Path(socket), history=Path(folder)):
+    with ServedDaemon(Path(socket), history=Path(folder)):
         print("serving", flush=True)
         parent = os.getppid()
         while os.getppid() == parent:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.runtime.record_stores import ALIGNED, RecordStore, build_store
-from vllm_moe_offload.daemon.hosted_pool import HostedPool
+from vllm_moe_offload.daemon.pool import HostedPool
 from vllm_moe_offload.ipc.epochs import Reader
 from vllm_moe_offload.ipc.table import ABSENT, DONE
 from vllm_moe_offload.ipc.uses import UseWriter

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from vllm_moe_offload.daemon.connection import Connection, DaemonGoneError
+from vllm_moe_offload.client.connection import Connection, DaemonGoneError
 from vllm_moe_offload.ipc.protocol import GetStatus, StatusReport
 
 ANSWER_SECONDS = 60.0

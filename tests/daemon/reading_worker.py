@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from tests.daemon.waits import Waits
 from tests.log_lines import LogLines
-from vllm_moe_offload.daemon.client import DaemonClient
+from vllm_moe_offload.client.client import DaemonClient
 from vllm_moe_offload.ipc.protocol import Attach
 from vllm_moe_offload.pool import SlotPool
 from vllm_moe_offload.runtime import Batch, OffloadRuntime, PooledLayer

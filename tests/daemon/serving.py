@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from vllm_moe_offload.daemon.hosted_histories import HostedHistories
-from vllm_moe_offload.daemon.hosted_models import HostedModels
+from vllm_moe_offload.daemon.histories import HostedHistories
+from vllm_moe_offload.daemon.models import HostedModels
 from vllm_moe_offload.daemon.server import DaemonServer
 from vllm_moe_offload.daemon.socket_file import SocketFile
 

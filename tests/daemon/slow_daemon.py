@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_moe_offload.cli import app
-from vllm_moe_offload.daemon.hosted_models import HostedModels
+from vllm_moe_offload.daemon.models import HostedModels
 from vllm_moe_offload.trace.archive import HistoryArchive
 
 folder = Path(sys.argv[1])

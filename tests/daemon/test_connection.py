@@ -10,17 +10,17 @@ import msgspec
 import pytest
 from wire import pair
 
-from vllm_moe_offload.daemon.connection import Connection, DaemonGoneError, RefusedError
+from vllm_moe_offload.client.connection import Connection, DaemonGoneError, RefusedError
 from vllm_moe_offload.ipc.protocol import (
-    Adopt,
-    Adopted,
     Attach,
     Attached,
     Demand,
     GetStatus,
     Hint,
+    ImportSlots,
     Refused,
     Request,
+    SlotsImported,
     Stopping,
     Supplied,
 )
@@ -79,10 +79,10 @@ def test_descriptors_come_with_a_reply(connection: tuple[Connection, Server], tm
 
 def test_a_refusal_is_an_error_and_leaves_the_connection_usable(connection: tuple[Connection, Server]) -> None:
     client, server = connection
-    thread = answer(server, Refused("no such store"), Adopted(1))
+    thread = answer(server, Refused("no such store"), SlotsImported(1))
     with pytest.raises(RefusedError, match="the daemon refuses: no such store"):
         client.request(ATTACH)
-    assert client.request(Adopt(0, b"", b""), ()) == Adopted(1)
+    assert client.request(ImportSlots(0, b"", b""), ()) == SlotsImported(1)
     thread.join()
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tests.runtime.record_stores import ODD, RecordStore, build_store
-from vllm_moe_offload.daemon.connection import Connection, DaemonGoneError
+from vllm_moe_offload.client.connection import Connection, DaemonGoneError
 from vllm_moe_offload.daemon.socket_file import lock_path
 from vllm_moe_offload.ipc.protocol import Attach, Demand, StatusReport, pack_ids
 

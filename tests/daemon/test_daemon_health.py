@@ -5,7 +5,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from house import House
+from served_daemon import ServedDaemon
 
 from vllm_moe_offload import threads
 from vllm_moe_offload.cli.checks import HINT, OK, check_daemon
@@ -19,7 +19,7 @@ def test_a_daemon_that_has_lost_a_thread_is_shown(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(threads, "_failed", [])
     tmp_path.chmod(0o700)
     assert list(check_daemon()) == [], "there is none"
-    with House(tmp_path / "vllm-moe-offload.sock") as house:
+    with ServedDaemon(tmp_path / "vllm-moe-offload.sock") as served:
         (sound,) = check_daemon()
         assert sound.state == OK and "answers at" in sound.detail
 
@@ -31,7 +31,7 @@ def test_a_daemon_that_has_lost_a_thread_is_shown(tmp_path: Path, monkeypatch: p
         keeper.join(30)
         (found,) = check_daemon()
         assert found.state == HINT and "moe-offload-keeper: OSError: the disk has gone" in found.detail
-        report = house.server.status()
+        report = served.server.status()
         assert report.failed_threads == ["moe-offload-keeper: OSError: the disk has gone"]
         assert "a thread has ended by an error: moe-offload-keeper" in str(status_view(report).renderables)
     (tmp_path / "vllm-moe-offload.sock").write_text("in the way")

@@ -13,7 +13,7 @@ from tests.daemon.processes import DaemonProcess
 from tests.daemon.reading_worker import Reader
 from tests.daemon.wire import wait_until
 from tests.runtime.record_stores import ALIGNED, build_store
-from vllm_moe_offload.daemon.connection import Connection
+from vllm_moe_offload.client.connection import Connection
 from vllm_moe_offload.daemon.socket_file import SocketFile
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.ipc.protocol import OpenHistory, Remember

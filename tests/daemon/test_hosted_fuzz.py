@@ -43,7 +43,7 @@ def test_whatever_workers_do_records_are_right_and_everybody_is_answered(
         for worker in workers:
             if worker.failure is not None:
                 raise worker.failure
-        wait_until(lambda: not it.pool.under_way.loads, "every load had ended")
+        wait_until(lambda: not it.pool.in_flight.loads, "every load had ended")
         it.pool.limit = LIMIT
         it.run_maintenance()
         it.pool.check_integrity()

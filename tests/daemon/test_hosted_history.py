@@ -13,16 +13,16 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from house import STORE, House
 from hypothesis import given
 from hypothesis import strategies as st
 from past import FINGERPRINT, SHAPE, WIDTH, past_request, same
+from served_daemon import STORE, ServedDaemon
 from wire import connected, packet, wait_until
 
-from vllm_moe_offload.daemon import hosted_histories
-from vllm_moe_offload.daemon.connection import Connection, DaemonGoneError, RefusedError
-from vllm_moe_offload.daemon.hosted_histories import HostedHistories
-from vllm_moe_offload.daemon.hosted_history import HostedHistory
+from vllm_moe_offload.client.connection import Connection, DaemonGoneError, RefusedError
+from vllm_moe_offload.daemon import histories as hosted_histories
+from vllm_moe_offload.daemon.histories import HostedHistories
+from vllm_moe_offload.daemon.history import HostedHistory
 from vllm_moe_offload.errors import ConfigError, OffloadError, TraceError
 from vllm_moe_offload.ipc.protocol import (
     VERSION,
@@ -240,17 +240,17 @@ def test_a_full_disk_is_said_once_and_nothing_is_lost(
 # Over a socket
 
 
-def opened(house: House) -> Connection:
-    connection = house.connect("history")
+def opened(served: ServedDaemon) -> Connection:
+    connection = served.connect("history")
     connection.request(OPEN)
     return connection
 
 
 def test_two_engines_feed_one_history(tmp_path: Path) -> None:
     with (
-        House(tmp_path / "socket", history=tmp_path / "kept") as house,
-        closing(house.connect("history")) as first,
-        closing(opened(house)) as second,
+        ServedDaemon(tmp_path / "socket", history=tmp_path / "kept") as served,
+        closing(served.connect("history")) as first,
+        closing(opened(served)) as second,
     ):
         reply = first.request(OPEN)
         assert reply.folder == str(tmp_path / "kept" / FINGERPRINT) and reply.size == HistorySize(0, 0)
@@ -258,23 +258,23 @@ def test_two_engines_feed_one_history(tmp_path: Path) -> None:
         assert second.request(Remember(pack_trace(past_request(2, 7, axis=5)))).size == HistorySize(2, 12)
         found = second.request(Search(pack_embedding(SOMEWHERE[4]), 5))
         assert same(unpack_trace(found.trace, SHAPE), past_request(1, axis=4))
-        (model,) = [*house.connect("control").request(GetStatus()).models]
+        (model,) = [*served.connect("control").request(GetStatus()).models]
         assert (model.stats["history_requests"], model.stats["history_tokens"]) == (2, 12)
     assert HistoryArchive(tmp_path / "kept").read(FINGERPRINT).num_requests == 2
 
 
 def test_a_bad_trace_costs_only_its_sender(tmp_path: Path) -> None:
-    with House(tmp_path / "socket") as house, closing(opened(house)) as bystander:
+    with ServedDaemon(tmp_path / "socket") as served, closing(opened(served)) as bystander:
         bystander.request(Remember(pack_trace(past_request(1))))
         good = pack_trace(past_request(2))
         bad = msgspec.structs.replace(good, experts=b"\xff" * len(good.experts))
-        with closing(opened(house)) as liar:
+        with closing(opened(served)) as liar:
             with pytest.raises(RefusedError, match="names expert 255, but 'num_experts' is 8"):
                 liar.request(Remember(bad))
             with pytest.raises(DaemonGoneError):
                 liar.request(Remember(good))
         assert bystander.request(Remember(good)).size == HistorySize(2, 10)
-        wait_until(lambda: any("names expert 255" in line for line in house.lines), "it is said")
+        wait_until(lambda: any("names expert 255" in line for line in served.lines), "it is said")
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_a_bad_trace_costs_only_its_sender(tmp_path: Path) -> None:
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(tmp_path: Path, role: str, messages: list, reason: str) -> None:
-    with House(tmp_path / "socket") as house, closing(house.connect(role)) as peer:
+    with ServedDaemon(tmp_path / "socket") as served, closing(served.connect(role)) as peer:
         for message in messages[:-1]:
             peer.request(message)
         with pytest.raises(RefusedError, match=reason):
@@ -300,19 +300,19 @@ def test_what_makes_no_sense_is_refused_by_name(tmp_path: Path, role: str, messa
 def test_long_requests_travel_on_a_history_connection_only(tmp_path: Path) -> None:
     long = pack_trace(past_request(1, tokens=200_000))
     assert len(msgspec.msgpack.encode(long)) > 4 << 20
-    with House(tmp_path / "socket") as house, closing(opened(house)) as engine:
+    with ServedDaemon(tmp_path / "socket") as served, closing(opened(served)) as engine:
         assert engine.request(Remember(long)).size.tokens == 200_000
         found = unpack_trace(engine.request(Search(b"", 1 << 40)).trace, SHAPE)
         assert same(found, past_request(1, tokens=200_000))
-        with closing(house.connect()) as worker, pytest.raises(ValueError, match="at most 1048576 can be sent"):
+        with closing(served.connect()) as worker, pytest.raises(ValueError, match="at most 1048576 can be sent"):
             worker.request(Remember(long))
 
 
 def test_many_engines_at_once(tmp_path: Path) -> None:
-    with House(tmp_path / "socket", history=tmp_path / "kept") as house:
+    with ServedDaemon(tmp_path / "socket", history=tmp_path / "kept") as served:
 
         def serve(engine: int) -> None:
-            with closing(opened(house)) as connection:
+            with closing(opened(served)) as connection:
                 for number in range(20):
                     connection.request(Remember(pack_trace(past_request(engine * 100 + number))))
                     found = connection.request(Search(pack_embedding(SOMEWHERE[number % WIDTH]), 50))
@@ -323,7 +323,7 @@ def test_many_engines_at_once(tmp_path: Path) -> None:
             engine.start()
         for engine in engines:
             engine.join(60)
-        with closing(opened(house)) as last:
+        with closing(opened(served)) as last:
             assert last.request(Search(b"", 0)).size == HistorySize(120, 600)
     assert HistoryArchive(tmp_path / "kept").read(FINGERPRINT).num_requests == 120
 
@@ -351,10 +351,10 @@ def test_messages_of_any_kind_cost_only_their_sender(tmp_path: Path) -> None:
     draw = random.Random(1)
     told_and_asked = (Remember(pack_trace(past_request(1))), Search(b"", 9))
     sound = [packet(one) for one in (Hello(VERSION, "history"), OPEN, *told_and_asked)]
-    with House(tmp_path / "socket") as house, closing(opened(house)) as bystander:
+    with ServedDaemon(tmp_path / "socket") as served, closing(opened(served)) as bystander:
         told = 0
         for number in range(FUZZED_CONNECTIONS):
-            with connected(house.path) as peer, suppress(ConnectionError):
+            with connected(served.path) as peer, suppress(ConnectionError):
                 for data in [*sound[:2], *draw.choices(sound[2:], k=3)]:
                     peer.send(spoilt(draw, data) if draw.random() < 0.4 else data)
                 peer.shutdown(socket.SHUT_WR)
@@ -363,10 +363,10 @@ def test_messages_of_any_kind_cost_only_their_sender(tmp_path: Path) -> None:
             if number % 50 == 0:
                 told += 1
                 assert bystander.request(Remember(pack_trace(past_request(told)))).size.requests >= told
-        history = house.histories.open(OPEN)
+        history = served.histories.open(OPEN)
         history._history.check_integrity()
         assert unpack_trace(bystander.request(Search(b"", 100)).trace, SHAPE).num_tokens == 100
-        wait_until(lambda: len(house.lines) > 0, "refusals are said")
+        wait_until(lambda: len(served.lines) > 0, "refusals are said")
 
 
 def spoilt(draw: random.Random, data: bytes) -> bytes:

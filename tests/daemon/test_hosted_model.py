@@ -13,13 +13,14 @@ import pytest
 
 from tests.daemon.wire import wait_until
 from tests.runtime.record_stores import ALIGNED, MIXED, RecordStore, build_store
-from vllm_moe_offload.daemon import hosted_model, hosted_models
-from vllm_moe_offload.daemon.hosted_models import HostedModels
+from vllm_moe_offload.daemon import model as hosted_model
+from vllm_moe_offload.daemon import models as hosted_models
+from vllm_moe_offload.daemon.models import HostedModels
 from vllm_moe_offload.daemon.workers import Worker
 from vllm_moe_offload.errors import ConfigError, LoadError, OffloadError, StoreError
 from vllm_moe_offload.ipc.arena import Arena
 from vllm_moe_offload.ipc.epochs import Reader
-from vllm_moe_offload.ipc.protocol import Adopt, Attach, Demand, Hint, Supplied, pack_ids, unpack_ids
+from vllm_moe_offload.ipc.protocol import Attach, Demand, Hint, ImportSlots, Supplied, pack_ids, unpack_ids
 from vllm_moe_offload.ipc.table import ABSENT, DONE, ResidencyTable
 from vllm_moe_offload.store import RecordLayout
 
@@ -373,13 +374,13 @@ def test_a_new_daemon_takes_over_what_an_engine_still_has(tmp_path: Path) -> Non
         worker = new.attach(ask(built))
         experts = np.flatnonzero(engine.tables[0].slot_of != ABSENT)
         slots = engine.tables[0].slot_of[experts]
-        offer = Adopt(0, pack_ids(experts), pack_ids(slots))
-        assert worker.adopt(offer, os.dup(engine.arenas[0].mapping.fd)).records == 3
+        offer = ImportSlots(0, pack_ids(experts), pack_ids(slots))
+        assert worker.import_slots(offer, os.dup(engine.arenas[0].mapping.fd)).records == 3
         again = Engine(built, worker)
         assert again.demand([1, 2, 30]).loaded == 0
         for fd in (os.memfd_create("x"), os.open("/dev/null", os.O_RDONLY)):
             with pytest.raises(ValueError):
-                worker.adopt(offer, fd)
+                worker.import_slots(offer, fd)
             with pytest.raises(OSError):
                 os.fstat(fd)
         assert new.status()[0].stats["imported"] == 3

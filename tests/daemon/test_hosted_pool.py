@@ -11,8 +11,8 @@ from tests.daemon.pools import EXPERTS, N, Pool, Worker
 from tests.daemon.wire import wait_until
 from tests.runtime.record_stores import LAYOUTS
 from vllm_moe_offload.daemon import placement
-from vllm_moe_offload.daemon.adoption import adopt
-from vllm_moe_offload.daemon.lease import lease
+from vllm_moe_offload.daemon.import_slots import import_slots
+from vllm_moe_offload.daemon.relocate import lease
 from vllm_moe_offload.ipc.table import ABSENT
 
 
@@ -82,7 +82,7 @@ def test_many_workers_at_once_never_see_a_wrong_record(tmp_path: Path, limit: in
             maintainer.join()
         for entry in range(4):
             it.pool.dismiss(entry)
-        wait_until(lambda: not it.pool.under_way.loads, "the last guess had arrived")
+        wait_until(lambda: not it.pool.in_flight.loads, "the last guess had arrived")
         it.run_maintenance()
         it.pool.check_integrity()
         assert not it.pool.cache.pins.any()
@@ -355,15 +355,15 @@ def test_records_of_an_older_arena_are_taken_over_if_they_are_right(tmp_path: Pa
         other = Worker(new, 0)
         other.use([1])
         slots = np.where(old.pool.table.slot_of[experts] == ABSENT, 5, old.pool.table.slot_of[experts])
-        assert adopt(new.pool, new.built.store, old.pool.arena.mapping.reader_descriptor(), experts, slots) == 5
+        assert import_slots(new.pool, new.built.store, old.pool.arena.mapping.reader_descriptor(), experts, slots) == 5
         for expert in experts.tolist():
             assert new.holds(int(new.pool.table.slot_of[expert]), expert)
         assert new.pool.stats.imported == 5 and new.pool.stats.loads == 3
         new.pool.check_integrity()
         with pytest.raises(ValueError):
-            adopt(new.pool, new.built.store, old.pool.table.mapping.reader_descriptor(), experts, slots)
+            import_slots(new.pool, new.built.store, old.pool.table.mapping.reader_descriptor(), experts, slots)
         with pytest.raises(ValueError):
-            adopt(new.pool, new.built.store, old.pool.arena.mapping.reader_descriptor(), experts, slots + N)
+            import_slots(new.pool, new.built.store, old.pool.arena.mapping.reader_descriptor(), experts, slots + N)
 
 
 def test_a_streaming_hint_takes_no_slots_that_are_being_read(tmp_path: Path) -> None:
@@ -421,7 +421,7 @@ def test_nothing_breaks_when_everything_happens_at_once(tmp_path: Path, seed: in
         finally:
             stop.set()
             disturber.join()
-        wait_until(lambda: not it.pool.under_way.loads, "the last guess had arrived")
+        wait_until(lambda: not it.pool.in_flight.loads, "the last guess had arrived")
         it.run_maintenance()
         it.pool.check_integrity()
         assert not it.pool.cache.pins.any()

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.daemon.house import STORE, House
 from tests.daemon.past import FINGERPRINT, SHAPE, WIDTH, past_request, same
+from tests.daemon.served_daemon import STORE, ServedDaemon
 from tests.daemon.test_socket_file import as_root, open_to_all
-from vllm_moe_offload.daemon.connection import Connection
-from vllm_moe_offload.daemon.hosted_history import HostedHistory
+from vllm_moe_offload.client.connection import Connection
+from vllm_moe_offload.daemon.history import HostedHistory
 from vllm_moe_offload.ipc.protocol import OpenHistory, Remember, Search
 from vllm_moe_offload.ipc.trace_codec import pack_embedding, pack_trace, unpack_trace
 from vllm_moe_offload.predict.base import UNKNOWN_TOKEN
@@ -51,19 +51,19 @@ def says_nothing(trace: Trace) -> bool:
 def test_of_another_user_s_request_nothing_but_its_experts_is_told(tmp_path: Path) -> None:
     open_to_all(tmp_path)
     requests = {0: past_request(0), ANN: past_request(1), BOB: past_request(2)}
-    with House(tmp_path / "socket", group=GROUP) as house:
+    with ServedDaemon(tmp_path / "socket", group=GROUP) as served:
         for user, trace in requests.items():
-            with engine(house.path, user) as connection:
+            with engine(served.path, user) as connection:
                 connection.request(Remember(pack_trace(trace)))
         for asker in requests:
             for axis in (None, 0, 1, 2):
-                with engine(house.path, asker) as connection:
+                with engine(served.path, asker) as connection:
                     answer = found(connection, axis)
                 assert answer.num_requests == len(requests)
                 for told in answer.requests():
                     (owner,) = [u for u, trace in requests.items() if np.array_equal(trace.experts, told.experts)]
                     assert same(told, requests[owner]) if owner == asker else says_nothing(told)
-        with engine(house.path, BOB) as connection:
+        with engine(served.path, BOB) as connection:
             first = found(connection, 1).request(0)
             assert np.array_equal(first.experts, requests[ANN].experts), "what resembles is found all the same"
 

@@ -12,19 +12,19 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 import pytest
-from house import ATTACH, EXPERTS, STORE, House
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from served_daemon import ATTACH, EXPERTS, STORE, ServedDaemon
 from wire import ALL_SEALS, NULL, connected, in_memfd, memfd, open_fds, packet, pair, threads, wait_until
 
 from vllm_moe_offload.ipc.protocol import (
     VERSION,
-    Adopt,
     Attach,
     Demand,
     GetStatus,
     Hello,
     Hint,
+    ImportSlots,
     Message,
     OpenHistory,
     PackedTrace,
@@ -65,19 +65,19 @@ def in_memory(content: bytes, length: int | None = None, fds: int = 0, seals: in
 class Arena:
     """A daemon under fire, an engine that wants to be served meanwhile, and what the daemon has received."""
 
-    def __init__(self, house: House) -> None:
-        self.house = house
+    def __init__(self, served: ServedDaemon) -> None:
+        self.served = served
         self.ticket = 0
         self.received = 0
         self.faults: list[object] = []
-        self._engine = house.worker()
+        self._engine = served.worker()
         self.engine = self._engine.__enter__()
         self._null = NULL.open()
 
     def throw(self, parcels: list[Parcel]) -> list[bytes]:
         """Send all that on a new connection and hang up; what the daemon answered."""
         answers = []
-        with connected(self.house.path) as peer:
+        with connected(self.served.path) as peer:
             peer.settimeout(20)
             with suppress(ConnectionError):
                 for parcel in parcels:
@@ -112,19 +112,19 @@ class Arena:
 @pytest.fixture
 def arena(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Arena]:
     before, running = open_fds(), threads()
-    with House(tmp_path / "socket") as house:
-        monkeypatch.setattr(house.server, "stop", lambda reason: None)
-        attacked = Arena(house)
+    with ServedDaemon(tmp_path / "socket") as served:
+        monkeypatch.setattr(served.server, "stop", lambda reason: None)
+        attacked = Arena(served)
         calm = threads()
         monkeypatch.setattr(Channel, "receive", _counted(attacked, Channel.receive))
         monkeypatch.setattr(threading, "excepthook", attacked.faults.append)
         yield attacked
         attacked.still_serves()
-        wait_until(lambda: len(house.models.attached) == 1, "all but the engine are detached")
-        wait_until(lambda: threads() == calm, "nobody's thread but the house's and the engine's are left")
+        wait_until(lambda: len(served.models.attached) == 1, "all but the engine are detached")
+        wait_until(lambda: threads() == calm, "nobody's thread but the served's and the engine's are left")
         attacked.close()
-        with house.worker():
-            assert len(house.models.attached) >= 1
+        with served.worker():
+            assert len(served.models.attached) >= 1
         monkeypatch.undo()
     assert attacked.faults == []
     wait_until(lambda: threads() == running, "all threads are gone")
@@ -165,7 +165,7 @@ MESSAGES: st.SearchStrategy[Message] = st.one_of(
     st.builds(Attach, st.one_of(st.just(STORE), TEXT), ANY_INT, ANY_INT, st.booleans(), TEXT, ANY_INT),
     st.builds(Demand, st.one_of(st.integers(1, 50), ANY_INT), POOL, IDS, st.booleans()),
     st.builds(Hint, POOL, IDS, st.booleans()),
-    st.builds(Adopt, POOL, IDS, IDS),
+    st.builds(ImportSlots, POOL, IDS, IDS),
     st.builds(OpenHistory, FINGERPRINT, st.one_of(st.just(SHAPE), st.tuples(ANY_INT, ANY_INT, ANY_INT)), TEXT),
     st.builds(Remember, TRACES, st.booleans()),
     st.builds(Search, st.one_of(st.just(bytes(8)), st.binary(max_size=16)), ANY_INT),
@@ -248,8 +248,8 @@ def test_a_hundred_thousand_messages(arena: Arena) -> None:
         if number % BYSTANDER_EVERY == 0:
             arena.still_serves()
     assert arena.received >= RAW_MESSAGES
-    assert arena.house.models.attach_count > RAW_CONNECTIONS / 4
-    assert arena.house.server.refused > RAW_CONNECTIONS / 2
+    assert arena.served.models.attach_count > RAW_CONNECTIONS / 4
+    assert arena.served.server.refused > RAW_CONNECTIONS / 2
 
 
 def conversation(draw: random.Random) -> list[Parcel]:
@@ -287,7 +287,7 @@ def nonsense(draw: random.Random) -> Parcel:
 
 
 def senseless(draw: random.Random) -> bytes:
-    message = draw.choice((HELLO, DEMAND, HINT, ADOPT, ATTACHING, STATUS, STOP, REMEMBER, SEARCH))
+    message = draw.choice((HELLO, DEMAND, HINT, IMPORT, ATTACHING, STATUS, STOP, REMEMBER, SEARCH))
     kind = draw.randrange(9)
     if kind == 0:
         return message
@@ -303,7 +303,7 @@ def senseless(draw: random.Random) -> bytes:
         return draw.choice((b"\x91", b"\x81\xa1x", b"\xc7", b"\xdf\xff\xff\xff\xff")) * draw.randint(1, 3000)
     cut = draw.randint(0, len(message))
     if kind == 6:
-        return message[:cut] + draw.choice((DEMAND, HINT, ADOPT))[draw.randint(0, 16) :]
+        return message[:cut] + draw.choice((DEMAND, HINT, IMPORT))[draw.randint(0, 16) :]
     if kind == 7:
         return message * draw.randint(2, 5)
     flipped = bytearray(message)
@@ -314,7 +314,7 @@ def senseless(draw: random.Random) -> bytes:
 
 HELLO, STATUS, STOP, ATTACHING = packet(Hello(VERSION, "worker")), packet(GetStatus()), packet(Stop()), packet(ATTACH)
 DEMAND, HINT = packet(Demand(1000, 0, bytes(range(32)))), packet(Hint(0, bytes(32)))
-ADOPT = packet(Adopt(0, bytes(4), bytes(4)))
+IMPORT = packet(ImportSlots(0, bytes(4), bytes(4)))
 REMEMBER, SEARCH = packet(Remember(TRACE)), packet(Search(bytes(8), 1000))
 
 

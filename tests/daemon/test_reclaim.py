@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.daemon.pools import EXPERTS, N, Pool, Worker
-from vllm_moe_offload.daemon.lease import lease
+from vllm_moe_offload.daemon.relocate import lease
 from vllm_moe_offload.ipc.table import ABSENT
 from vllm_moe_offload.pool import loader
 
@@ -86,7 +86,7 @@ def test_nothing_is_moved_for_a_lease_while_it_is_read_and_others_are_served_mea
         asking = threading.Thread(target=ask)
         asking.start()
         with monkeypatch.context() as patch:
-            patch.setattr("vllm_moe_offload.daemon.lease.PATIENCE_SECONDS", 0.05)
+            patch.setattr("vllm_moe_offload.daemon.relocate.PATIENCE_SECONDS", 0.05)
             assert not lease(it.pool, leasing.entry)
         reading.check(astray, slots[astray])
         reading.reader.leave()

@@ -10,8 +10,8 @@ import pytest
 
 from tests.daemon.fuzzing import Fuzzer
 from tests.daemon.pools import N, Pool, Worker
-from vllm_moe_offload.daemon.lease import lease
 from vllm_moe_offload.daemon.reclaim import SlotState
+from vllm_moe_offload.daemon.relocate import lease
 from vllm_moe_offload.pool import loader
 
 FREE, DIRTY, LOADING = SlotState.FREE, SlotState.DIRTY, SlotState.LOADING
@@ -24,8 +24,8 @@ ALLOWED = {
     "cache.admit": TAKEN,
     "cache.stream": TAKEN,
     "cache.move": {*TAKEN, (UNPUBLISHED, FREE), (UNPUBLISHED, DIRTY)},
-    "under_way.begin": {(UNPUBLISHED, LOADING)},
-    "under_way._end": {(LOADING, UNPUBLISHED)},
+    "in_flight.begin": {(UNPUBLISHED, LOADING)},
+    "in_flight._end": {(LOADING, UNPUBLISHED)},
     "cache.forget": {(UNPUBLISHED, FREE), (UNPUBLISHED, DIRTY)},
     "cache.cancel": {(UNPUBLISHED, FREE), (UNPUBLISHED, DIRTY)},
     "reclaimer.publish": {(UNPUBLISHED, PUBLISHED), (RETIRED, PUBLISHED)},
@@ -62,7 +62,7 @@ class Observer:
         return observed
 
     def _states(self) -> list[SlotState]:
-        return [self.pool.reclaimer.state_of(slot, self.pool.under_way.loads) for slot in range(N)]
+        return [self.pool.reclaimer.state_of(slot, self.pool.in_flight.loads) for slot in range(N)]
 
     def _compare(self, name: str, before: list[SlotState], after: list[SlotState]) -> None:
         changes = {(old, new) for old, new in zip(before, after, strict=True) if old is not new}
@@ -119,7 +119,7 @@ def test_the_states_of_one_slot(tmp_path: Path) -> None:
         reclaimer, only = pool.reclaimer, np.array([5])
 
         def state() -> SlotState:
-            return reclaimer.state_of(5, pool.under_way.loads)
+            return reclaimer.state_of(5, pool.in_flight.loads)
 
         assert state() is FREE
         worker.demand([5])
@@ -130,7 +130,7 @@ def test_the_states_of_one_slot(tmp_path: Path) -> None:
             reclaimer.retire(only)
             reclaimer.reclaim()
             assert state() is RETIRED, "the worker has not left"
-            reclaimer.republish(only, pool.under_way.loads)
+            reclaimer.republish(only, pool.in_flight.loads)
             assert state() is PUBLISHED
             reclaimer.retire(only)
         worker.reader.leave()

@@ -9,23 +9,23 @@ import sys
 from pathlib import Path
 
 import pytest
-from house import House
+from served_daemon import ServedDaemon
 from wire import open_fds
 
-from vllm_moe_offload.daemon.connection import Connection, DaemonGoneError
+from vllm_moe_offload.client.connection import Connection, DaemonGoneError
 from vllm_moe_offload.daemon.socket_file import SocketFile, find_group, lock_path
 from vllm_moe_offload.errors import ConfigError
 from vllm_moe_offload.ipc.address import default_socket_path
 
 NOBODY = 65534
 DAEMON = (
-    "import sys; sys.path.insert(0, sys.argv[2]); from house import House; from pathlib import Path\n"
-    "house = House(Path(sys.argv[1])); print('serves', flush=True); input()\n"
-    "house.__exit__(None, None, None)"
+    "import sys; sys.path.insert(0, sys.argv[2]); from served_daemon import ServedDaemon; from pathlib import Path\n"
+    "served = ServedDaemon(Path(sys.argv[1])); print('serves', flush=True); input()\n"
+    "served.__exit__(None, None, None)"
 )
 CLIENT_OF_ANOTHER_USER = (
     "import os, sys; from pathlib import Path\n"
-    "from vllm_moe_offload.daemon.connection import Connection\n"
+    "from vllm_moe_offload.client.connection import Connection\n"
     "from vllm_moe_offload.errors import OffloadError\n"
     "uid, groups = int(sys.argv[2]), [int(group) for group in sys.argv[3:]]\n"
     "os.setgroups(groups); os.setgid(uid); os.setuid(uid)\n"
@@ -104,9 +104,9 @@ def test_the_socket_of_a_killed_daemon_is_replaced(tmp_path: Path) -> None:
     assert path.exists()
     with pytest.raises(DaemonGoneError, match="Connection refused"):
         Connection.connect(path, "control", 10)
-    with House(path) as house:
-        house.connect().close()
-        assert house.lines[0] == f"removed {path}, which a daemon that died had left"
+    with ServedDaemon(path) as served:
+        served.connect().close()
+        assert served.lines[0] == f"removed {path}, which a daemon that died had left"
 
 
 def test_what_is_no_socket_of_ours_stays(tmp_path: Path) -> None:
@@ -230,9 +230,9 @@ def test_members_of_the_group_can_enter_the_folder_that_was_made(tmp_path: Path,
     group = 4321
     open_to_all(tmp_path)
     place = SocketFile.claim(tmp_path / "made" / "socket", group, 0)
-    with House(tmp_path / "also made" / "socket", group=group) as house:
-        assert answer_to_another_user(house.path, NOBODY, group) == "welcome"
-        assert "Permission denied" in answer_to_another_user(house.path, NOBODY)
+    with ServedDaemon(tmp_path / "also made" / "socket", group=group) as served:
+        assert answer_to_another_user(served.path, NOBODY, group) == "welcome"
+        assert "Permission denied" in answer_to_another_user(served.path, NOBODY)
     assert stat.S_IMODE(place.path.parent.stat().st_mode) == 0o710 and said == []
     place.release()
     place.path.parent.chmod(0o700)
@@ -260,12 +260,12 @@ def test_other_users_come_in_with_the_group_only(tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.mktemp("shared")
     open_to_all(folder)
     group = 4321
-    with House(folder / "socket", group=group) as house:
-        status = house.path.stat()
+    with ServedDaemon(folder / "socket", group=group) as served:
+        status = served.path.stat()
         assert (stat.S_IMODE(status.st_mode), status.st_gid) == (0o660, group)
-        assert answer_to_another_user(house.path, NOBODY, group) == "welcome"
-        assert "Permission denied" in answer_to_another_user(house.path, NOBODY)
+        assert answer_to_another_user(served.path, NOBODY, group) == "welcome"
+        assert "Permission denied" in answer_to_another_user(served.path, NOBODY)
         # The kernel is not all that stands between a stranger and the experts.
-        house.path.chmod(0o666)
-        assert f"of user {NOBODY}; the daemon serves user 0 and" in answer_to_another_user(house.path, NOBODY, 99)
-        assert house.server.refused == 1
+        served.path.chmod(0o666)
+        assert f"of user {NOBODY}; the daemon serves user 0 and" in answer_to_another_user(served.path, NOBODY, 99)
+        assert served.server.refused == 1

@@ -16,7 +16,7 @@ from tests.daemon.reading_worker import Reader
 from tests.daemon.serving import serving
 from tests.runtime.record_stores import ALIGNED, build_store
 from vllm_moe_offload.cli.daemon_view import status_view
-from vllm_moe_offload.daemon.connection import Connection
+from vllm_moe_offload.client.connection import Connection
 from vllm_moe_offload.daemon.metrics import PREFIX, DaemonCollector
 from vllm_moe_offload.ipc.protocol import GetStatus, OpenHistory, Remember, StatusReport
 from vllm_moe_offload.ipc.trace_codec import pack_trace

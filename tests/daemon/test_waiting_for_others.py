@@ -10,8 +10,8 @@ import pytest
 from tests.daemon.pools import EXPERTS, N, Pool, Worker
 from tests.daemon.wire import wait_until
 from tests.runtime.record_stores import ALIGNED, LAYOUTS
-from vllm_moe_offload.daemon.adoption import adopt
-from vllm_moe_offload.daemon.lease import lease
+from vllm_moe_offload.daemon.import_slots import import_slots
+from vllm_moe_offload.daemon.relocate import lease
 from vllm_moe_offload.ipc.table import ABSENT
 
 GUARD_SECONDS = 60.0
@@ -65,7 +65,7 @@ def test_a_stopped_worker_is_walked_around(tmp_path: Path, limit: int, stops: st
                 stopped.check(layer(0), slots)
 
         answers(serve)
-        wait_until(lambda: not it.pool.under_way.loads, "the last hint had been read")
+        wait_until(lambda: not it.pool.in_flight.loads, "the last hint had been read")
         it.pool.run_maintenance()
         assert it.pool.held <= limit, "what was lent beyond the limit is given back while the worker is still stopped"
         stopped.check(layer(0), slots)
@@ -125,7 +125,7 @@ def test_a_lease_is_not_granted_while_a_worker_is_stopped_and_nothing_stays_pinn
         stopped.demand(astray[:1].tolist())
         it.pool.limit = N
         with monkeypatch.context() as patch:
-            patch.setattr("vllm_moe_offload.daemon.lease.PATIENCE_SECONDS", 0.05)
+            patch.setattr("vllm_moe_offload.daemon.relocate.PATIENCE_SECONDS", 0.05)
             assert not lease(it.pool, 1)
         stopped.done()
         it.run_maintenance()
@@ -152,7 +152,7 @@ def test_who_demands_what_a_hint_of_another_has_begun_is_answered(tmp_path: Path
         assert not demand.is_alive(), "it waits for a load nobody has started"
         hint.join(GUARD_SECONDS)
         assert it.pool.hint(0, np.array([20, 21], np.int32)) >= 0
-        wait_until(lambda: not it.pool.under_way.loads, "hints are read as ever")
+        wait_until(lambda: not it.pool.in_flight.loads, "hints are read as ever")
         demanding.done()
         it.pool.check_integrity()
 
@@ -189,11 +189,11 @@ def test_what_a_worker_has_begun_is_read_by_whoever_needs_it_though_it_does_not_
         goes_on.set()
         beginning.join(GUARD_SECONDS)
         assert not beginning.is_alive()
-        wait_until(lambda: not it.pool.under_way.loads, "everything was read")
+        wait_until(lambda: not it.pool.in_flight.loads, "everything was read")
         it.pool.check_integrity()
 
 
-def test_what_an_adoption_has_begun_arrives_though_it_fails(tmp_path: Path) -> None:
+def test_what_an_import_has_begun_arrives_though_it_fails(tmp_path: Path) -> None:
     class Failing:
         """A store whose records cannot be looked at."""
 
@@ -205,8 +205,8 @@ def test_what_an_adoption_has_begun_arrives_though_it_fails(tmp_path: Path) -> N
         experts = np.array(layer(0), np.int32)
         descriptor = old.pool.arena.mapping.reader_descriptor()
         with pytest.raises(RuntimeError, match="no digest"):
-            adopt(new.pool, Failing(), descriptor, experts, old.pool.table.slot_of[experts])  # type: ignore[arg-type]
-        assert not new.pool.under_way.loads
+            import_slots(new.pool, Failing(), descriptor, experts, old.pool.table.slot_of[experts])  # type: ignore[arg-type]
+        assert not new.pool.in_flight.loads
         other = Worker(new, 1)
         answers(lambda: other.demand(layer(0)))
         other.done()
@@ -232,7 +232,7 @@ def test_a_demand_made_before_the_pool_shrank_is_served(tmp_path: Path, limit: i
             it.pool.demand(0, 99, np.arange(9, dtype=np.int32))
 
 
-@pytest.mark.parametrize("where", ["under_way.wait_for", "under_way.begin", "reclaimer.republish", "loader.join"])
+@pytest.mark.parametrize("where", ["in_flight.wait_for", "in_flight.begin", "reclaimer.republish", "loader.join"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_demand_that_fails_anywhere_pins_nothing(
     tmp_path: Path, where: str, stream: bool, monkeypatch: pytest.MonkeyPatch
@@ -249,7 +249,7 @@ def test_a_demand_that_fails_anywhere_pins_nothing(
             patch.setattr(getattr(it.pool, part), method, fail)
             with pytest.raises(RuntimeError, match="anything"):
                 it.pool.demand(0, 1, np.array([0, 1, 8, 9, 10], np.int32), stream)
-        wait_until(lambda: not it.pool.under_way.loads, "what was begun had been read")
+        wait_until(lambda: not it.pool.in_flight.loads, "what was begun had been read")
         it.pool.run_maintenance()
         assert not it.pool.cache.pins.any()
         it.pool.check_integrity()
@@ -270,7 +270,7 @@ def test_a_hint_that_fails_pins_nothing(tmp_path: Path, stream: bool, monkeypatc
             raise MemoryError
 
         with monkeypatch.context() as patch:
-            patch.setattr(it.pool.under_way, "_load", fail)
+            patch.setattr(it.pool.in_flight, "_load", fail)
             with pytest.raises(MemoryError):
                 it.pool.hint(0, np.array([0, 1, 2], np.int32), stream)
         assert not it.pool.cache.pins.any()

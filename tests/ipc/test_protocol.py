@@ -7,8 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_moe_offload.ipc.protocol import (
-    Adopt,
-    Adopted,
     Attach,
     Attached,
     Demand,
@@ -19,6 +17,7 @@ from vllm_moe_offload.ipc.protocol import (
     Hint,
     HistoryOpened,
     HistorySize,
+    ImportSlots,
     Message,
     ModelStatus,
     OpenHistory,
@@ -30,6 +29,7 @@ from vllm_moe_offload.ipc.protocol import (
     Reply,
     Request,
     Search,
+    SlotsImported,
     StatusReport,
     Stop,
     Stopping,
@@ -45,7 +45,7 @@ REQUESTS = [
     Attach("fingerprint", 4711, 1 << 34, True, "engine 1", 3),
     Demand(7, 1, pack_ids(np.arange(8)), stream=True),
     Hint(0, pack_ids(np.arange(3))),
-    Adopt(1, b"\1\0\0\0", b"\2\0\0\0"),
+    ImportSlots(1, b"\1\0\0\0", b"\2\0\0\0"),
     OpenHistory("ab" * 16, (3, 8, 2), "fingerprint"),
     Remember(PackedTrace(b"\1\0\0\0", b"\1", b"\0\x3c", phase=b"\0"), maybe_duplicate=True),
     Search(b"\0\0\x80\x3f", 1000),
@@ -56,7 +56,7 @@ REPLIES = [
     Welcome(1, 4711),
     Attached(63, False, [PoolInfo(1536, 300, 1 << 40, 1 << 20), PoolInfo(8, 8, 1 << 30, 1 << 20)]),
     Supplied(7, pack_ids(np.array([5, -1])), 1, 0, [FailedLoad(9, "unreadable", False)]),
-    Adopted(1200),
+    SlotsImported(1200),
     HistoryOpened(HistorySize(3, 700), None),
     Remembered(HistorySize(4, 900)),
     Found(PackedTrace(b"", b"", b""), HistorySize(4, 900)),

@@ -15,10 +15,10 @@ from vllm_moe_offload.ipc import transport
 from vllm_moe_offload.ipc.protocol import (
     HISTORY_MESSAGE_BYTES,
     MESSAGE_BYTES,
-    Adopt,
     Demand,
     GetStatus,
     Hint,
+    ImportSlots,
     Message,
     Refused,
     Request,
@@ -342,10 +342,10 @@ def test_a_message_in_memory_and_its_descriptors(raw: tuple[socket.socket, Serve
     """The memfd is the last descriptor, and does not count among those of the message."""
     peer, server = raw
     before = open_fds()
-    adopt = packet(Adopt(0, b"", b""))
+    adopt = packet(ImportSlots(0, b"", b""))
     with NULL.open() as file:
         send_memfd(peer, memfd(adopt), len(adopt), file.fileno())
-        assert server.receive() == Adopt(0, b"", b"")
+        assert server.receive() == ImportSlots(0, b"", b"")
         (fd,) = server.take_fds()
         assert os.path.samestat(os.fstat(fd), NULL.stat())
         os.close(fd)
@@ -404,10 +404,10 @@ def test_whoever_waits_until_a_message_in_memory_is_read_sees_the_end(
 def test_descriptors_come_with_their_message(raw: tuple[socket.socket, Server]) -> None:
     peer, server = raw
     peer.send(packet(Hint(0, b"")))
-    send_with_fd(peer, packet(Adopt(0, b"", b"")))
+    send_with_fd(peer, packet(ImportSlots(0, b"", b"")))
     assert server.receive() == Hint(0, b"")
     assert server.take_fds() == []
-    assert server.receive() == Adopt(0, b"", b"")
+    assert server.receive() == ImportSlots(0, b"", b"")
     (fd,) = server.take_fds()
     assert os.path.samestat(os.fstat(fd), NULL.stat())
     assert not os.get_inheritable(fd)
@@ -425,7 +425,7 @@ def test_descriptors_nobody_takes_are_closed(raw: tuple[socket.socket, Server]) 
 
 
 @pytest.mark.parametrize("count", [2, 3, 200])
-@pytest.mark.parametrize("data", [packet(Adopt(0, b"", b"")), in_memfd(10), b"", b"\1"])
+@pytest.mark.parametrize("data", [packet(ImportSlots(0, b"", b"")), in_memfd(10), b"", b"\1"])
 def test_more_descriptors_than_allowed_are_closed(raw: tuple[socket.socket, Server], count: int, data: bytes) -> None:
     peer, server = raw
     before = open_fds()
@@ -439,7 +439,7 @@ def test_a_process_that_may_open_no_more_files_says_so(raw: tuple[socket.socket,
     import resource
 
     peer, server = raw
-    send_with_fd(peer, packet(Adopt(0, b"", b"")))
+    send_with_fd(peer, packet(ImportSlots(0, b"", b"")))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
     try:

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.live import Live
 
 from vllm_moe_offload.cache import POLICY_NAMES, policy_class
-from vllm_moe_offload.daemon.connection import Connection
-from vllm_moe_offload.daemon.hosted_histories import HostedHistories
+from vllm_moe_offload.client.connection import Connection
+from vllm_moe_offload.daemon.histories import HostedHistories
 from vllm_moe_offload.daemon.metrics import serve_metrics
 from vllm_moe_offload.daemon.notify import notify
 from vllm_moe_offload.daemon.server import DaemonServer
@@ -96,19 +96,19 @@ def run(
     gid = find_group(group) if group else None
     root = default_root() if store is None else store
     membarrier.barrier()
-    with contextlib.ExitStack() as house:
+    with contextlib.ExitStack() as stack:
         place = SocketFile.claim(socket or default_socket_path(), gid)
-        house.callback(place.release)
+        stack.callback(place.release)
         # Late, because a second daemon should learn at once that it is one.
-        from vllm_moe_offload.daemon.hosted_models import HostedModels
+        from vllm_moe_offload.daemon.models import HostedModels
 
         models = HostedModels(root, budget, shares, policy, None)
-        house.callback(models.close)
+        stack.callback(models.close)
         histories = HostedHistories(_history_folder(history, root))
-        house.callback(histories.close)
+        stack.callback(histories.close)
         server = DaemonServer(place, models, histories, budget, gid, leave_after)
         if metrics_port is not None:
-            house.callback(serve_metrics(metrics_port, server.status).shutdown)
+            stack.callback(serve_metrics(metrics_port, server.status).shutdown)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda which, _: server.stop(signal.Signals(which).name))
         logger.info("pid %d serves %s of experts from %s at %s", os.getpid(), size_text(budget), root, place.path)

@@ -3,7 +3,7 @@
 import contextlib
 import os
 
-from vllm_moe_offload.daemon.connection import Connection
+from vllm_moe_offload.client.connection import Connection
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.ipc.address import default_socket_path
 from vllm_moe_offload.ipc.protocol import GetStatus

@@ -1,4 +1,4 @@
-"""The runtime behind a socket and shared memory: one expert cache and one history for all engines of a host.
+"""The process that keeps experts and histories for all engines of a host.
 
-It must never believe what an engine has sent or written without checking it, nor let one engine's fault reach another.
+It must never import the engine's side, believe what a peer sends or writes, or let one peer hold up another.
 """

@@ -91,17 +91,17 @@ class Placement:
             if not self._some_are_leaving():
                 return
 
-    def guess(self, absent: IntArray, resident: IntArray, under_way: int) -> Acquisition:
+    def guess(self, absent: IntArray, resident: IntArray, in_flight: int) -> Acquisition:
         """Pin as many of the ``absent`` experts of a layer, best first, as fit without waiting.
 
         Args:
             resident: those of the layer that are guessed at as well, and stay.
-            under_way: loads that have not ended.
+            in_flight: loads that have not ended.
         """
         if len(absent) == 0:
             return self._cache.admit(absent)
         self._reclaimer.reclaim()
-        room = speculative_room(self._cache.limit, self._layer_size(absent), under_way)
+        room = speculative_room(self._cache.limit, self._layer_size(absent), in_flight)
         # half of the reserve is left to demands
         room = max(0, min(room, self._cache.available - self._reclaimer.reserve // 2))
         return self._take(self._cache.admit(absent[:room], protect=resident))

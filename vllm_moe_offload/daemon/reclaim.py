@@ -11,10 +11,10 @@ RETIRED      complete, and out of the table; who found it before may still be re
 UNPUBLISHED  complete, and out of the table; who may have found it has left since (epochs.py). Only who has pinned it
              reads it.
 
-FREE, DIRTY           -> LOADING      ``ExpertCache.acquire``, ``admit`` and ``stream``, followed by ``UnderWay.begin``
-LOADING               -> PUBLISHED    ``publish``, when the load has ended (``UnderWay._arrived``)
+FREE, DIRTY           -> LOADING      ``ExpertCache.acquire``, ``admit``, ``stream``, then ``InFlightLoads.begin``
+LOADING               -> PUBLISHED    ``publish``, when the load has ended (``InFlightLoads._arrived``)
 LOADING               -> UNPUBLISHED  the same while more slots are occupied than the limit allows
-LOADING               -> DIRTY        ``UnderWay.forget`` and ``disown``: the load failed, or nobody wants it
+LOADING               -> DIRTY        ``InFlightLoads.forget`` and ``disown``: the load failed, or nobody wants it
 PUBLISHED             -> RETIRED      ``retire``: another expert, the reserve or the limit needs the slot
 RETIRED               -> UNPUBLISHED  ``reclaim``
 RETIRED, UNPUBLISHED  -> PUBLISHED    ``republish``, ``publish_rest``: its expert is asked for again, or may stay

@@ -18,7 +18,7 @@ from ..ipc.credentials import Peer, peer_of
 from ..ipc.protocol import Refused, Request, StatusReport
 from ..ipc.transport import Channel, PeerError
 from ..threads import ReportedThread, failed_threads
-from .hosted_histories import HostedHistories
+from .histories import HostedHistories
 from .session import MAX_FDS, Models, Session
 from .socket_file import SocketFile
 

@@ -15,8 +15,6 @@ from ..ipc.credentials import Peer
 from ..ipc.protocol import (
     HISTORY_MESSAGE_BYTES,
     VERSION,
-    Adopt,
-    Adopted,
     Attach,
     Demand,
     Found,
@@ -24,6 +22,7 @@ from ..ipc.protocol import (
     Hello,
     Hint,
     HistoryOpened,
+    ImportSlots,
     ModelStatus,
     OpenHistory,
     Refused,
@@ -31,6 +30,7 @@ from ..ipc.protocol import (
     Remembered,
     Request,
     Search,
+    SlotsImported,
     StatusReport,
     Stop,
     Stopping,
@@ -39,21 +39,21 @@ from ..ipc.protocol import (
 )
 from ..ipc.trace_codec import pack_trace, unpack_embedding, unpack_trace
 from ..ipc.transport import PEER_SECONDS, Channel, PeerError
-from .hosted_histories import HostedHistories
-from .hosted_history import HostedHistory
+from .histories import HostedHistories
+from .history import HostedHistory
 
 if TYPE_CHECKING:
     from .workers import Worker  # reads stores, which a daemon that finds another one running never does
 
 ROLES: dict[str, tuple[type, ...]] = {
-    "worker": (Attach, Demand, Hint, Adopt),
+    "worker": (Attach, Demand, Hint, ImportSlots),
     "history": (OpenHistory, Remember, Search),
     "control": (GetStatus, Stop),
 }
 """What may be asked on a connection, by the role its Hello named."""
 
 MAX_FDS = 1
-"""A peer may send at a time; Adopt brings one."""
+"""A peer may send at a time; ImportSlots brings one."""
 
 
 class Models(Protocol):
@@ -158,8 +158,8 @@ class Session:
             self._attached(request).hint(request)
         elif isinstance(request, Attach):
             self._attach(request)
-        elif isinstance(request, Adopt):
-            self._adopt(request)
+        elif isinstance(request, ImportSlots):
+            self._import_slots(request)
         elif isinstance(request, OpenHistory):
             self._open_history(request)
         elif isinstance(request, Remember):
@@ -183,12 +183,12 @@ class Session:
         else:
             self._channel.send(self._worker.reply, self._worker.fds)
 
-    def _adopt(self, request: Adopt) -> None:
+    def _import_slots(self, request: ImportSlots) -> None:
         worker = self._attached(request)
         fds = self._channel.take_fds()
         if not fds:
-            raise PeerError("sent Adopt without the descriptor of an arena")
-        self._reply(partial(worker.adopt, fd=fds[0]), request)
+            raise PeerError("sent ImportSlots without the descriptor of an arena")
+        self._reply(partial(worker.import_slots, fd=fds[0]), request)
 
     def _open_history(self, request: OpenHistory) -> None:
         if self._history is not None:
@@ -212,8 +212,8 @@ class Session:
         found = history.search(unpack_embedding(request.embedding), request.max_tokens, self._peer.uid)
         self._channel.send(Found(pack_trace(found), history.size))
 
-    def _reply(self, verb: Callable[[Any], Supplied | Adopted], request: Request) -> None:
-        reply: Supplied | Adopted | Refused
+    def _reply(self, verb: Callable[[Any], Supplied | SlotsImported], request: Request) -> None:
+        reply: Supplied | SlotsImported | Refused
         try:
             reply = verb(request)
         except OffloadError as error:

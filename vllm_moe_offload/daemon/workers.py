@@ -7,23 +7,23 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 
 from ..ipc.protocol import (
-    Adopt,
-    Adopted,
     Attach,
     Attached,
     Demand,
     FailedLoad,
     Hint,
+    ImportSlots,
     PoolInfo,
+    SlotsImported,
     Supplied,
     pack_ids,
     unpack_ids,
 )
 from ..pool.loader import DamagedRecordError
 from ..store.reader import Store
-from .adoption import adopt
-from .hosted_pool import HostedPool
-from .lease import lease
+from .import_slots import import_slots
+from .pool import HostedPool
+from .relocate import lease
 
 
 class Worker:
@@ -134,7 +134,7 @@ class Worker:
         for other in self._same_experts():
             other._pools[request.pool].hint(other.entry, experts, request.stream)
 
-    def adopt(self, request: Adopt, fd: int) -> Adopted:
+    def import_slots(self, request: ImportSlots, fd: int) -> SlotsImported:
         """Take over ``fd``, an older arena, and from it what is right and absent here.
 
         Raises:
@@ -146,7 +146,7 @@ class Worker:
         except ValueError:
             os.close(fd)
             raise
-        return Adopted(adopt(pool, self._store, fd, experts, slots))
+        return SlotsImported(import_slots(pool, self._store, fd, experts, slots))
 
     def outlive(self) -> None:
         """The daemon ends before the worker does: what it reads must stay for as long as there is a daemon."""

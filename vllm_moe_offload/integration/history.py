@@ -14,8 +14,8 @@ from typing import Any
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
+from ..client.remote_history import SharedHistory
 from ..config import OffloadConfig
-from ..daemon.remote_history import SharedHistory
 from ..errors import ConfigError, OffloadError
 from ..ipc.protocol import OpenHistory
 from ..learning.background import Background

@@ -7,9 +7,9 @@ from typing import Any
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
+from ..client.client import DaemonClient
+from ..client.joining import join_daemon, socket_of
 from ..config import OffloadConfig
-from ..daemon.client import DaemonClient
-from ..daemon.joining import join_daemon, socket_of
 from ..ipc.protocol import Attach
 from ..stats import Stats
 from ..store.reader import Store

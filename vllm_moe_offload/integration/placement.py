@@ -11,9 +11,9 @@ import torch
 from vllm.distributed import get_world_group
 
 from ..cache.sizing import LayoutNeeds, slots_for_budget
+from ..client.client import DaemonClient
+from ..client.joining import bytes_with_pages
 from ..config import OffloadConfig
-from ..daemon.client import DaemonClient
-from ..daemon.joining import bytes_with_pages
 from ..pool import SlotPool, local_pools
 from ..pool.memory_limits import Limits, equal_share, memory_limits
 from ..sizes import size_text

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.logger import init_logger
 
+from ..client.remote_pool import slots_taken_back
 from ..config import OffloadConfig
-from ..daemon.attached_pool import slots_taken_back
 from ..errors import StoreError
 from ..pool.loader import DamagedRecordError
 from ..runtime import OffloadRuntime

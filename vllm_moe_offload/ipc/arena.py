@@ -4,6 +4,8 @@ There is a slot for every expert of a pool; how many may be occupied at a time i
 never take memory beyond its own bytes, but for small pages that it shares with a neighbour.
 """
 
+import mmap
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,6 +18,14 @@ from .shm import Mapping, whole_pages
 def arena_bytes(layout: RecordLayout, slots: int) -> int:
     """Size of the memory behind an arena."""
     return sum(whole_pages(slots * part.nbytes) for part in layout.components)
+
+
+def slot_bytes(layout: RecordLayout) -> int:
+    """Memory a slot among empty ones can take: of a part that is no whole number of pages, also where it ends."""
+    page = mmap.PAGESIZE
+    return sum(
+        part.nbytes if part.nbytes % page == 0 else whole_pages(part.nbytes) + page for part in layout.components
+    )
 
 
 class Arena(HostArrays):

@@ -116,7 +116,7 @@ class Hint(Message, frozen=True):
     stream: bool = False
 
 
-class Adopt(Message, frozen=True):
+class ImportSlots(Message, frozen=True):
     """Complete records in an older arena, whose descriptor comes along: they save reading if their checksums match."""
 
     pool: int
@@ -124,7 +124,7 @@ class Adopt(Message, frozen=True):
     slots: bytes
 
 
-class Adopted(Message, frozen=True):
+class SlotsImported(Message, frozen=True):
     records: int
 
 
@@ -237,8 +237,19 @@ class StatusReport(Message, frozen=True):
     """Threads of the daemon that have ended by an exception: name and exception of each."""
 
 
-Request = Hello | Attach | Demand | Hint | Adopt | OpenHistory | Remember | Search | GetStatus | Stop
-Reply = Welcome | Attached | Supplied | Adopted | HistoryOpened | Remembered | Found | StatusReport | Stopping | Refused
+Request = Hello | Attach | Demand | Hint | ImportSlots | OpenHistory | Remember | Search | GetStatus | Stop
+Reply = (
+    Welcome
+    | Attached
+    | Supplied
+    | SlotsImported
+    | HistoryOpened
+    | Remembered
+    | Found
+    | StatusReport
+    | Stopping
+    | Refused
+)
 
 
 def pack_ids(ids: NDArray[np.integer]) -> bytes:

@@ -9,8 +9,8 @@ import numpy as np
 
 from ..cache.base import IntArray
 from ..cache.cache import FREE
-from .hosted_load import HostedLoad
-from .hosted_pool import HostedPool
+from .loads import HostedLoad
+from .pool import HostedPool
 
 PATIENCE_SECONDS = 20.0
 """How long a lease waits while nothing can be moved."""
@@ -21,7 +21,7 @@ _READS = 64
 
 
 def lease(pool: HostedPool, worker: int) -> bool:
-    """Bring everything home and pin it until the worker is dismissed. Blocks; the pool's limit must allow it.
+    """Move every expert to its own slot and pin it there. Blocks; the pool's limit must allow it.
 
     Returns:
         False if other workers did not stop reading in time; nothing is pinned then.
@@ -51,7 +51,7 @@ def _pin_all(pool: HostedPool, worker: int) -> list[HostedLoad] | None:
         while time.monotonic() < deadline:
             with pool.lock:
                 pool.placement.release_done()
-                if _everyone_is_home(pool):
+                if _all_in_place(pool):
                     return _acquire(pool, worker)
                 if _move_some(pool):
                     deadline = time.monotonic() + PATIENCE_SECONDS
@@ -65,15 +65,15 @@ def _pin_all(pool: HostedPool, worker: int) -> list[HostedLoad] | None:
 def _acquire(pool: HostedPool, worker: int) -> list[HostedLoad]:
     everything = np.arange(pool.experts, dtype=np.int32)
     pool.reclaimer.withheld.clear()
-    joined = list(pool.under_way.loads.values())
+    joined = list(pool.in_flight.loads.values())
     acquired = pool.cache.acquire(everything, use=False)
     pool.pins[worker].lease = acquired.slots
     begun = pool.begin(acquired)
-    pool.reclaimer.republish(everything, pool.under_way.loads)
+    pool.reclaimer.republish(everything, pool.in_flight.loads)
     return [*joined, *begun]
 
 
-def _everyone_is_home(pool: HostedPool) -> bool:
+def _all_in_place(pool: HostedPool) -> bool:
     slots = np.flatnonzero(pool.cache.expert_of != FREE)
     return bool((pool.cache.expert_of[slots] == slots).all())
 
@@ -85,11 +85,11 @@ def _move_some(pool: HostedPool) -> bool:
     """
     cache, reclaimer = pool.cache, pool.reclaimer
     slots = np.flatnonzero((cache.expert_of != FREE) & (cache.pins == 0))
-    astray = cache.expert_of[slots[cache.expert_of[slots] != slots]]
-    if len(astray) == 0:
+    misplaced = cache.expert_of[slots[cache.expert_of[slots] != slots]]
+    if len(misplaced) == 0:
         return False
-    can_move = cache.expert_of[astray] == FREE
-    chosen = astray[can_move][:_MOVES] if can_move.any() else astray[:1]
+    can_move = cache.expert_of[misplaced] == FREE
+    chosen = misplaced[can_move][:_MOVES] if can_move.any() else misplaced[:1]
     reclaimer.withhold(chosen)
     unread = chosen[~cache.exposed[cache.slot_of[chosen]]]
     if not can_move.any():
@@ -113,6 +113,6 @@ def _move(pool: HostedPool, expert: int) -> None:
 
 def _evict(pool: HostedPool, experts: IntArray) -> None:
     slots = pool.cache.slot_of[experts]
-    pool.under_way.note_evicted(experts)
+    pool.in_flight.note_evicted(experts)
     pool.cache.forget(experts)
     pool.reclaimer.mark_dirty(slots)

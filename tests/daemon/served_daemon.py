@@ -10,20 +10,20 @@ from types import TracebackType
 import numpy as np
 
 from tests.log_lines import LogLines
-from vllm_moe_offload.daemon.connection import Connection
-from vllm_moe_offload.daemon.hosted_histories import HostedHistories
+from vllm_moe_offload.client.connection import Connection
+from vllm_moe_offload.daemon.histories import HostedHistories
 from vllm_moe_offload.daemon.server import DaemonServer
 from vllm_moe_offload.daemon.socket_file import SocketFile
 from vllm_moe_offload.errors import StoreError
 from vllm_moe_offload.ipc.protocol import (
-    Adopt,
-    Adopted,
     Attach,
     Attached,
     Demand,
     Hint,
+    ImportSlots,
     ModelStatus,
     PoolInfo,
+    SlotsImported,
     Supplied,
     WorkerStatus,
     pack_ids,
@@ -79,7 +79,7 @@ class MemoryWorker:
         self.fds = [models.arena, models.table]
         self.request = request
         self.hints: list[list[int]] = []
-        self.adopted: list[os.stat_result] = []
+        self.imported: list[os.stat_result] = []
         self._models = models
         self._ticket = 0
 
@@ -93,12 +93,12 @@ class MemoryWorker:
     def hint(self, request: Hint) -> None:
         self.hints.append(self._experts(request.pool, request.experts))
 
-    def adopt(self, request: Adopt, fd: int) -> Adopted:
+    def import_slots(self, request: ImportSlots, fd: int) -> SlotsImported:
         try:
-            self.adopted.append(os.fstat(fd))
+            self.imported.append(os.fstat(fd))
         finally:
             os.close(fd)
-        return Adopted(len(self._experts(request.pool, request.experts)))
+        return SlotsImported(len(self._experts(request.pool, request.experts)))
 
     def detach(self) -> None:
         with self._models.lock:
@@ -111,7 +111,7 @@ class MemoryWorker:
         return experts
 
 
-class House:
+class ServedDaemon:
     """A served daemon: ``models`` behind ``path``. Leaving the context ends it and waits for its end."""
 
     def __init__(
@@ -125,7 +125,7 @@ class House:
         self.histories = HostedHistories(history)
         self.server = DaemonServer(self.place, self.models, self.histories, 1 << 30, group, leave_after)
         self.reason = ""
-        self.thread = threading.Thread(target=self._serve, name="house", daemon=True)
+        self.thread = threading.Thread(target=self._serve, name="served", daemon=True)
         self.thread.start()
 
     def connect(self, role: str = "worker", timeout: float = 10) -> Connection:
@@ -143,7 +143,7 @@ class House:
         finally:
             connection.close()
 
-    def __enter__(self) -> "House":
+    def __enter__(self) -> "ServedDaemon":
         return self
 
     def __exit__(

@@ -32,7 +32,7 @@ from ..cache.cache import ABSENT
 from ..errors import OffloadError
 from ..ipc import membarrier
 from ..ipc.arena import Arena
-from ..ipc.protocol import Adopt, Attach, pack_ids
+from ..ipc.protocol import Attach, ImportSlots, pack_ids
 from ..ipc.table import ResidencyTable
 from ..pool.base import PoolGoneError, SlotPool
 from ..pool.loader import RecordLoader
@@ -43,8 +43,8 @@ from ..store.layout import RecordLayout
 from ..store.pools import PoolMembers, pools_of
 from ..store.reader import Store
 from ..threads import ReportedThread
+from .attachment import Attachment
 from .connection import DaemonGoneError, RefusedError
-from .worker_attachment import WorkerAttachment
 
 logger = logging.getLogger(__name__)
 
@@ -118,9 +118,9 @@ class DaemonClient:
         self.state = CONNECTED
         self._changing = threading.Lock()
         """Held while the state changes, and with it the next two."""
-        self._attachment: WorkerAttachment | None = attachment
+        self._attachment: Attachment | None = attachment
         """To the daemon whose memory the slots are."""
-        self._successor: WorkerAttachment | None = None
+        self._successor: Attachment | None = None
         """To the daemon whose memory they will be: REJOINING."""
         self._tables = attachment.tables
         """Of the daemon attached to last."""
@@ -155,7 +155,7 @@ class DaemonClient:
     @property
     def lease_lost(self) -> bool:
         """Whether experts may have left the slots that layers compute on without looking, since the step began."""
-        return self.lease and self._attachment is not None and not all(pool.minded for pool in self._attached)
+        return self.lease and self._attachment is not None and not all(pool.is_attached for pool in self._attached)
 
     def fail_over(self, reason: OffloadError) -> None:
         """Go on without the daemon: slots become this process's own. Nothing may be held. Idempotent."""
@@ -198,8 +198,8 @@ class DaemonClient:
         assert self._attachment is not None or self.state is not CONNECTED
         assert self._attachment is None or self.state in (CONNECTED, REJOINING)
 
-    def _attach(self) -> WorkerAttachment:
-        return WorkerAttachment.open(self.path, self._request, self._members, self._closing)
+    def _attach(self) -> Attachment:
+        return Attachment.open(self.path, self._request, self._members, self._closing)
 
     def _serve_alone(self, tables: list[ResidencyTable]) -> int:
         """Serve from what the slots hold now, as far as ``tables`` are trusted. Returns how many experts that is."""
@@ -267,7 +267,7 @@ class DaemonClient:
         self._end_rejoining(successor)
         logger.info("attached to the daemon at %s again", self.path)
 
-    def _end_rejoining(self, attachment: WorkerAttachment | None) -> None:
+    def _end_rejoining(self, attachment: Attachment | None) -> None:
         """The slots are memory of ``attachment``, or this process's own."""
         with self._changing:
             self._attachment, self._successor = attachment, None
@@ -301,7 +301,7 @@ class DaemonClient:
             self._last_reason = reason
             logger.warning("a daemon is back, but this engine goes on without it: %s", reason)
 
-    def _attach_again(self) -> WorkerAttachment:
+    def _attach_again(self) -> Attachment:
         attachment = self._attach()
         try:
             if self.lease and not attachment.lease:
@@ -312,17 +312,17 @@ class DaemonClient:
             raise
         return attachment
 
-    def _offer_what_is_here(self, attachment: WorkerAttachment) -> None:
+    def _offer_what_is_here(self, attachment: Attachment) -> None:
         """Spare the new daemon reading what the last one had read."""
         if not self._trusted:
             return
         for number, (arena, table) in enumerate(zip(self._arenas, self._tables, strict=True)):
             experts = np.flatnonzero(table.slot_of != ABSENT)
             if len(experts):
-                message = Adopt(number, pack_ids(experts), pack_ids(table.slot_of[experts]))
+                message = ImportSlots(number, pack_ids(experts), pack_ids(table.slot_of[experts]))
                 attachment.connection.request(message, [arena.mapping.fd])
 
-    def _close(self, *attachments: WorkerAttachment | None) -> None:
+    def _close(self, *attachments: Attachment | None) -> None:
         for attachment in attachments:
             if attachment is not None:
                 attachment.close()

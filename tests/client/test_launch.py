@@ -9,11 +9,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from wire import open_fds, wait_until
 
+from tests.daemon.wire import open_fds, wait_until
 from tests.runtime.record_stores import ODD, build_store
-from vllm_moe_offload.daemon.connection import Connection, DaemonGoneError
-from vllm_moe_offload.daemon.start import StartError, log_path, start_daemon
+from vllm_moe_offload.client.connection import Connection, DaemonGoneError
+from vllm_moe_offload.client.launch import StartError, log_path, start_daemon
 from vllm_moe_offload.errors import ConfigError
 from vllm_moe_offload.ipc.protocol import Attach, Stop
 
@@ -32,7 +32,7 @@ def end(path: Path) -> None:
 def test_it_serves_and_outlives_who_started_it(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     code = (
-        "import sys; from pathlib import Path; from vllm_moe_offload.daemon.start import start_daemon\n"
+        "import sys; from pathlib import Path; from vllm_moe_offload.client.launch import start_daemon\n"
         "print(start_daemon(Path(sys.argv[1]), '1MiB', 600))"
     )
     command = [sys.executable, "-c", code, str(path)]

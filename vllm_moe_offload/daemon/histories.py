@@ -14,7 +14,7 @@ from ..ipc.trace_codec import Shape
 from ..ipc.transport import LARGE_MESSAGES
 from ..learning.background import Background
 from ..trace.archive import HistoryArchive
-from .hosted_history import HostedHistory
+from .history import HostedHistory
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from tests.daemon.serving import serving
 from tests.daemon.wire import open_fds, packet, wait_until
 from tests.log_lines import LogLines
 from tests.runtime.record_stores import ODD, RecordStore, build_store
-from vllm_moe_offload.daemon import connection, worker_attachment
-from vllm_moe_offload.daemon.client import DaemonClient
-from vllm_moe_offload.daemon.connection import Connection
-from vllm_moe_offload.daemon.joining import join_daemon, socket_of
+from vllm_moe_offload.client import attachment, connection
+from vllm_moe_offload.client.client import DaemonClient
+from vllm_moe_offload.client.connection import Connection
+from vllm_moe_offload.client.joining import join_daemon, socket_of
 from vllm_moe_offload.daemon.socket_file import SocketFile
 from vllm_moe_offload.errors import ConfigError
 from vllm_moe_offload.ipc import address, membarrier
@@ -113,7 +113,7 @@ def test_memory_that_cannot_be_mapped_detaches(path: Path, engine: Engine, monke
         os.close(fd)
         raise MemoryError
 
-    monkeypatch.setattr("vllm_moe_offload.daemon.client.Arena.attach", no_room)
+    monkeypatch.setattr("vllm_moe_offload.client.client.Arena.attach", no_room)
     with serving(path, engine.stored.store.path.parent) as models:
 
         def start() -> int:
@@ -130,7 +130,7 @@ def test_a_daemon_that_falls_silent_after_hello_is_not_waited_for(
     path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "LOOK_SECONDS", 0.05)
-    monkeypatch.setattr(worker_attachment, "STATUS_SECONDS", 0.2)
+    monkeypatch.setattr(attachment, "STATUS_SECONDS", 0.2)
     with ScriptedDaemon(path, lambda request: None) as daemon:
         assert f"the daemon at {path} sent nothing for 0.2 s" in engine.start_alone(path)
         assert daemon.roles[:2] == ["worker", "control"]
@@ -141,7 +141,7 @@ def test_a_long_attachment_is_waited_for_while_the_daemon_reads(
 ) -> None:
     """It reads for longer than a daemon may read nothing, and then stops reading."""
     monkeypatch.setattr(connection, "LOOK_SECONDS", 0.05)
-    monkeypatch.setattr(worker_attachment, "STALLED_SECONDS", 0.3)
+    monkeypatch.setattr(attachment, "STALLED_SECONDS", 0.3)
     loads = iter(range(1, 20))
 
     def answer(request: Request) -> StatusReport | None:

@@ -5,23 +5,21 @@ it was given.
 """
 
 import logging
-import mmap
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 
 from ..errors import OffloadError
+from ..ipc.arena import slot_bytes
 from ..ipc.protocol import MAX_WORKERS, Attach, ModelStatus, WorkerStatus
-from ..ipc.shm import whole_pages
 from ..pool.loader import RecordLoader
 from ..stats import DAEMON_STATISTICS, MODEL_STATISTICS, WORKER_STATISTICS, Stats
-from ..store.layout import RecordLayout
 from ..store.pools import pools_of
 from ..store.reader import Store
 from ..threads import ReportedThread
 from .budget import PoolSize, bytes_for, slots_within
 from .entries import Entries
-from .hosted_pool import HostedPool
+from .pool import HostedPool
 from .workers import Worker
 
 logger = logging.getLogger(__name__)
@@ -241,11 +239,3 @@ class HostedModel:
                         "slots of store %s could not be reclaimed; the daemon tries again: %s", self.name, complaint
                     )
         return busy
-
-
-def slot_bytes(layout: RecordLayout) -> int:
-    """Memory a slot among empty ones can take: of a part that is no whole number of pages, also where it ends."""
-    page = mmap.PAGESIZE
-    return sum(
-        part.nbytes if part.nbytes % page == 0 else whole_pages(part.nbytes) + page for part in layout.components
-    )

@@ -13,9 +13,9 @@ from tests.daemon.processes import running_daemon
 from tests.daemon.reading_worker import TOP_K, Reader
 from tests.daemon.wire import wait_until
 from tests.runtime.record_stores import ALIGNED, build_store
-from vllm_moe_offload.daemon import client, worker_attachment
-from vllm_moe_offload.daemon.attached_pool import AttachedPool
-from vllm_moe_offload.daemon.connection import DaemonGoneError, RefusedError
+from vllm_moe_offload.client import attachment, client
+from vllm_moe_offload.client.connection import DaemonGoneError, RefusedError
+from vllm_moe_offload.client.remote_pool import RemotePool
 from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.ipc.protocol import Demand, Hint, Supplied, pack_ids, unpack_ids
 from vllm_moe_offload.ipc.table import ABSENT
@@ -48,9 +48,9 @@ class Direct:
         return Supplied(demand.ticket, pack_ids(supply.slots), supply.loaded, supply.joined)
 
 
-def attach(it: Pool) -> AttachedPool:
+def attach(it: Pool) -> RemotePool:
     it.pool.admit(ENTRY)
-    return AttachedPool(Direct(it), 0, it.pool.arena, it.pool.table, ENTRY, itertools.count(1), Stats())  # type: ignore[arg-type]
+    return RemotePool(Direct(it), 0, it.pool.arena, it.pool.table, ENTRY, itertools.count(1), Stats())  # type: ignore[arg-type]
 
 
 def test_only_who_waits_for_a_daemon_learns_that_it_is_gone(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_it_reads_nothing_more(tmp_path: Path) -> None:
         attached.release(attached.hold(LAYER, ASKED)[0])
         it.pool.dismiss(ENTRY)
         with pytest.raises(PoolGoneError, match="detached"):
-            AttachedPool(Direct(it), 0, it.pool.arena, it.pool.table, ENTRY, itertools.count(1), Stats())  # type: ignore[arg-type]
+            RemotePool(Direct(it), 0, it.pool.arena, it.pool.table, ENTRY, itertools.count(1), Stats())  # type: ignore[arg-type]
         Worker(it, ENTRY).reader.enter()
         overwrite(it, ENTRY + 1)
         entry = it.pool.table.entries[ENTRY].copy()
@@ -148,7 +148,7 @@ def test_detached_at_the_moment_it_begins_to_read_it_reads_nothing_and_holds_not
 
 
 def test_a_daemon_that_does_not_answer_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_attachment, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(attachment, "ANSWER_SECONDS", 0.5)
     monkeypatch.setattr(client, "_DYING_SECONDS", 0.1)
     made = build_store(tmp_path / "stores", [(ALIGNED, 12)] * 3)
     total = 3 * 12 * ALIGNED.payload_bytes
@@ -195,8 +195,8 @@ def test_an_entry_shows_whether_its_worker_is_attached(tmp_path: Path) -> None:
     with Pool(tmp_path) as it:
         attached = attach(it)
         first = int(it.pool.table.attached[ENTRY])
-        assert attached.minded and first
+        assert attached.is_attached and first
         it.pool.dismiss(ENTRY)
-        assert not attached.minded
+        assert not attached.is_attached
         it.pool.admit(ENTRY)
-        assert not attached.minded and int(it.pool.table.attached[ENTRY]) != first
+        assert not attached.is_attached and int(it.pool.table.attached[ENTRY]) != first

@@ -10,13 +10,13 @@ from ..cache.cache import ABSENT
 from ..errors import ConfigError
 from ..ipc.arena import Arena
 from ..store.reader import Store
-from .hosted_load import HostedLoad
-from .hosted_pool import HostedPool
+from .loads import HostedLoad
+from .pool import HostedPool
 
 _AT_A_TIME = 8
 
 
-def adopt(pool: HostedPool, store: Store, fd: int, experts: NDArray[np.int32], slots: NDArray[np.int32]) -> int:
+def import_slots(pool: HostedPool, store: Store, fd: int, experts: NDArray[np.int32], slots: NDArray[np.int32]) -> int:
     """Copy what is absent here and right there, as long as slots are free. Takes over ``fd``. Returns how many.
 
     Args:
@@ -32,7 +32,7 @@ def adopt(pool: HostedPool, store: Store, fd: int, experts: NDArray[np.int32], s
         if len(slots) != len(experts) or (len(slots) and (slots.min() < 0 or slots.max() >= pool.experts)):
             raise ValueError(f"{len(slots)} slots for {len(experts)} experts do not fit a pool of {pool.experts}")
         place = dict(zip(experts.tolist(), slots.tolist(), strict=True))
-        adopted = 0
+        imported = 0
         for first in range(0, len(experts), _AT_A_TIME):
             loads = _begin(pool, experts[first : first + _AT_A_TIME])
             try:
@@ -42,8 +42,8 @@ def adopt(pool: HostedPool, store: Store, fd: int, experts: NDArray[np.int32], s
                 rest = [load for load in loads if not load.copied]
                 pool.loader.start(rest)
                 pool.loader.join(rest)
-            adopted += len(loads) - len(rest)
-        return adopted
+            imported += len(loads) - len(rest)
+        return imported
     finally:
         older.mapping.close()
 
@@ -53,7 +53,7 @@ def _begin(pool: HostedPool, experts: NDArray[np.int32]) -> list[HostedLoad]:
         pool.placement.release_done()
         absent = experts[pool.cache.slot_of[experts] == ABSENT]
         room = max(0, pool.limit - pool.cache.occupied)
-        return pool.under_way.begin(pool.cache.admit(absent[:room]), pinned=True)
+        return pool.in_flight.begin(pool.cache.admit(absent[:room]), pinned=True)
 
 
 def _copy(pool: HostedPool, store: Store, older: Arena, slot: int, load: HostedLoad) -> None:

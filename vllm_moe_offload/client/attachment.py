@@ -18,8 +18,8 @@ from ..ipc.shm import check_descriptor, whole_pages
 from ..ipc.table import ResidencyTable
 from ..stats import Stats
 from ..store.pools import PoolMembers
-from .attached_pool import AttachedPool
 from .connection import Connection, DaemonGoneError
+from .remote_pool import RemotePool
 
 CONNECT_SECONDS = 5.0
 STATUS_SECONDS = 15.0
@@ -29,7 +29,7 @@ ANSWER_SECONDS = 30.0
 """A demand that takes longer is not worth waiting for: this process can read by itself."""
 
 
-class WorkerAttachment:
+class Attachment:
     """What a daemon answered to ``Attach``, checked. Make one with ``open``; ``close`` detaches."""
 
     def __init__(self, connection: Connection, reply: Attached, arenas: list[int], tables: list[ResidencyTable]):
@@ -44,7 +44,7 @@ class WorkerAttachment:
     @classmethod
     def open(
         cls, path: Path, request: Attach, members: Sequence[PoolMembers], closing: threading.Event
-    ) -> "WorkerAttachment":
+    ) -> "Attachment":
         """Attach to the daemon at a socket.
 
         Args:
@@ -81,7 +81,7 @@ class WorkerAttachment:
         """The descriptor of the next pool's arena, the caller's now."""
         return self._arenas.popleft()
 
-    def pools(self, arenas: Sequence[Arena], counters: Stats) -> list[AttachedPool]:
+    def pools(self, arenas: Sequence[Arena], counters: Stats) -> list[RemotePool]:
         """What serves from ``arenas`` once they show this daemon's memory.
 
         Raises:
@@ -90,7 +90,7 @@ class WorkerAttachment:
         """
         tickets = itertools.count(1)
         return [
-            AttachedPool(self.connection, number, arena, table, self._worker, tickets, counters)
+            RemotePool(self.connection, number, arena, table, self._worker, tickets, counters)
             for number, (arena, table) in enumerate(zip(arenas, self.tables, strict=True))
         ]
 

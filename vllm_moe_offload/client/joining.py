@@ -11,13 +11,13 @@ from pathlib import Path
 
 from ..errors import ConfigError, OffloadError
 from ..ipc.address import default_socket_path
+from ..ipc.arena import slot_bytes
 from ..ipc.protocol import Attach
 from ..stats import Stats
 from ..store.reader import Store
 from .client import DaemonClient
 from .connection import DaemonGoneError
-from .hosted_model import slot_bytes
-from .start import start_daemon
+from .launch import start_daemon
 
 logger = logging.getLogger(__name__)
 

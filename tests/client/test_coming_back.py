@@ -13,9 +13,9 @@ from tests.daemon.processes import DaemonProcess, running_daemon
 from tests.daemon.reading_worker import Reader
 from tests.daemon.wire import wait_until
 from tests.runtime.record_stores import build_store, layout
-from vllm_moe_offload.daemon import client, worker_attachment
-from vllm_moe_offload.daemon.client import ALONE, CLOSED, CONNECTED, REJOINING, TRANSITIONS, ClientState
-from vllm_moe_offload.daemon.connection import Connection, DaemonGoneError
+from vllm_moe_offload.client import attachment, client
+from vllm_moe_offload.client.client import ALONE, CLOSED, CONNECTED, REJOINING, TRANSITIONS, ClientState
+from vllm_moe_offload.client.connection import Connection, DaemonGoneError
 from vllm_moe_offload.ipc.death import Death
 from vllm_moe_offload.ipc.protocol import GetStatus, StatusReport
 from vllm_moe_offload.pool import loader
@@ -144,9 +144,9 @@ def test_no_memory_is_mapped_over_a_read_that_is_under_way(survivor: Reader, mon
 
 
 def test_a_daemon_that_detaches_it_before_it_has_come_back_is_left_alone(survivor: Reader) -> None:
-    attachment = survivor.client._successor
-    assert attachment is not None
-    attachment.connection.close()
+    successor = survivor.client._successor
+    assert successor is not None
+    successor.connection.close()
     wait_until(lambda: not status_of(survivor).models[0].workers, "the daemon has detached it")
     survivor.step()
     assert survivor.client.daemon_pid == 0, "it is not attached to what has detached it"
@@ -157,11 +157,11 @@ def test_a_daemon_that_detaches_it_before_it_has_come_back_is_left_alone(survivo
 
 
 def test_half_of_a_daemon_s_memory_is_none_of_it(survivor: Reader) -> None:
-    attachment = survivor.client._successor
-    assert attachment is not None
+    successor = survivor.client._successor
+    assert successor is not None
     other = os.memfd_create("other", os.MFD_CLOEXEC)
-    os.close(attachment._arenas.pop())
-    attachment._arenas.append(other)
+    os.close(successor._arenas.pop())
+    successor._arenas.append(other)
     loads = survivor.counters.loads
     survivor.step()
     assert survivor.client.daemon_pid == 0 and "goes on without it" in survivor.said[-1]
@@ -172,9 +172,9 @@ def test_half_of_a_daemon_s_memory_is_none_of_it(survivor: Reader) -> None:
 
 
 def test_a_watch_that_meets_something_unforeseen_goes_on(survivor: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
-    attachment = survivor.client._successor
-    assert attachment is not None
-    attachment.connection.close()
+    successor = survivor.client._successor
+    assert successor is not None
+    successor.connection.close()
     survivor.client._end_rejoining(None)
     with monkeypatch.context() as broken:
         broken.setattr(survivor.client, "_attach", lambda: 1 / 0)
@@ -200,7 +200,7 @@ def test_nothing_is_believed_of_a_daemon_that_only_does_not_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may go on at any time and overwrite every slot the worker saw."""
-    monkeypatch.setattr(worker_attachment, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(attachment, "ANSWER_SECONDS", 0.5)
     monkeypatch.setattr(client, "_DYING_SECONDS", 0.1)
     monkeypatch.setattr(client, "RETRY_SECONDS", 0.05)
     monkeypatch.setattr(client, "BACKOFF_SECONDS", 0.05)

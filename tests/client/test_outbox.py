@@ -5,9 +5,9 @@ from dataclasses import replace
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from past import past_request
 
-from vllm_moe_offload.daemon.outbox import Outbox, Upload
+from tests.daemon.past import past_request
+from vllm_moe_offload.client.outbox import Outbox, Upload
 from vllm_moe_offload.trace.trace import Trace
 
 ONE = past_request(0)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon.house import House
 from tests.daemon.scripted import ScriptedDaemon
+from tests.daemon.served_daemon import ServedDaemon
 from tests.daemon.test_socket_file import as_root, open_to_all
 from tests.daemon.wire import open_fds
-from vllm_moe_offload.daemon.connection import Connection, UntrustedDaemonError
+from vllm_moe_offload.client.connection import Connection, UntrustedDaemonError
 from vllm_moe_offload.ipc import credentials
 from vllm_moe_offload.ipc.protocol import GetStatus, Refused
 
@@ -75,7 +75,7 @@ def test_it_is_not_where_it_may_have_made_the_folder_itself(tmp_path: Path, mode
 
 CLIENT = """
 import sys; from pathlib import Path
-from vllm_moe_offload.daemon.connection import Connection
+from vllm_moe_offload.client.connection import Connection
 from vllm_moe_offload.errors import OffloadError
 for path in sys.argv[1:]:
     try: print(Connection.connect(Path(path), "control", 10).peer.uid)
@@ -99,9 +99,9 @@ def test_in_a_container_with_users_of_its_own_nobody_passes_for_somebody(tmp_pat
         daemon = ScriptedDaemon(folder / "socket", lambda request: Refused("no"))
     finally:
         os.seteuid(0)
-    with daemon, House(tmp_path / "ours") as house:
+    with daemon, ServedDaemon(tmp_path / "ours") as served:
         (folder / "socket").chmod(0o666)
-        command = ["unshare", "-Ur", sys.executable, "-c", CLIENT, str(folder / "socket"), str(house.path)]
+        command = ["unshare", "-Ur", sys.executable, "-c", CLIENT, str(folder / "socket"), str(served.path)]
         said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
     assert said[0].endswith("it runs as a user who does not exist in this container (seen as 65534)")
     assert said[1] == "0", "its own user's daemon outside of it is known"
@@ -109,16 +109,16 @@ def test_in_a_container_with_users_of_its_own_nobody_passes_for_somebody(tmp_pat
 
 def test_a_kernel_that_does_not_tell_groups_ends_no_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(credentials, "_SO_PEERGROUPS", 9999)
-    with House(tmp_path / "socket") as house, closing(house.connect("control")) as control:
+    with ServedDaemon(tmp_path / "socket") as served, closing(served.connect("control")) as control:
         assert control.peer.groups == frozenset()
         assert control.request(GetStatus()).pid == os.getpid()
 
 
 def test_a_kernel_that_does_not_tell_who_comes_ends_no_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with House(tmp_path / "socket") as house:
+    with ServedDaemon(tmp_path / "socket") as served:
         with monkeypatch.context() as broken:
             broken.setattr(credentials.socket, "SO_PEERCRED", 9999)
             with pytest.raises(UntrustedDaemonError, match="the system does not say who the daemon"):
-                house.connect("control")
-        with closing(house.connect("control")) as control:
+                served.connect("control")
+        with closing(served.connect("control")) as control:
             assert control.request(GetStatus()).pid == os.getpid()

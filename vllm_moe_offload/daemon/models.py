@@ -17,7 +17,7 @@ from ..store.manifest import RECORDS_NAME
 from ..store.reader import Store
 from ..threads import ReportedThread
 from .budget import Claim, split
-from .hosted_model import HostedModel
+from .model import HostedModel
 from .workers import Worker
 
 logger = logging.getLogger(__name__)

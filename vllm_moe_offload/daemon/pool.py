@@ -22,12 +22,11 @@ from ..stats import Stats
 from ..store.layout import RecordLayout
 from ..store.pools import PoolMembers
 from ..store.reader import Store
-from .hosted_load import HostedLoad, Supply
+from .loads import HostedLoad, InFlightLoads, Supply
 from .pins import WorkerPins
 from .placement import Placement
 from .reclaim import SlotReclaimer
 from .shared_policy import SharedPredictions
-from .under_way import UnderWay
 
 
 class HostedPool:
@@ -65,7 +64,7 @@ class HostedPool:
         self.cache = ExpertCache(members.layer_of, self.experts, self._policy, at_home=True)
         self.reclaimer = SlotReclaimer(self.cache, self.arena, self.table)
         self._turn = threading.Condition(self.lock)
-        self.under_way = UnderWay(members, self.cache, self.reclaimer, self.arena, self.table, self._turn)
+        self.in_flight = InFlightLoads(members, self.cache, self.reclaimer, self.arena, self.table, self._turn)
         self.pins: dict[int, WorkerPins] = {}
         """Of the attached workers, by entry."""
         layer_sizes = np.repeat(members.counts, members.counts)
@@ -94,11 +93,11 @@ class HostedPool:
     def resident(self) -> int:
         """Experts whose records are complete."""
         with self.lock:
-            return self.cache.occupied - len(self.under_way.loads)
+            return self.cache.occupied - len(self.in_flight.loads)
 
     @property
     def stats(self) -> Stats:
-        return self.under_way.stats
+        return self.in_flight.stats
 
     def admit(self, worker: int) -> None:
         """A worker comes."""
@@ -157,12 +156,12 @@ class HostedPool:
             slots = self.cache.slot_of[experts]
             resident, absent = experts[slots != ABSENT], experts[slots == ABSENT]
             self.cache.keep(resident)
-            self.reclaimer.republish(resident, self.under_way.loads)
+            self.reclaimer.republish(resident, self.in_flight.loads)
             if stream:
                 started = sum(len(self.begin(ahead, pinned=True)) for ahead in self.placement.stream_ahead(absent))
                 self.stats.streamed += started
             else:
-                guesses = self.placement.guess(absent, resident, len(self.under_way.loads))
+                guesses = self.placement.guess(absent, resident, len(self.in_flight.loads))
                 started = len(self.begin(guesses, worker, pinned=True))
         if self.reclaimer.running_low:
             self._request_maintenance()
@@ -174,7 +173,7 @@ class HostedPool:
             self.placement.release_done()
             self._collect_uses()
             self.reclaimer.run_maintenance()
-            self.reclaimer.publish_rest(self.under_way.loads)
+            self.reclaimer.publish_rest(self.in_flight.loads)
             return not self.reclaimer.settled
 
     def begin(
@@ -185,9 +184,9 @@ class HostedPool:
         The loader has the loads before anybody can see them: whoever joins one waits for no other thread to start it.
         """
         try:
-            begun = self.under_way.begin(acquired, guess_of, pinned)
+            begun = self.in_flight.begin(acquired, guess_of, pinned)
         except BaseException:
-            self.under_way.disown(acquired, [])
+            self.in_flight.disown(acquired, [])
             raise
         self.loader.start(begun, guesses=guess_of is not None, joined=joined)
         return begun
@@ -201,7 +200,7 @@ class HostedPool:
         for pins in self.pins.values():
             used = pins.report_uses(self._policy)
             if len(used):
-                self.under_way.note_used(used)
+                self.in_flight.note_used(used)
 
     def check_ids(self, experts: NDArray[np.int32]) -> None:
         """Raises ``ValueError`` unless they are distinct experts of this pool."""
@@ -219,8 +218,8 @@ class HostedPool:
     def check_integrity(self) -> None:
         """Assert the invariants. For tests."""
         with self.lock:
-            self.reclaimer.check_integrity(self.under_way.loads)
-            assert np.flatnonzero(self.table.loading).tolist() == sorted(self.under_way.loads)
+            self.reclaimer.check_integrity(self.in_flight.loads)
+            assert np.flatnonzero(self.table.loading).tolist() == sorted(self.in_flight.loads)
 
     def _check(self, pins: WorkerPins, ticket: int, count: int) -> None:
         if ticket <= pins.last_ticket:
@@ -234,13 +233,13 @@ class HostedPool:
         """Pin ``experts`` and see to it that all of them are under way."""
         demand = _Demand(self.placement.acquire(experts, stream), [], [])
         try:
-            demand.joined.extend(self.under_way.wait_for(experts))
+            demand.joined.extend(self.in_flight.wait_for(experts))
             demand.own.extend(self.begin(demand.acquired, joined=True))
             self._take_back_wrong_guesses(worker, experts)
             self.stats.demands += 1
             self.stats.joined += len(demand.joined)
             self.stats.missed_bytes += len(demand.loads) * self.layout.payload_bytes
-            self.reclaimer.republish(experts, self.under_way.loads)
+            self.reclaimer.republish(experts, self.in_flight.loads)
             if self.reclaimer.running_low or not self.reclaimer.settled:
                 self._request_maintenance()
         except BaseException:
@@ -250,15 +249,15 @@ class HostedPool:
 
     def _take_back_wrong_guesses(self, worker: int, experts: NDArray[np.int32]) -> None:
         """Those whose reading has not begun."""
-        if len(experts) and self.under_way.loads:
-            for load in self.loader.withdraw(self.under_way.wrong_guesses(worker, experts)):
+        if len(experts) and self.in_flight.loads:
+            for load in self.loader.withdraw(self.in_flight.wrong_guesses(worker, experts)):
                 assert isinstance(load, HostedLoad)
-                self.under_way.take_back(load)
+                self.in_flight.take_back(load)
 
     def _note_evicted(self, experts: IntArray) -> None:
-        if self.under_way.speculative.includes_any(experts):
+        if self.in_flight.speculative.includes_any(experts):
             self._collect_uses()
-            self.under_way.note_evicted(experts)
+            self.in_flight.note_evicted(experts)
 
     def _supply(self, pins: WorkerPins, ticket: int, experts: NDArray[np.int32], demand: "_Demand") -> Supply:
         """Pin what has come until the ticket is done. The pins of what has failed are void already."""
@@ -273,8 +272,8 @@ class HostedPool:
     def _abort(self, demand: "_Demand") -> None:
         """Unpin what a demand had pinned that ends early. Under the lock."""
         self.loader.start(self.loader.withdraw(demand.own))  # nobody joins them now
-        void = self.under_way.disown(demand.acquired, demand.own)
-        void += [load.slot for load in demand.joined if load.error is not None and not self.under_way.has(load)]
+        void = self.in_flight.disown(demand.acquired, demand.own)
+        void += [load.slot for load in demand.joined if load.error is not None and not self.in_flight.has(load)]
         slots = demand.acquired.slots
         self.cache.release(slots[~np.isin(slots, void)])
         self._turn.notify_all()

@@ -37,7 +37,7 @@ class _TicketHold(Hold):
         self.ticket = ticket
 
 
-class AttachedPool(SlotPool):
+class RemotePool(SlotPool):
     """One pool of a model this worker is attached to.
 
     It is gone when the daemon is, does not answer, refuses, or has detached this worker.
@@ -81,7 +81,7 @@ class AttachedPool(SlotPool):
         self._steps = 0
 
     @property
-    def minded(self) -> bool:
+    def is_attached(self) -> bool:
         """Whether the daemon still keeps what this worker reads."""
         return bool(self._admission and self._entry[ATTACHED] == self._admission)
 
@@ -145,7 +145,7 @@ class AttachedPool(SlotPool):
 
     def release(self, hold: Hold) -> None:
         assert isinstance(hold, _TicketHold)
-        if not self.minded:  # the entry may be another worker's by now
+        if not self.is_attached:  # the entry may be another worker's by now
             error = slots_taken_back()
             hold.failures = [Failure(expert, error) for expert in hold.experts.tolist()]
         elif hold.ticket:
@@ -182,7 +182,7 @@ class AttachedPool(SlotPool):
         """The session ends the connection of all pools."""
 
     def _check_attached(self) -> None:
-        if not self.minded:
+        if not self.is_attached:
             raise PoolGoneError("the daemon has detached this worker")
 
     def _demand(self, experts: IntArray, stream: bool) -> tuple[Hold, LoadReport]:

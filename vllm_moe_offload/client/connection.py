@@ -15,8 +15,6 @@ from ..ipc.credentials import peer_of
 from ..ipc.protocol import (
     HISTORY_MESSAGE_BYTES,
     VERSION,
-    Adopt,
-    Adopted,
     Attach,
     Attached,
     Demand,
@@ -25,6 +23,7 @@ from ..ipc.protocol import (
     Hello,
     Hint,
     HistoryOpened,
+    ImportSlots,
     OpenHistory,
     Refused,
     Remember,
@@ -32,6 +31,7 @@ from ..ipc.protocol import (
     Reply,
     Request,
     Search,
+    SlotsImported,
     StatusReport,
     Stop,
     Stopping,
@@ -50,7 +50,7 @@ _REPLIES: dict[type, type] = {
     Hello: Welcome,
     Attach: Attached,
     Demand: Supplied,
-    Adopt: Adopted,
+    ImportSlots: SlotsImported,
     OpenHistory: HistoryOpened,
     Remember: Remembered,
     Search: Found,
@@ -143,7 +143,7 @@ class Connection:
     @overload
     def request(self, message: Demand) -> Supplied: ...
     @overload
-    def request(self, message: Adopt, fds: Sequence[int]) -> Adopted: ...
+    def request(self, message: ImportSlots, fds: Sequence[int]) -> SlotsImported: ...
     @overload
     def request(self, message: OpenHistory) -> HistoryOpened: ...
     @overload

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from house import STORE, House
-from past import FINGERPRINT, SHAPE, past_request, same
-from wire import threads, wait_until
 
+from tests.daemon.past import FINGERPRINT, SHAPE, past_request, same
+from tests.daemon.served_daemon import STORE, ServedDaemon
+from tests.daemon.wire import threads, wait_until
 from tests.log_lines import LogLines
-from vllm_moe_offload.daemon import history_client
-from vllm_moe_offload.daemon.remote_history import SharedHistory
+from vllm_moe_offload.client import history_client
+from vllm_moe_offload.client.remote_history import SharedHistory
 from vllm_moe_offload.ipc.protocol import OpenHistory
 from vllm_moe_offload.predict.base import ModelShape
 from vllm_moe_offload.predict.history import HistoryPredictor
@@ -76,7 +76,8 @@ def daemon(folder: Path, seconds_between_saves: float = 3600) -> Iterator[subpro
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from history_daemon import serve; serve(sys.argv[2], sys.argv[3], float(sys.argv[4]))"
     )
-    arguments = [str(Path(__file__).parent), str(folder / "socket"), str(folder / "kept"), str(seconds_between_saves)]
+    helpers = Path(__file__).parents[1] / "daemon"
+    arguments = [str(helpers), str(folder / "socket"), str(folder / "kept"), str(seconds_between_saves)]
     with subprocess.Popen(
         [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}
     ) as process:
@@ -89,9 +90,9 @@ def daemon(folder: Path, seconds_between_saves: float = 3600) -> Iterator[subpro
 
 def test_an_engine_finds_what_another_has_left(tmp_path: Path) -> None:
     with (
-        House(tmp_path / "socket") as house,
-        closing(engine(house.path)) as first,
-        closing(engine(house.path)) as second,
+        ServedDaemon(tmp_path / "socket") as served,
+        closing(engine(served.path)) as first,
+        closing(engine(served.path)) as second,
     ):
         for seed in range(4):
             first.history.add(past_request(seed, axis=seed))
@@ -105,11 +106,11 @@ def test_an_engine_finds_what_another_has_left(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_comes_later_starts_with_the_latest_requests(tmp_path: Path) -> None:
-    with House(tmp_path / "socket") as house:
-        with closing(engine(house.path)) as first:
+    with ServedDaemon(tmp_path / "socket") as served:
+        with closing(engine(served.path)) as first:
             for seed in range(3):
                 first.history.add(past_request(seed))
-        with closing(engine(house.path)) as second:
+        with closing(engine(served.path)) as second:
             numbers = [
                 next(s for s in range(3) if same(past.trace, past_request(s))) for past in second.history.requests
             ]
@@ -122,9 +123,9 @@ def test_an_engine_that_comes_later_starts_with_the_latest_requests(tmp_path: Pa
 
 def test_neighbours_are_those_of_all_engines_as_soon_as_the_daemon_has_answered(tmp_path: Path) -> None:
     with (
-        House(tmp_path / "socket") as house,
-        closing(engine(house.path)) as first,
-        closing(engine(house.path)) as second,
+        ServedDaemon(tmp_path / "socket") as served,
+        closing(engine(served.path)) as first,
+        closing(engine(served.path)) as second,
     ):
         predictor = predictor_for_engine("history", ModelShape(*SHAPE), second.history, None)
         assert isinstance(predictor, HistoryPredictor)
@@ -140,11 +141,11 @@ def test_neighbours_are_those_of_all_engines_as_soon_as_the_daemon_has_answered(
 
 
 def test_only_one_rank_tells(tmp_path: Path) -> None:
-    with House(tmp_path / "socket") as house:
-        with closing(engine(house.path)) as first, closing(engine(house.path, tells=False)) as second:
+    with ServedDaemon(tmp_path / "socket") as served:
+        with closing(engine(served.path)) as first, closing(engine(served.path, tells=False)) as second:
             second.history.add(past_request(1))
             first.history.add(past_request(2))
-        with closing(engine(house.path)) as third:
+        with closing(engine(served.path)) as third:
             assert third.history.num_requests == 1
 
 
@@ -191,21 +192,21 @@ def test_what_a_killed_daemon_had_saved_is_not_there_twice(tmp_path: Path) -> No
 
 
 def test_a_request_the_daemon_does_not_want_is_said_and_the_others_still_go(tmp_path: Path, said: list[str]) -> None:
-    with House(tmp_path / "socket") as house, closing(engine(house.path)) as first:
+    with ServedDaemon(tmp_path / "socket") as served, closing(engine(served.path)) as first:
         first.history.add(past_request(1))
         first.history.add(replace(past_request(2), embeddings=None))
-        wait_until(lambda: house.histories.open(OPEN).size.requests == 2, "both are there")
+        wait_until(lambda: served.histories.open(OPEN).size.requests == 2, "both are there")
         first._client.tell(replace(past_request(3), embeddings=np.zeros((1, 3), np.float16)))
         wait_until(lambda: bool(said), "it hears the reason")
         first.history.add(past_request(4))
-        wait_until(lambda: house.histories.open(OPEN).size.requests == 3, "the others go on")
+        wait_until(lambda: served.histories.open(OPEN).size.requests == 3, "the others go on")
     assert len(said) == 1 and "not remembered" in said[0] and "an embedding of 3 numbers" in said[0]
 
 
 def test_a_daemon_that_refuses_is_left_alone_and_named(tmp_path: Path, said: list[str]) -> None:
-    with House(tmp_path / "socket") as house, closing(engine(house.path)):
+    with ServedDaemon(tmp_path / "socket") as served, closing(engine(served.path)):
         wider = OpenHistory(FINGERPRINT, (4, 9, 2), STORE)
-        with closing(SharedHistory(house.path, wider, 1000, True)) as refused:
+        with closing(SharedHistory(served.path, wider, 1000, True)) as refused:
             refused.history.add(replace(past_request(1), num_experts=9))
             assert len(Seeker(refused).answers[-1]) == 1
     assert len(said) == 1 and "does not share its history" in said[0] and "maps of shape (4, 8, 2)" in said[0]
@@ -215,21 +216,21 @@ def test_whoever_cannot_use_an_answer_spoils_it_for_nobody_else(
     tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(history_client, "BACKOFF_SECONDS", 0.05)
-    with House(tmp_path / "socket") as house, closing(engine(house.path)) as first:
+    with ServedDaemon(tmp_path / "socket") as served, closing(engine(served.path)) as first:
         assert first._client.ask(None, 10, lambda trace: 1 / 0)  # type: ignore[arg-type, return-value]
         wait_until(lambda: bool(said), "it is said")
         wait_until(lambda: first._client.connected, "it has connected again")
         first.history.add(past_request(1))
-        wait_until(lambda: house.histories.open(OPEN).size.requests == 1, "requests are told")
+        wait_until(lambda: served.histories.open(OPEN).size.requests == 1, "requests are told")
         assert len(Seeker(first).last()) == 1
     assert "ZeroDivisionError" in said[0]
 
 
 def test_an_engine_ends_promptly_although_the_daemon_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(history_client, "CLOSE_SECONDS", 0.2)
-    with House(tmp_path / "socket") as house:
-        history = house.histories.open(OPEN)
-        first = engine(house.path)
+    with ServedDaemon(tmp_path / "socket") as served:
+        history = served.histories.open(OPEN)
+        first = engine(served.path)
         with history._lock:
             first.history.add(past_request(1))
             seeker = Seeker(first)
@@ -240,35 +241,35 @@ def test_an_engine_ends_promptly_although_the_daemon_hangs(tmp_path: Path, monke
 
 
 def test_the_last_requests_are_told_before_the_engine_ends(tmp_path: Path) -> None:
-    with House(tmp_path / "socket") as house:
-        first = engine(house.path)
+    with ServedDaemon(tmp_path / "socket") as served:
+        first = engine(served.path)
         for seed in range(50):
             first.history.add(past_request(seed))
         first.close()
-        assert house.histories.open(OPEN).size.requests == 50
+        assert served.histories.open(OPEN).size.requests == 50
 
 
 def test_what_is_learned_from_is_the_whole_history_or_nothing_yet(tmp_path: Path) -> None:
     with (
-        House(tmp_path / "socket", history=tmp_path / "kept") as house,
-        closing(engine(house.path)) as first,
-        closing(engine(house.path)) as second,
+        ServedDaemon(tmp_path / "socket", history=tmp_path / "kept") as served,
+        closing(engine(served.path)) as first,
+        closing(engine(served.path)) as second,
     ):
         first.history.add(past_request(1, tokens=30))
         second.history.add(past_request(2, tokens=30))
         wait_until(lambda: first.history.num_tokens == 60, "both are there")
         fresh = first.snapshot(tmp_path)
         assert fresh == tmp_path / "history.npz" and read_trace(fresh).num_tokens == 60, "asked for"
-        history = house.histories.open(OPEN)
+        history = served.histories.open(OPEN)
         history.save(at_once=True)
         assert first.snapshot(tmp_path) == tmp_path / "kept" / FINGERPRINT / "history.npz"
         assert first.folder == second.folder == tmp_path / "kept" / FINGERPRINT
 
 
 def test_a_daemon_without_a_folder_is_asked_for_what_to_learn_from(tmp_path: Path) -> None:
-    with House(tmp_path / "socket") as house, closing(engine(house.path)) as first:
+    with ServedDaemon(tmp_path / "socket") as served, closing(engine(served.path)) as first:
         first.history.add(past_request(1, tokens=30))
-        wait_until(lambda: house.histories.open(OPEN).size.requests == 1, "it is there")
+        wait_until(lambda: served.histories.open(OPEN).size.requests == 1, "it is there")
         file = first.snapshot(tmp_path)
         assert first.folder is None and file is not None
         assert read_trace(file).fingerprint == FINGERPRINT and read_trace(file).num_tokens == 30
