@@ -23,7 +23,6 @@ FLOORS = (
     ("integration",),
     ("replay", "client", "daemon"),
     ("runtime", "learning"),
-    ("chronicle",),
     ("ipc",),
     ("pool",),
     ("prefetch", "config"),

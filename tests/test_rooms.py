@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.structure import PACKAGE, ROOT, Package, against_the_order, circles
+from benchmarks.structure import FLOORS, PACKAGE, ROOT, Package, against_the_order, circles
 
 DOCS = ROOT / "docs" / "structures.md"
 
 
-def documented() -> list[str]:
-    """The rooms that the docs list."""
-    rooms = DOCS.read_text().partition("\n## Rooms\n")[2].partition("\n## ")[0]
-    return [name.removesuffix(".py").removesuffix("/") for name in re.findall(r"\*\*`([\w./]+)`\*\*", rooms)]
+def documented() -> str:
+    """What the docs say of the rooms."""
+    return DOCS.read_text().partition("\n## Rooms\n")[2].partition("\n## ")[0]
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +21,14 @@ def package() -> Package:
     return Package(PACKAGE)
 
 
-def test_every_room_is_in_the_docs(package: Package) -> None:
-    assert {module.partition(".")[0] for module in package.imports} - {""} == set(documented())
+def test_the_docs_have_every_room_in_the_order_of_the_floors(package: Package) -> None:
+    floor_of = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+    assert floor_of.keys() == {module.partition(".")[0] for module in package.imports} - {""}
+    described = re.findall(r"\*\*`(\w+)(?:\.py|/)`\*\*", documented())
+    assert set(described) == floor_of.keys()
+    assert described == sorted(described, key=floor_of.__getitem__)
+    order = " > ".join(", ".join(f"`{room}`" for room in floor) for floor in FLOORS)
+    assert order in " ".join(documented().split())
 
 
 def test_a_room_imports_only_from_floors_below_its_own(package: Package) -> None:
