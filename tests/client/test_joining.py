@@ -40,7 +40,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> RecordStore:
 
 
 class Engine:
-    """Starts with a setting, as ``integration/hosting.py`` does."""
+    """Starts with a setting, as ``integration/placement.py`` does."""
 
     def __init__(self, stored: RecordStore, lines: list[str]):
         self.stored = stored

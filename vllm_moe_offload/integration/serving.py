@@ -16,10 +16,9 @@ from ..store.root import StoreRoot
 from ..threads import failed_threads
 from .batch import StepBatch
 from .failures import StepFailures
-from .hosting import daemon_socket, predicts_on_other_rank
 from .kernel import attach_slots
 from .method import OffloadedMoEMethod
-from .placement import LoadedModel, ModelSlots
+from .placement import LoadedModel, ModelSlots, daemon_socket, predicts_on_other_rank
 from .report import ChunkReport, StatsReport
 
 if TYPE_CHECKING:
