@@ -219,7 +219,7 @@ def test_whoever_cannot_use_an_answer_spoils_it_for_nobody_else(
     with ServedDaemon(tmp_path / "socket") as served, closing(engine(served.path)) as first:
         assert first._client.ask(None, 10, lambda trace: 1 / 0)  # type: ignore[arg-type, return-value]
         wait_until(lambda: bool(said), "it is said")
-        wait_until(lambda: first._client.connected, "it has connected again")
+        wait_until(lambda: first._client._connection is not None, "it has connected again")
         first.history.add(past_request(1))
         wait_until(lambda: served.histories.open(OPEN).size.requests == 1, "requests are told")
         assert len(Seeker(first).last()) == 1

@@ -72,10 +72,6 @@ class HistoryClient:
         self._thread = ReportedThread(target=self._work, name="moe-offload-history", daemon=True)
         self._thread.start()
 
-    @property
-    def connected(self) -> bool:
-        return self._connection is not None
-
     def tell(self, trace: Trace) -> None:
         """A request has ended. Returns at once."""
         self._outbox.put(trace)

@@ -40,11 +40,6 @@ class WorkerPins:
         self._tickets.append((ticket, slots, time.monotonic()))
 
     @property
-    def holds(self) -> bool:
-        """Whether a ticket of it is not done."""
-        return bool(self._tickets)
-
-    @property
     def holding_since(self) -> float:
         """Since when, on the monotonic clock, the oldest ticket of it is not done; never if there is none."""
         return self._tickets[0][2] if self._tickets else math.inf
