@@ -31,6 +31,12 @@ def test_the_docs_have_every_room_in_the_order_of_the_floors(package: Package) -
     assert order in " ".join(documented().split())
 
 
+def test_the_docs_have_every_module(package: Package) -> None:
+    docs = documented() + (ROOT / "docs" / "daemon.md").read_text()
+    named = set(re.findall(r"`(\w+)\.py`", docs))
+    assert {module.rpartition(".")[2] for module, file in package.files.items() if file.stem != "__init__"} <= named
+
+
 def test_a_room_imports_only_from_floors_below_its_own(package: Package) -> None:
     assert not against_the_order(package.imports)
 
