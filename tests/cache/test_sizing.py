@@ -82,9 +82,9 @@ def test_a_budget_of_so_many_records_gives_so_many_slots(experts: int, data: st.
 
 @given(models())
 def test_what_the_error_advises_works(needs: dict[str, LayoutNeeds]) -> None:
-    with pytest.raises(ConfigError, match=r"cache = '1B' gives 0\.0 MiB, too little to hold") as caught:
+    with pytest.raises(ConfigError, match=r"cache = '1B' gives 1 B, too little to hold") as caught:
         slots_for_budget(needs | {"small": LayoutNeeds(2, 2, 1)}, 1, "'1B'")
-    advised = re.search(r"is '(\d+MiB)' \(([\d.]+%)\)", str(caught.value))
+    advised = re.search(r"is '(\d+[KM]iB)' \(([\d.]+%)\)", str(caught.value))
     assert advised is not None
     needs = needs | {"small": LayoutNeeds(2, 2, 1)}
     size, share = CacheBudget.parse(advised[1]).size, CacheBudget.parse(advised[2]).share
