@@ -14,6 +14,8 @@ class VllmHandler(logging.Handler):
     """Hands every record to vLLM's loggers, whose handlers and formats are those that were configured for vLLM."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if not logger.isEnabledFor(record.levelno):
+            return
         text = f"{PREFIX}{record.getMessage()}"
         logger.handle(logging.makeLogRecord(record.__dict__ | {"name": logger.name, "msg": text, "args": None}))
 
@@ -22,5 +24,5 @@ def log_through_vllm() -> None:
     """Let whatever this package logs appear in vLLM's log, from vLLM's level on. Idempotent."""
     ours = logging.getLogger(PACKAGE)
     ours.handlers = [VllmHandler()]
-    ours.setLevel(logger.getEffectiveLevel())
+    ours.setLevel(logging.DEBUG)
     ours.propagate = False
