@@ -8,8 +8,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from wire import pair
 
+from tests.daemon.wire import pair
 from vllm_moe_offload.client.connection import Connection, DaemonGoneError, RefusedError
 from vllm_moe_offload.ipc.protocol import (
     Attach,

@@ -5,8 +5,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from served_daemon import ServedDaemon
 
+from tests.daemon.served_daemon import ServedDaemon
 from vllm_moe_offload import threads
 from vllm_moe_offload.cli.checks import HINT, OK, check_daemon
 from vllm_moe_offload.cli.daemon_view import status_view

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from past import FINGERPRINT, SHAPE, WIDTH, past_request, same
-from served_daemon import STORE, ServedDaemon
-from wire import connected, packet, wait_until
 
+from tests.daemon.past import FINGERPRINT, SHAPE, WIDTH, past_request, same
+from tests.daemon.served_daemon import STORE, ServedDaemon
+from tests.daemon.wire import connected, packet, wait_until
 from vllm_moe_offload.client.connection import Connection, DaemonGoneError, RefusedError
 from vllm_moe_offload.daemon import histories as hosted_histories
 from vllm_moe_offload.daemon.histories import HostedHistories

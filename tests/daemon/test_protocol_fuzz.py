@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from served_daemon import ATTACH, EXPERTS, STORE, ServedDaemon
-from wire import ALL_SEALS, NULL, connected, in_memfd, memfd, open_fds, packet, pair, threads, wait_until
 
+from tests.daemon.served_daemon import ATTACH, EXPERTS, STORE, ServedDaemon
+from tests.daemon.wire import ALL_SEALS, NULL, connected, in_memfd, memfd, open_fds, packet, pair, threads, wait_until
 from vllm_moe_offload.ipc.protocol import (
     VERSION,
     Attach,

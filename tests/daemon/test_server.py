@@ -15,8 +15,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from served_daemon import ATTACH, ServedDaemon
-from wire import (
+
+from tests.daemon.served_daemon import ATTACH, ServedDaemon
+from tests.daemon.wire import (
     ALL_SEALS,
     NULL,
     SIZE_SEALS,
@@ -30,7 +31,6 @@ from wire import (
     threads,
     wait_until,
 )
-
 from vllm_moe_offload.client.connection import DaemonGoneError, RefusedError
 from vllm_moe_offload.daemon import server
 from vllm_moe_offload.ipc import transport

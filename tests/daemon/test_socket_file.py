@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from served_daemon import ServedDaemon
-from wire import open_fds
 
+from tests.daemon.served_daemon import ServedDaemon
+from tests.daemon.wire import open_fds
 from vllm_moe_offload.client.connection import Connection, DaemonGoneError
 from vllm_moe_offload.daemon.socket_file import SocketFile, find_group, lock_path
 from vllm_moe_offload.errors import ConfigError

@@ -127,7 +127,7 @@ class RemotePool(SlotPool):
         return NOTHING
 
     def settle(self, layer: Span) -> LoadReport:
-        """The daemon minds its own slots."""
+        """Nothing to wait for: the daemon finds the slots."""
         return NOTHING
 
     def start_hold(self, layer: Span, experts: IntArray) -> tuple[Hold, LoadReport]:

@@ -35,7 +35,7 @@ class Supply(NamedTuple):
 
 
 class HostedLoad(Load):
-    """A record on its way into a slot that several may be waiting for. The pool hears of its end before they do.
+    """A record on its way into a slot that several may be waiting for. ``arrived`` is called before they go on.
 
     Args:
         flat: the expert's id in the pool.
