@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from tests.outside_module import importable
 from vllm_moe_offload.cache import create_policy
 from vllm_moe_offload.cli import app
 from vllm_moe_offload.config import OffloadConfig, resolve
@@ -88,11 +89,7 @@ class NeedsNothing(Newest):
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    name = f"outside_{tmp_path.name}"
-    (tmp_path / f"{name}.py").write_text(MODULE)
-    (tmp_path / f"broken_{name}.py").write_text("1 / 0")
-    monkeypatch.syspath_prepend(tmp_path)
-    return name
+    return importable(tmp_path, MODULE, monkeypatch)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from tests.outside_module import importable
 from vllm_moe_offload.errors import ConfigError
 
 MODULE = """
@@ -46,11 +47,7 @@ def broken(prompt):
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    name = f"embedding_of_{tmp_path.name}"
-    (tmp_path / f"{name}.py").write_text(MODULE)
-    (tmp_path / f"broken_{name}.py").write_text("1 / 0")
-    monkeypatch.syspath_prepend(tmp_path)
-    return name
+    return importable(tmp_path, MODULE, monkeypatch)
 
 
 def test_the_function_is_asked_for_a_prompt(module: str) -> None:

@@ -14,7 +14,7 @@ REJOINING            -> ALONE      ``begin_step``, where that daemon has gone ag
 any                  -> CLOSED     ``close``
 
 The watching thread only enters REJOINING, everything else is up to the thread that computes. Kernels keep the addresses
-that they were given once; what lies behind them changes where nothing is held. It must never believe the contents of
+that they were given once; what lies behind them changes where nothing is held. It must never trust the contents of
 shared memory that a process which may be alive could still write.
 """
 

@@ -107,7 +107,7 @@ class RemotePool(SlotPool):
     def hold(self, layer: Span, experts: IntArray) -> tuple[Hold, LoadReport]:
         self._check_attached()
         self._reader.enter()
-        # detached in between, its epoch is heeded by nobody, and another worker's entry must not be touched
+        # detached in between, its epoch does not count, and another worker's entry must not be touched
         self._check_attached()
         slots = self.table.slot_of[experts]
         if (slots == ABSENT).any():

@@ -1,4 +1,4 @@
-"""Which process an engine accepts as its daemon. It must never believe a process for where it listens alone.
+"""Which process an engine accepts as its daemon. It must never trust a process for where it listens alone.
 
 A daemon learns what its engines are asked, and gives them the weights they compute with.
 """

@@ -1,6 +1,6 @@
 """Records taken over from the arena of an older daemon, which a worker that outlived it still had mapped.
 
-It must never believe what that memory holds: a record counts if its checksum is the store's.
+It must never trust what that memory holds: a record counts if its checksum is the store's.
 """
 
 import numpy as np

@@ -41,7 +41,7 @@ class HostedLoad(Load):
         flat: the expert's id in the pool.
         guess_of: the worker on whose guess it was started, if it was.
         pinned: whether its slot has a pin for the load itself, since nobody has asked for it yet.
-        arrived: told of the end.
+        arrived: called at its end.
     """
 
     __slots__ = ("_arrived", "copied", "flat", "guess_of", "pinned")

@@ -1,6 +1,6 @@
 """What one worker keeps pinned in one pool, and what it says it used there.
 
-Its caller holds the pool's lock. What the worker wrote must never be believed further than its own experts go.
+Its caller holds the pool's lock. What the worker wrote must never be trusted further than its own experts go.
 """
 
 import math

@@ -33,7 +33,7 @@ class Placement:
         layer_sizes: how many experts there are in the layer of each expert.
         pins: of the attached workers, by entry.
         turn: over the pool's lock; notified when pins have been given back.
-        evicted: told of the experts that have lost their slots.
+        evicted: called with the experts that have lost their slots.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Which slots of a pool workers may be reading, and when one is nobody's any more: the states of a slot.
 
 Its caller holds the pool's lock. It must never let a slot be written that somebody may still be reading, and never
-believe the table, which workers can write.
+trust the table, which workers can write.
 
 FREE         no expert, no pages.
 DIRTY        no expert, perhaps pages, which ``run_maintenance`` gives back unless the slot is taken first.
@@ -14,7 +14,7 @@ UNPUBLISHED  complete, and out of the table; who may have found it has left sinc
 FREE, DIRTY           -> LOADING      ``ExpertCache.acquire``, ``admit``, ``stream``, then ``InFlightLoads.begin``
 LOADING               -> PUBLISHED    ``publish``, when the load has ended (``InFlightLoads._arrived``)
 LOADING               -> UNPUBLISHED  the same while more slots are occupied than the limit allows
-LOADING               -> DIRTY        ``InFlightLoads.forget`` and ``disown``: the load failed, or nobody wants it
+LOADING               -> DIRTY        ``InFlightLoads.forget`` and ``disown``: the load failed or is not wanted any more
 PUBLISHED             -> RETIRED      ``retire``: another expert, the reserve or the limit needs the slot
 RETIRED               -> UNPUBLISHED  ``reclaim``
 RETIRED, UNPUBLISHED  -> PUBLISHED    ``republish``, ``publish_rest``: its expert is asked for again, or may stay
@@ -234,7 +234,7 @@ class SlotReclaimer:
         """What follows from the state of a slot."""
         cache = self._cache
         exposed = state in (SlotState.PUBLISHED, SlotState.RETIRED)
-        assert cache.exposed[slot] == exposed, f"a slot is {state.value} and the cache believes otherwise"
+        assert cache.exposed[slot] == exposed, f"a slot is {state.value} and the cache has it otherwise"
         if state is SlotState.FREE:
             assert not self._arena.allocated[slot], "a slot that has pages is taken for one without"
         if state is SlotState.LOADING:

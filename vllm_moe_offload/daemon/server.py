@@ -1,4 +1,4 @@
-"""Accepts the daemon's peers, runs a session for each, and ends when it is told to or when nobody needs it.
+"""Accepts the daemon's peers, runs a session for each, and ends when it is stopped or no longer used.
 
 It decides who may come in and how many; what they may ask is ``session``'s, what they get is the models'.
 """

@@ -1,4 +1,4 @@
-"""An eviction policy that heeds what the running steps of all workers of a pool are expected to use."""
+"""An eviction policy that takes account of what the running steps of all workers of a pool are expected to use."""
 
 from collections.abc import Sequence
 

@@ -1,6 +1,6 @@
 """A worker that is attached to a model: what it was promised, what it holds, and what it asks for.
 
-Whatever comes from it is checked before it is believed.
+Whatever comes from it is checked before it is trusted.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Who is at the other end of a Unix socket, as the kernel says. It must never believe the peer."""
+"""Who is at the other end of a Unix socket, as the kernel says. It must never trust the peer."""
 
 import os
 import socket

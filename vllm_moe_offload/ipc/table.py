@@ -175,5 +175,5 @@ _FACTS = ("magic number", "version", "number of experts", "number of workers", "
 
 
 def _facts(experts: int) -> NDArray[np.uint64]:
-    """What both sides must agree on before anything else is believed: the first words of the header."""
+    """What both sides must agree on before anything else is trusted: the first words of the header."""
     return np.array([_MAGIC, VERSION, experts, MAX_WORKERS, RING, _STATISTICS_NAMES], dtype=np.uint64)

@@ -1,4 +1,4 @@
-"""Traces as they travel between processes. What came from another process must never be believed unchecked."""
+"""Traces as they travel between processes. What came from another process must never be trusted unchecked."""
 
 from collections.abc import Sequence
 

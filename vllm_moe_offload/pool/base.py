@@ -135,7 +135,7 @@ class SlotPool(ABC):
 
     @abstractmethod
     def enable_predictions(self) -> None:
-        """From now on ``expect`` will be called: let eviction heed it."""
+        """From now on ``expect`` will be called: let eviction take account of it."""
 
     @abstractmethod
     def expect(self, layer: Span, probabilities: NDArray[np.float32] | float) -> None:

@@ -39,7 +39,7 @@ def forecast(
 ) -> Forecast:
     """Run ``predictor`` over ``trace``, request after request.
 
-    ``accuracy``, where given, is told every prediction at its own distances too.
+    ``accuracy``, where given, is updated with every prediction at its own distances too.
     """
     layers, experts, _ = trace.shape
     probabilities = np.zeros((trace.num_tokens, len(distances), layers, experts), np.float16)
@@ -52,7 +52,7 @@ def forecast(
 
 
 def _chunks(predictor: Predictor, request: Trace) -> Iterator[tuple[slice, list[TokenContext]]]:
-    """Rows to forecast together, with their contexts; the predictor is told what became of them afterwards."""
+    """Rows to forecast together, with their contexts; the predictor observes what became of them afterwards."""
     embedding = None if request.embeddings is None else request.embeddings[0].astype(np.float32)
     state = predictor.start_request(embedding)
     tokens = np.full(request.num_tokens, UNKNOWN_TOKEN) if request.tokens is None else request.tokens

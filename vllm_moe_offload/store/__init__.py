@@ -1,4 +1,4 @@
-"""The records of one model on disk: written once, atomically, and checked before they are believed.
+"""The records of one model on disk: written once, atomically, and checked before they are trusted.
 
 Bytes in, bytes out: this room knows nothing of tensors, engines or devices, and must never serve a record
 of another checkpoint, another kernel or an unfinished build.

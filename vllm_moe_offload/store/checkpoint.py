@@ -1,6 +1,6 @@
 """The content of a checkpoint's files as digests, computed once per file and remembered.
 
-Must never call two files the same because they merely look alike, nor believe what another user has noted.
+Must never call two files the same because they merely look alike, nor trust what another user has noted.
 """
 
 import hashlib

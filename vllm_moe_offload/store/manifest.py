@@ -1,4 +1,4 @@
-"""What a store says about itself, as JSON. Must never be believed without its own checksum."""
+"""What a store says about itself, as JSON. Must never be trusted without its own checksum."""
 
 import hashlib
 from typing import Any

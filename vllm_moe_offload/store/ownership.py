@@ -1,4 +1,4 @@
-"""Who may put a store where engines look for it. Must never believe what just anybody could have written."""
+"""Who may put a store where engines look for it. Must never trust what just anybody could have written."""
 
 import os
 import pwd

@@ -94,7 +94,7 @@ class StoreRoot:
     def open_or_build(self, identity: StoreIdentity) -> Store | StoreWriter:
         """The store built for exactly `identity`, or a writer to build it, which then nobody else can.
 
-        Blocks while another process builds it, and logs which one; also why what is there is not believed. Raises
+        Blocks while another process builds it, and logs which one; also why what is there is not trusted. Raises
         StoreError if the root cannot be read or written.
         """
         final = self.path / identity.fingerprint
@@ -122,7 +122,7 @@ class StoreRoot:
         return store
 
     def set_aside(self, store: Store, reason: str) -> None:
-        """Make sure `store`, found damaged while open, is not believed at the next start, which rebuilds it.
+        """Make sure `store`, found damaged while open, is not trusted at the next start, which rebuilds it.
 
         `store` itself stays open and readable. Does nothing if another process did it already. Raises StoreError.
         """
