@@ -24,12 +24,13 @@ FLOORS = (
     ("replay", "client", "daemon"),
     ("runtime", "learning"),
     ("ipc",),
+    ("windows",),
     ("pool",),
     ("prefetch", "config"),
     ("predict",),
     ("trace", "cache"),
     ("store",),
-    ("stats", "sizes", "extensions", "threads", "users"),
+    ("device", "stats", "sizes", "extensions", "threads", "users"),
     ("load_report", "errors"),
 )
 """The rooms of the package, highest first. A room imports from itself and from floors below its own, never sideways."""

@@ -50,9 +50,10 @@ def test_only_the_integration_imports_vllm(package: Package) -> None:
     assert {module for module in importers if not module.startswith("integration.")} == set()
 
 
-def test_only_the_integration_and_the_memory_of_slots_import_torch(package: Package) -> None:
+def test_only_the_integration_devices_and_the_memory_of_slots_import_torch(package: Package) -> None:
     importers = {module for module, names in package.outside.items() if "torch" in names}
-    assert {module for module in importers if not module.startswith("integration.")} == {"pool.memory"}
+    rooms = ("integration.", "device.", "windows.")
+    assert {module for module in importers if not module.startswith(rooms)} == {"pool.memory"}
 
 
 @pytest.mark.parametrize("room", ["cache", "predict", "prefetch", "replay"])

@@ -1,0 +1,8 @@
+"""Devices whose kernels and copies run behind the host: their memory, streams and events, and host memory they read.
+
+It must never decide what is copied, nor let a copy that was refused pass for one that was made.
+"""
+
+from .base import Device, DeviceError, Event, OutOfDeviceMemoryError, RegistrationError, Stream
+
+__all__ = ["Device", "DeviceError", "Event", "OutOfDeviceMemoryError", "RegistrationError", "Stream"]
