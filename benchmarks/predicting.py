@@ -151,7 +151,7 @@ class Bench:
             # by a clock that stands still prediction takes no time, so nothing disables it for good
             self.prefetcher = Prefetcher(predictor, self.slots.layers, estimates, lambda: 0.0, Stats())
         closed = (lambda trace, state: predictor.end_request(state, trace)) if predictor else lambda trace, state: None
-        self.runtime = OffloadRuntime(NO_STORE, {None: NO_POOL}, Stats())
+        self.runtime = OffloadRuntime(NO_STORE, {"": NO_POOL}, Stats())
         self.runtime.tracer = RoutingTracer(Recorder(shape, 4096), closed, None)
         self.runtime.prefetcher = self.prefetcher
         draw = np.random.default_rng(4)

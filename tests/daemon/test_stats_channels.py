@@ -51,7 +51,7 @@ def report(tmp_path: Path) -> StatusReport:
             for number, statistic in enumerate(STATISTICS):
                 if not getattr(stats, statistic.name):
                     setattr(stats, statistic.name, 1000 + number)
-        reader.client.pools[ALIGNED].begin_step()  # which shows what was counted before
+        reader.client.pools["layer 0"].begin_step()  # which shows what was counted before
         with closing(Connection.connect(socket, "control", 10)) as control:
             report = control.request(GetStatus())
         counted = reader.counters.as_dict(WORKER_STATISTICS)

@@ -35,7 +35,7 @@ def test_what_a_worker_counts_is_seen_in_the_daemon_s_status(tmp_path: Path) -> 
         reader = Reader(tmp_path / "daemon.sock", made.store.path, seed=1)
         for _ in range(10):
             reader.step()
-        reader.client.pools[ALIGNED].begin_step()  # which shows what was counted before
+        reader.client.pools["layer 0"].begin_step()  # which shows what was counted before
         (model,) = models.status()
         counted = reader.counters
         assert counted.tokens >= counted.steps == 10

@@ -9,7 +9,7 @@ from tests.runtime.record_stores import RecordStore, build_store, layout
 from vllm_moe_offload.cache import ExpertCache, create_policy
 from vllm_moe_offload.load_report import LoadReport
 from vllm_moe_offload.pool import HostMemory
-from vllm_moe_offload.pool.base import PoolGoneError, SlotPool
+from vllm_moe_offload.pool.base import HostPool, PoolGoneError, SlotPool
 from vllm_moe_offload.pool.loader import RecordLoader
 from vllm_moe_offload.pool.local import LocalPool
 from vllm_moe_offload.pool.operations import Operations
@@ -33,14 +33,14 @@ class Keeper:
         self.comes_back = False
         self.pools = self._make()
 
-    def _make(self) -> dict[RecordLayout, SlotPool]:
+    def _make(self) -> dict[str, HostPool]:
         operations = Operations(lambda: RecordLoader(self.built.store))
-        pools: dict[RecordLayout, SlotPool] = {}
+        pools: dict[RecordLayout, HostPool] = {}
         for shape, memory in self.memory.items():
             members = PoolMembers.of(self.built.store.layers, shape)
             cache = ExpertCache(members.layer_of, self.slots, create_policy("lfu", members.layer_of))
             pools[shape] = LocalPool(members, memory, cache, operations)
-        return pools
+        return {entry.name: pools[entry.layout] for entry in self.built.store.layers}
 
     def begin_step(self) -> bool:
         if self.comes_back:
@@ -99,7 +99,7 @@ def test_a_layer_is_served_by_the_pools_that_come_after(
     replacements = Replacements()
     runtime.prefetcher = replacements  # type: ignore[assignment]
     first = keeper.pools
-    monkeypatch.setattr(first[SMALL], verb, gone)
+    monkeypatch.setattr(first["layer 2"], verb, gone)
     layer = runtime.layers["layer 2"]
     runtime.begin_step(Batch(len(chosen)))
     rows: list[int] = []
@@ -111,16 +111,16 @@ def test_a_layer_is_served_by_the_pools_that_come_after(
         rows += mine.tolist()
     assert sorted(rows) == list(range(len(chosen))) and not runtime.has_failures
     assert keeper.reasons == ["they are gone"], "all pools are exchanged at once, and once"
-    assert runtime.pools == list(keeper.pools.values()) != list(first.values())
-    for each in runtime.layers.values():
-        assert each.pool is keeper.pools[each.pool.memory.layout]
-    assert replacements.seen == [(first[shape], keeper.pools[shape]) for shape in (SMALL, LARGE)]
+    assert runtime.pools == [keeper.pools["layer 0"], keeper.pools["layer 1"]]
+    for name, each in runtime.layers.items():
+        assert each.pool is keeper.pools[name] is not first[name]
+    assert replacements.seen == [(first[name], keeper.pools[name]) for name in ("layer 0", "layer 1")]
     runtime.close()
 
 
 def test_pools_that_nobody_can_replace_are_an_error(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = OffloadRuntime(keeper.built.store, keeper.pools, Stats())
-    monkeypatch.setattr(keeper.pools[SMALL], "hold", gone)
+    monkeypatch.setattr(keeper.pools["layer 0"], "hold", gone)
     with pytest.raises(PoolGoneError):
         next(iter(runtime.serve(runtime.layers["layer 0"], np.array([[1]]))))
     runtime.close()
@@ -132,13 +132,13 @@ def test_a_step_begins_with_the_pools_that_have_come_back(keeper: Keeper) -> Non
     first = runtime.pools
     keeper.comes_back = True
     runtime.begin_step(Batch(1))
-    assert runtime.pools == list(keeper.pools.values()) != first
+    assert runtime.pools == [keeper.pools["layer 0"], keeper.pools["layer 1"]] != first
     runtime.close()
 
 
 def test_pools_of_other_memory_are_refused(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = OffloadRuntime(keeper.built.store, keeper.pools, Stats(), keeper)
-    monkeypatch.setattr(keeper.pools[SMALL], "hold", gone)
+    monkeypatch.setattr(keeper.pools["layer 0"], "hold", gone)
     keeper.memory = {shape: HostMemory(shape, keeper.slots) for shape in (SMALL, LARGE)}
     with pytest.raises(AssertionError, match="the memory that they were given"):
         next(iter(runtime.serve(runtime.layers["layer 0"], np.array([[1]]))))

@@ -34,12 +34,11 @@ from ..ipc import membarrier
 from ..ipc.arena import Arena
 from ..ipc.protocol import Attach, ImportSlots, pack_ids
 from ..ipc.table import ResidencyTable
-from ..pool.base import PoolGoneError, SlotPool
+from ..pool.base import HostPool, PoolGoneError
 from ..pool.loader import RecordLoader
 from ..pool.local import LocalPool
 from ..pool.operations import Operations
 from ..stats import Stats
-from ..store.layout import RecordLayout
 from ..store.pools import PoolMembers, pools_of
 from ..store.reader import Store
 from ..threads import ReportedThread
@@ -126,8 +125,8 @@ class DaemonClient:
         """Of the daemon attached to last."""
         self.lease = attachment.lease
         """Whether every expert stays in the slot of its own number."""
-        self.pools: dict[RecordLayout, SlotPool] = self._by_layout(self._attached)
-        """What serves now."""
+        self.pools: dict[str, HostPool] = self._by_layer(self._attached)
+        """What serves now, by layer."""
         self._trusted = True
         """Whether what the tables say of the arenas is true, or was when the daemon ended."""
         self._retry_at = 0.0
@@ -215,21 +214,22 @@ class DaemonClient:
                 kept += len(experts)
             arena.mapping.become_private()
             pools.append(LocalPool(members, arena, cache, operations))
-        self.pools = self._by_layout(pools)
+        self.pools = self._by_layer(pools)
         return kept
 
     def _restore_lease(self) -> None:
         """Layers that compute without looking need every expert where the daemon had promised it."""
         if self.lease and not self._trusted:
-            for pool in self.pools.values():
+            for pool in set(self.pools.values()):
                 self._counters.add(pool.load_all())
 
-    def _by_layout(self, pools: Sequence[SlotPool]) -> dict[RecordLayout, SlotPool]:
-        return {members.layout: pool for members, pool in zip(self._members, pools, strict=True)}
+    def _by_layer(self, pools: Sequence[HostPool]) -> dict[str, HostPool]:
+        by_layout = {members.layout: pool for members, pool in zip(self._members, pools, strict=True)}
+        return {entry.name: by_layout[entry.layout] for entry in self._store.layers}
 
     def _close_pools(self) -> None:
         """No read copies into slots any more: their memory may be exchanged."""
-        for pool in self.pools.values():
+        for pool in set(self.pools.values()):
             pool.close()
 
     def _own_cache(self, members: PoolMembers, limit: int) -> ExpertCache:
@@ -263,7 +263,7 @@ class DaemonClient:
             return
         self._close(last)
         self._tables, self._trusted = successor.tables, True
-        self._attached, self.pools = attached, self._by_layout(attached)
+        self._attached, self.pools = attached, self._by_layer(attached)
         self._end_rejoining(successor)
         logger.info("attached to the daemon at %s again", self.path)
 

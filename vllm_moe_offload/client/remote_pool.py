@@ -18,7 +18,7 @@ from ..ipc.protocol import Demand, Hint, Supplied, pack_ids, unpack_ids
 from ..ipc.table import ABSENT, ATTACHED, DONE, ResidencyTable
 from ..ipc.uses import STEP, UseWriter
 from ..load_report import NOTHING, LoadReport
-from ..pool.base import Failure, Hold, PoolGoneError, SlotPool, Span
+from ..pool.base import Failure, Hold, HostPool, PoolGoneError, Span
 from ..pool.loader import DamagedRecordError
 from ..stats import Stats
 from .connection import Connection, DaemonGoneError, RefusedError
@@ -37,7 +37,7 @@ class _TicketHold(Hold):
         self.ticket = ticket
 
 
-class RemotePool(SlotPool):
+class RemotePool(HostPool):
     """One pool of a model this worker is attached to.
 
     It is gone when the daemon is, does not answer, refuses, or has detached this worker.

@@ -18,7 +18,7 @@ from ..client.client import DaemonClient
 from ..client.joining import bytes_with_pages, join_daemon, socket_of
 from ..config import OffloadConfig
 from ..ipc.protocol import Attach
-from ..pool import SlotPool, local_pools
+from ..pool import HostPool, local_pools
 from ..pool.memory_limits import Limits, equal_share, memory_limits
 from ..sizes import size_text
 from ..stats import Stats
@@ -66,7 +66,8 @@ class LoadedModel(NamedTuple):
 class ModelSlots(NamedTuple):
     """The pools of one model."""
 
-    pools: Mapping[RecordLayout, SlotPool]
+    pools: Mapping[str, HostPool]
+    """By layer."""
     counters: Stats
     resident: bool
     """Whether every expert is to stay in the slot of its own number."""

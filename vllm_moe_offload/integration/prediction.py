@@ -116,7 +116,7 @@ def _prefetch(predictor: Predictor, layers: OffloadedLayers, runtime: OffloadRun
         PrefetchLayer(layer.pool, layer.span, _held(module), predictor.shape.experts)
         for layer, (module, _) in zip(pooled, layers.values(), strict=True)
     ]
-    record = max(layer.pool.memory.layout.record_bytes for layer in pooled)
+    record = max(layer.pool.layout.record_bytes for layer in pooled)
     load_seconds = 1e-4 + record / 2e9
     in_the_way = load_seconds * min(1.0, CHUNK_BYTES / record)
     estimates = Estimates(load_seconds, layer_seconds=1e-3, chunk_seconds=in_the_way)

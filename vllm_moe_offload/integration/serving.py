@@ -8,6 +8,7 @@ from vllm.logger import init_logger
 from ..client.remote_pool import slots_taken_back
 from ..config import OffloadConfig
 from ..errors import StoreError
+from ..pool import HostPool
 from ..pool.loader import DamagedRecordError
 from ..runtime import OffloadRuntime
 from ..sizes import size_text
@@ -49,7 +50,8 @@ class ServedModel:
             self._attach(name, layer, method)
         if self._resident:
             self._load_everything()
-        mark_graph(self._vllm_config, self._resident, [pool.memory.slots for pool in self.runtime.pools])
+        slots_of_pools = [pool.memory.slots for pool in dict.fromkeys(slots.pools.values())]
+        mark_graph(self._vllm_config, self._resident, slots_of_pools)
         self._step: tuple[StepBatch, StepFailures] | None = None
         """The step whose forward pass is running."""
         self._closed = False
@@ -191,6 +193,7 @@ class ServedModel:
         ``compute`` takes out.
         """
         pooled = self.runtime.layers[name]
+        assert isinstance(pooled.pool, HostPool)
         memory = pooled.pool.memory
         if self._resident and layer._expert_map is None:
             attach_slots(layer, method, memory, pooled.first, pooled.experts)

@@ -16,6 +16,7 @@ from ..errors import LoadError, OffloadError
 from ..load_report import NOTHING, LoadReport
 from ..store.layout import RecordLayout
 from .memory import SlotMemory
+from .waves import streams
 
 Span = range
 """The flat ids of one layer."""
@@ -35,19 +36,21 @@ class PoolGoneError(OffloadError):
 class Hold:
     """Experts that stay in their slots until the hold is released.
 
-    ``slots`` (int32, in the order asked) may be read once the hold is finished, except those of ``failures``.
+    ``slots`` (int32, in the order asked) may be read once the hold is finished, except those of ``failures``. Where
+    kernels can be shown several tensors of slots, they are rows of the one numbered ``view``.
     """
 
-    __slots__ = ("experts", "failures", "slots")
+    __slots__ = ("experts", "failures", "slots", "view")
 
     def __init__(self, experts: IntArray, slots: NDArray[np.int32]):
         self.experts = experts
         self.slots = slots
+        self.view = 0
         self.failures: list[Failure] = []
 
 
 class SlotPool(ABC):
-    """The slots of all layers whose records have one layout, and who is in them.
+    """Slots of one or several layers whose records have one layout, and who is in them.
 
     What a call counts, waits for or starts is in the report that it returns, and in no other.
 
@@ -55,14 +58,19 @@ class SlotPool(ABC):
     ``hold_streaming`` and ``finish_hold``. What nobody waits for it lets fail in silence: who needs it finds out.
     """
 
-    memory: SlotMemory
-    experts: int
-    """How many there are in all; ids are smaller."""
+    @property
+    @abstractmethod
+    def layout(self) -> RecordLayout:
+        """Of the records that fit into a slot."""
 
     @property
     @abstractmethod
     def capacity(self) -> int:
         """Slots that may be occupied at a time."""
+
+    def streams(self, choices: int, experts: int) -> bool:
+        """Whether a layer of ``experts`` experts, of which the step makes so many choices, is held streaming."""
+        return streams(choices, experts, self.capacity)
 
     def begin_step(self) -> LoadReport:
         """A forward pass over scheduled tokens starts."""
@@ -154,6 +162,18 @@ class SlotPool(ABC):
         """Nothing will be asked any more."""
 
 
+class HostPool(SlotPool):
+    """A pool whose slots are memory of the host."""
+
+    memory: SlotMemory
+    experts: int
+    """How many there are in all; ids are smaller."""
+
+    @property
+    def layout(self) -> RecordLayout:
+        return self.memory.layout
+
+
 class PoolSource(Protocol):
     """Who keeps the pools of a runtime and can put others in their place: all of them, while nothing is held.
 
@@ -161,7 +181,9 @@ class PoolSource(Protocol):
     """
 
     @property
-    def pools(self) -> Mapping[RecordLayout, SlotPool]: ...
+    def pools(self) -> Mapping[str, SlotPool]:
+        """By the layers' names in the store."""
+
     def begin_step(self) -> bool:
         """Nothing is held. Returns whether ``pools`` are others now."""
 

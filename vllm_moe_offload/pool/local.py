@@ -19,7 +19,7 @@ from ..prefetch.planner import blend
 from ..store.layout import RecordLayout
 from ..store.pools import PoolMembers
 from ..store.reader import Store
-from .base import Failure, Hold, SlotPool, Span
+from .base import Failure, Hold, HostPool, Span
 from .in_flight import InFlightLoads
 from .loader import Load, RecordLoader
 from .memory import HostMemory, SlotMemory
@@ -37,7 +37,7 @@ class _LoadingHold(Hold):
         self.started = time.perf_counter()
 
 
-class LocalPool(SlotPool):
+class LocalPool(HostPool):
     """Wires cache, memory and loader together.
 
     A started hold reads ahead of everything but demands, on all threads of the loader.
@@ -314,8 +314,8 @@ class LocalPool(SlotPool):
 
 def local_pools(
     store: Store, slots: Mapping[RecordLayout, int], policy: str, io_cpus: set[int] | None
-) -> dict[RecordLayout, SlotPool]:
-    """One pool per record layout, all fed by one loader.
+) -> dict[str, HostPool]:
+    """By layer, one pool per record layout, all fed by one loader.
 
     Args:
         slots: how many each layout gets.
@@ -323,9 +323,9 @@ def local_pools(
         io_cpus: where loader threads may run; None leaves them where the process runs.
     """
     operations = Operations(lambda: RecordLoader(store, cpus=io_cpus))
-    pools: dict[RecordLayout, SlotPool] = {}
+    pools: dict[RecordLayout, HostPool] = {}
     for layout, count in slots.items():
         members = PoolMembers.of(store.layers, layout)
         cache = ExpertCache(members.layer_of, count, create_policy(policy, members.layer_of))
         pools[layout] = LocalPool(members, HostMemory(layout, count), cache, operations)
-    return pools
+    return {entry.name: pools[entry.layout] for entry in store.layers}

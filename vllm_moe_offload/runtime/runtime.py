@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from ..errors import LoadError
 from ..load_report import LoadReport
 from ..pool import Hold, SlotPool, Span
-from ..pool.base import PoolGoneError, PoolSource
-from ..pool.waves import group_rows, order_arrivals, streams
+from ..pool.base import HostPool, PoolGoneError, PoolSource
+from ..pool.waves import group_rows, order_arrivals
 from ..prefetch.prefetcher import Prefetcher
 from ..stats import Stats
 from ..store.layout import RecordLayout
@@ -33,6 +33,8 @@ class Wave(NamedTuple):
     """Which rows of the batch, or None for all of them."""
     slots: NDArray[np.int32]
     """``[rows, top_k]``: the slot of every chosen expert; -1 where the choice is not this worker's."""
+    view: int = 0
+    """In which of the tensors that the layer's kernel can be shown; 0 unless its pool has several."""
 
 
 class Waves(Protocol):
@@ -62,7 +64,7 @@ class SingleWave:
 
 @dataclass(eq=False)
 class PooledLayer:
-    """A layer as the runtime sees it. Its experts are the flat ids ``first … first + experts - 1`` of its pool.
+    """A layer as the runtime sees it. Its experts are the flat ids ``first … first + experts - 1`` of its layout.
 
     ``pool`` may be another one when a step begins, and after a wait for experts; its memory is always the same.
     """
@@ -87,7 +89,7 @@ class OffloadRuntime:
 
     Args:
         store: complete and verified records of every layer; closed with the runtime.
-        pools: of every record layout of the store.
+        pools: of every layer, by its name in the store. Layers of one record layout may share one.
         counters: add up the reports of these pools.
         source: of the pools, if it may exchange them.
     """
@@ -95,12 +97,12 @@ class OffloadRuntime:
     def __init__(
         self,
         store: Store,
-        pools: Mapping[RecordLayout, SlotPool],
+        pools: Mapping[str, SlotPool],
         counters: Stats,
         source: PoolSource | None = None,
     ):
         self.store = store
-        self.pools = list(pools.values())
+        self.pools = _distinct(pools)
         self.layers: dict[str, PooledLayer] = {}
         self.counters = counters
         self.tracer: RoutingTracer | None = None
@@ -119,7 +121,7 @@ class OffloadRuntime:
         for index, entry in enumerate(store.layers):
             before = latest.get(entry.layout)
             first = before.span.stop if before else 0
-            layer = PooledLayer(entry.name, index, pools[entry.layout], first, entry.experts)
+            layer = PooledLayer(entry.name, index, pools[entry.name], first, entry.experts)
             self.layers[entry.name] = latest[entry.layout] = layer
             if before:
                 self._following[before.name] = layer
@@ -127,7 +129,7 @@ class OffloadRuntime:
     @property
     def slot_bytes(self) -> int:
         """Fast memory the experts may take."""
-        return sum(pool.capacity * pool.memory.layout.payload_bytes for pool in self.pools)
+        return sum(pool.capacity * pool.layout.payload_bytes for pool in self.pools)
 
     @property
     def slots(self) -> int:
@@ -213,18 +215,18 @@ class OffloadRuntime:
             chosen: ``[rows, top_k]`` expert numbers within the layer, those of a row distinct; negative ones are
                 skipped.
         """
-        needed = _needed(layer, chosen)
-        capacity = layer.pool.capacity
+        pool, needed = layer.pool, _needed(layer, chosen)
+        if pool.streams(chosen.size, layer.experts):
+            return self._serve_streaming(layer, chosen, needed)
+        capacity = pool.capacity
         if len(needed) > capacity:
             return self._serve_in_waves(layer, chosen, capacity)
-        if streams(chosen.size, layer.experts, capacity):
-            return self._serve_streaming(layer, chosen, needed)
-        found = layer.pool.find(needed)
+        found = pool.find(needed)
         if found is None:
             if len(chosen) > 1:
-                absent = layer.pool.absent(layer.span)
+                absent = pool.absent(layer.span)
                 lacking = int(np.count_nonzero(absent[needed - layer.first]))
-                if layer.pool.seconds_to_load(lacking) >= SPLIT_SECONDS:
+                if pool.seconds_to_load(lacking) >= SPLIT_SECONDS:
                     return self._serve_as_experts_arrive(layer, chosen, absent)
             return self._serve_at_once(layer, chosen, needed)
         slots, report = found
@@ -256,7 +258,7 @@ class OffloadRuntime:
         try:
             self._note(report)
             self._look_ahead()
-            yield Wave(None, self._slots_of(layer, hold.experts, hold.slots, chosen))
+            yield Wave(None, self._slots_of(layer, hold.experts, hold.slots, chosen), hold.view)
         finally:
             self._release(layer, hold, chosen)
 
@@ -294,7 +296,7 @@ class OffloadRuntime:
             self._note(report)
             if following := self._following.get(layer.name):
                 self._note(following.pool.stream_ahead(following.span))
-            yield Wave(None, self._slots_of(layer, hold.experts, hold.slots, chosen))
+            yield Wave(None, self._slots_of(layer, hold.experts, hold.slots, chosen), hold.view)
         finally:
             self._release(layer, hold, chosen)
 
@@ -344,17 +346,19 @@ class OffloadRuntime:
             self._exchange_pools(self._source.pools)
             return (ask_other or ask)(layer.pool)
 
-    def _exchange_pools(self, pools: Mapping[RecordLayout, SlotPool]) -> None:
-        """Serve from other pools, of the same memory. Nothing may be held."""
-        for old in self.pools:
-            new = pools[old.memory.layout]
-            assert new.memory is old.memory, "kernels compute on the memory that they were given"
-            for layer in self.layers.values():
-                if layer.pool is old:
-                    layer.pool = new
-            if self.prefetcher is not None:
+    def _exchange_pools(self, pools: Mapping[str, SlotPool]) -> None:
+        """Serve from other pools, of the same memory, as far as they are others. Nothing may be held."""
+        replaced: dict[SlotPool, SlotPool] = {}
+        for name, layer in self.layers.items():
+            old, new = layer.pool, pools[name]
+            if new is not old:
+                assert isinstance(old, HostPool) and isinstance(new, HostPool), "windows stay where they are"
+                assert new.memory is old.memory, "kernels compute on the memory that they were given"
+                layer.pool = replaced[old] = new
+        if self.prefetcher is not None:
+            for old, new in replaced.items():
                 self.prefetcher.replace_pool(old, new)
-        self.pools = list(pools.values())
+        self.pools = _distinct(pools)
 
     def _look_ahead(self) -> None:
         """The experts of a layer are there: prefetch for the next ones while it computes."""
@@ -380,6 +384,10 @@ class OffloadRuntime:
         self._slot_of[experts - layer.first] = slots
         chosen_slots = self._slot_of[chosen]
         return np.where(chosen < 0, np.int32(-1), chosen_slots) if chosen.min(initial=0) < 0 else chosen_slots
+
+
+def _distinct(pools: Mapping[str, SlotPool]) -> list[SlotPool]:
+    return list(dict.fromkeys(pools.values()))
 
 
 def _needed(layer: PooledLayer, chosen: NDArray[np.integer]) -> NDArray[np.int64]:
