@@ -65,6 +65,10 @@ class Device(ABC):
         """
 
     @abstractmethod
+    def allocate_pinned(self, nbytes: int) -> "torch.Tensor":
+        """``[nbytes]`` uint8 on the host, zero, which copies read and write: for a few bytes, as expert numbers."""
+
+    @abstractmethod
     def register(self, memory: NDArray[np.uint8]) -> None:
         """Let kernels and copies of the device read ``memory`` (contiguous, on the host) where it lies.
 
@@ -88,10 +92,11 @@ class Device(ABC):
     def copy(self, stream: Stream, target: "torch.Tensor", source: "torch.Tensor") -> None:
         """Enqueue a copy of ``source`` to ``target``: ``[nbytes]`` uint8 each, contiguous, on the host or the device.
 
-        The caller keeps both until the copy is finished.
+        The caller keeps both until the copy is finished. On the host each lies in what has been registered at once, or
+        in what ``allocate_pinned`` gave.
 
         Raises:
-            ValueError: sizes differ, or one is not contiguous bytes.
+            ValueError: sizes differ, one is not contiguous bytes, or lies elsewhere on the host.
         """
 
     @abstractmethod
