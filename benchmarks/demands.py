@@ -52,9 +52,9 @@ class Demands:
         if not layers:
             raise ValueError(f"no layer has {count} absent experts")
         layer = self._draw.choice(layers)
-        before = self._runtime.counters.stall_seconds
+        before = self._runtime.stats.stall_seconds
         _serve(self._runtime, layer, sorted(self._draw.sample(_absent(layer), count)))
-        return self._runtime.counters.stall_seconds - before, count * layer.pool.memory.layout.record_bytes
+        return self._runtime.stats.stall_seconds - before, count * layer.pool.memory.layout.record_bytes
 
 
 def _absent(layer: PooledLayer) -> list[int]:

@@ -50,10 +50,10 @@ def serve(runtime: OffloadRuntime, steps: int, top_k: int, seed: int) -> Times:
         for name, layer in runtime.layers.items():
             noise = draw.random(layer.experts) * preferred[name]
             chosen = np.argsort(-noise)[None, :top_k].astype(np.int32)
-            before, started = runtime.counters.misses, time.perf_counter()
+            before, started = runtime.stats.misses, time.perf_counter()
             for _ in runtime.serve(layer, chosen):
                 took = time.perf_counter() - started
-            times.setdefault(runtime.counters.misses - before, []).append(took)
+            times.setdefault(runtime.stats.misses - before, []).append(took)
     return times
 
 
@@ -74,13 +74,13 @@ def imported_from(checkout: Path) -> Iterator[None]:
 def attached(store: Store, budget: int, policy: str, checkout: Path) -> Iterator[OffloadRuntime]:
     """A runtime whose slots are a daemon's, which is started for it from ``checkout`` and ended."""
     with tempfile.TemporaryDirectory() as folder:
-        socket, counters = Path(folder) / "daemon.sock", Stats()
+        socket, stats = Path(folder) / "daemon.sock", Stats()
         options = ["--store", str(store.path.parent.absolute()), "--policy", policy, "--history", "off"]
         with imported_from(checkout):
             start_daemon(socket, f"{budget}B", 60.0, options)
         request = Attach(store.path.name, os.getpid(), budget, False, "benchmark", 0)
-        client = DaemonClient(socket, request, store, policy, None, counters)
-        yield OffloadRuntime(store, client.pools, counters, client)
+        client = DaemonClient(socket, request, store, policy, None, stats)
+        yield OffloadRuntime(store, client.pools, stats, client)
         client.close()
         control = Connection.connect(socket, "control", 10.0)
         control.request(Stop())

@@ -80,12 +80,12 @@ def finding_seconds(store: Store, top_k: int, steps: int = 60, seed: int = 0) ->
             runtime.begin_step(Batch(1))
             for layer in runtime.layers.values():
                 chosen = draw.choice(layer.experts, (1, top_k), replace=False).astype(np.int32)
-                missed, stalled = runtime.counters.misses, runtime.counters.stall_seconds
+                missed, stalled = runtime.stats.misses, runtime.stats.stall_seconds
                 began = time.perf_counter()
                 for _ in runtime.serve(layer, chosen):
                     took = time.perf_counter() - began
-                misses.append(runtime.counters.misses - missed)
-                seconds.append(took - (runtime.counters.stall_seconds - stalled))
+                misses.append(runtime.stats.misses - missed)
+                seconds.append(took - (runtime.stats.stall_seconds - stalled))
     finally:
         for pool in runtime.pools:
             pool.close()

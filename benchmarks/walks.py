@@ -99,12 +99,12 @@ def serve_prompts(offload: dict[str, Any]) -> None:
 @contextmanager
 def daemon(path: Path, stores: Path) -> Iterator[None]:
     """A daemon in a thread of this process."""
-    from vllm_moe_offload.daemon.histories import HostedHistories
-    from vllm_moe_offload.daemon.models import HostedModels
+    from vllm_moe_offload.daemon.histories import DaemonHistories
+    from vllm_moe_offload.daemon.models import DaemonModels
     from vllm_moe_offload.daemon.server import DaemonServer
     from vllm_moe_offload.daemon.socket_file import SocketFile
 
-    models, histories = HostedModels(stores, DAEMON_BYTES, {}, "lfu", None), HostedHistories(None)
+    models, histories = DaemonModels(stores, DAEMON_BYTES, {}, "lfu", None), DaemonHistories(None)
     server = DaemonServer(SocketFile.claim(path, None), models, histories, DAEMON_BYTES, None, None)
     thread = threading.Thread(target=server.serve)
     thread.start()

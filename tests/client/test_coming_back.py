@@ -162,10 +162,10 @@ def test_half_of_a_daemon_s_memory_is_none_of_it(survivor: Reader) -> None:
     other = os.memfd_create("other", os.MFD_CLOEXEC)
     os.close(successor._arenas.pop())
     successor._arenas.append(other)
-    loads = survivor.counters.loads
+    loads = survivor.stats.loads
     survivor.step()
     assert survivor.client.daemon_pid == 0 and "goes on without it" in survivor.said[-1]
-    assert survivor.counters.loads > loads, "nothing in the slots is believed"
+    assert survivor.stats.loads > loads, "nothing in the slots is believed"
     wait_until(lambda: survivor.client.state is REJOINING, "it asks again")
     survivor.step()
     assert survivor.client.daemon_pid != 0

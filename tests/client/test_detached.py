@@ -184,7 +184,7 @@ def test_a_lease_that_is_lost_voids_the_step_and_is_loaded_again(
         wait_until(lambda: reader.client.lease_lost, "the step under way finds out", 60)
         reader.runtime.begin_step(Batch(1))
         assert not reader.client.lease_lost and reader.client.daemon_pid == 0
-        assert reader.counters.loads == 36, "everything is read again: the daemon may have overwritten it"
+        assert reader.stats.loads == 36, "everything is read again: the daemon may have overwritten it"
         for layer in reader.runtime.layers.values():
             for expert in range(layer.experts):
                 reader.check(layer, expert, layer.first + expert)

@@ -1,4 +1,4 @@
-"""Hosted pools over real stores, and workers that check every record they compute on."""
+"""Pools of a daemon over real stores, and workers that check every record they compute on."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.runtime.record_stores import ALIGNED, RecordStore, build_store
-from vllm_moe_offload.daemon.pool import HostedPool
+from vllm_moe_offload.daemon.pool import DaemonPool
 from vllm_moe_offload.ipc.epochs import Reader
 from vllm_moe_offload.ipc.table import ABSENT, DONE
 from vllm_moe_offload.ipc.uses import UseWriter
@@ -24,7 +24,7 @@ class Pool:
         self.built: RecordStore = build_store(root, [(layout, EXPERTS)] * LAYERS)
         self.loader = RecordLoader(self.built.store)
         self.maintenance_requests = 0
-        self.pool = HostedPool("test", self.built.store, layout, self.loader, policy, limit, self._request_maintenance)
+        self.pool = DaemonPool("test", self.built.store, layout, self.loader, policy, limit, self._request_maintenance)
 
     def __enter__(self) -> "Pool":
         return self

@@ -43,9 +43,9 @@ class Reader:
         request = Attach(
             store.name, os.getpid(), wanted if lease else wanted // 4, lease, f"engine {seed}", 0, [TOP_K] * layouts
         )
-        self.counters = Stats()
-        self.client = DaemonClient(socket, request, self.store, "lfu", None, self.counters)
-        self.runtime = OffloadRuntime(self.store, self.client.pools, self.counters, self.client)
+        self.stats = Stats()
+        self.client = DaemonClient(socket, request, self.store, "lfu", None, self.stats)
+        self.runtime = OffloadRuntime(self.store, self.client.pools, self.stats, self.client)
         self._predicted: set[SlotPool] = set()
         """Pools that have been told that predictions follow."""
         self._preference = {layer.name: self.random.random(layer.experts) for layer in self.runtime.layers.values()}
@@ -78,7 +78,7 @@ class Reader:
                 self._predicted.add(layer.pool)
                 layer.pool.enable_predictions()
             layer.pool.expect(layer.span, self._preference[layer.name].astype(np.float32))
-            self.counters.add(layer.pool.prefetch(layer.span, guess))
+            self.stats.add(layer.pool.prefetch(layer.span, guess))
             mine = chosen if wave.rows is None else chosen[wave.rows]
             for expert, slot in {*zip(mine.ravel().tolist(), wave.slots.ravel().tolist(), strict=True)}:
                 self.check(layer, expert, slot)
@@ -102,7 +102,7 @@ class Reader:
             os._exit(WRONG)
 
     def report(self) -> dict[str, object]:
-        return self.counters.as_dict(WORKER_STATISTICS) | {
+        return self.stats.as_dict(WORKER_STATISTICS) | {
             "daemon_pid": self.client.daemon_pid,
             "said": self.said,
             "lease": self.client.lease,

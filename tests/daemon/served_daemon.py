@@ -11,7 +11,7 @@ import numpy as np
 
 from tests.log_lines import LogLines
 from vllm_moe_offload.client.connection import Connection
-from vllm_moe_offload.daemon.histories import HostedHistories
+from vllm_moe_offload.daemon.histories import DaemonHistories
 from vllm_moe_offload.daemon.server import DaemonServer
 from vllm_moe_offload.daemon.socket_file import SocketFile
 from vllm_moe_offload.errors import StoreError
@@ -122,7 +122,7 @@ class ServedDaemon:
         self._log = LogLines()
         self.lines = self._log.attach()
         self.place = SocketFile.claim(path, group)
-        self.histories = HostedHistories(history)
+        self.histories = DaemonHistories(history)
         self.server = DaemonServer(self.place, self.models, self.histories, 1 << 30, group, leave_after)
         self.reason = ""
         self.thread = threading.Thread(target=self._serve, name="served", daemon=True)

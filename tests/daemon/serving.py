@@ -5,21 +5,21 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from vllm_moe_offload.daemon.histories import HostedHistories
-from vllm_moe_offload.daemon.models import HostedModels
+from vllm_moe_offload.daemon.histories import DaemonHistories
+from vllm_moe_offload.daemon.models import DaemonModels
 from vllm_moe_offload.daemon.server import DaemonServer
 from vllm_moe_offload.daemon.socket_file import SocketFile
 
 
 @contextmanager
-def serving(path: Path, stores: Path) -> Iterator[HostedModels]:
+def serving(path: Path, stores: Path) -> Iterator[DaemonModels]:
     """Serves the stores of a folder at a path, with room for 1 MiB of experts."""
     with ExitStack() as stack:
         place = SocketFile.claim(path, None)
         stack.callback(place.release)
-        models = HostedModels(stores, 1 << 20, {}, "lfu", None)
+        models = DaemonModels(stores, 1 << 20, {}, "lfu", None)
         stack.callback(models.close)
-        histories = HostedHistories(None)
+        histories = DaemonHistories(None)
         stack.callback(histories.close)
         server = DaemonServer(place, models, histories, 1 << 20, None, None)
         thread = threading.Thread(target=server.serve)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_moe_offload.cli import app
-from vllm_moe_offload.daemon.models import HostedModels
+from vllm_moe_offload.daemon.models import DaemonModels
 from vllm_moe_offload.trace.archive import HistoryArchive
 
 folder = Path(sys.argv[1])
@@ -31,5 +31,5 @@ def slowly(owner: type, verb: str, begun: str, over: str) -> None:
 
 
 slowly(HistoryArchive, "write", "saving", "saved")
-slowly(HostedModels, "close", "ending", "ended")
+slowly(DaemonModels, "close", "ending", "ended")
 app(sys.argv[2:], prog_name="vllm-moe-offload")

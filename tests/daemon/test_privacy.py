@@ -11,7 +11,7 @@ from tests.daemon.past import FINGERPRINT, SHAPE, WIDTH, past_request, same
 from tests.daemon.served_daemon import STORE, ServedDaemon
 from tests.daemon.test_socket_file import as_root, open_to_all
 from vllm_moe_offload.client.connection import Connection
-from vllm_moe_offload.daemon.history import HostedHistory
+from vllm_moe_offload.daemon.history import DaemonHistory
 from vllm_moe_offload.ipc.protocol import OpenHistory, Remember, Search
 from vllm_moe_offload.ipc.trace_codec import pack_embedding, pack_trace, unpack_trace
 from vllm_moe_offload.predict.base import UNKNOWN_TOKEN
@@ -69,7 +69,7 @@ def test_of_another_user_s_request_nothing_but_its_experts_is_told(tmp_path: Pat
 
 
 def test_whose_a_request_is_is_known_for_as_long_as_it_is_remembered() -> None:
-    history = HostedHistory(None, FINGERPRINT, SHAPE)
+    history = DaemonHistory(None, FINGERPRINT, SHAPE)
     history._history.budget_bytes = 4 * 16 * past_request(0).experts.nbytes
     for number in range(40):
         history.remember(past_request(number), user=ANN if number % 2 else BOB)

@@ -46,7 +46,7 @@ def report(tmp_path: Path) -> StatusReport:
             history.request(OpenHistory(FINGERPRINT, SHAPE, made.store.path.name))
             history.request(Remember(pack_trace(past_request(1))))
         (model,) = models._models.values()
-        for stats, driven in ((reader.counters, DRIVEN_WORKER), (model.pools[0].stats, DRIVEN_POOL)):
+        for stats, driven in ((reader.stats, DRIVEN_WORKER), (model.pools[0].stats, DRIVEN_POOL)):
             assert all(getattr(stats, name) > 0 for name in driven)
             for number, statistic in enumerate(STATISTICS):
                 if not getattr(stats, statistic.name):
@@ -54,7 +54,7 @@ def report(tmp_path: Path) -> StatusReport:
         reader.client.pools["layer 0"].begin_step()  # which shows what was counted before
         with closing(Connection.connect(socket, "control", 10)) as control:
             report = control.request(GetStatus())
-        counted = reader.counters.as_dict(WORKER_STATISTICS)
+        counted = reader.stats.as_dict(WORKER_STATISTICS)
         assert report.models[0].workers[0].stats == pytest.approx(counted, abs=1e-6)
         reader.close()
         return report

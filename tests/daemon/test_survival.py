@@ -37,7 +37,7 @@ def test_what_a_worker_counts_is_seen_in_the_daemon_s_status(tmp_path: Path) -> 
             reader.step()
         reader.client.pools["layer 0"].begin_step()  # which shows what was counted before
         (model,) = models.status()
-        counted = reader.counters
+        counted = reader.stats
         assert counted.tokens >= counted.steps == 10
         for name in ("hits", "misses", "steps", "tokens"):
             assert model.stats[name] == model.workers[0].stats[name] == getattr(counted, name) > 0
@@ -60,7 +60,7 @@ def test_a_daemon_too_small_for_a_lease_is_declined(tmp_path: Path) -> None:
         assert shared_memory_held() == held_by_others + 2
         for _ in range(5):
             reader.step()
-        assert reader.counters.loads == 0, "what was loaded is still there"
+        assert reader.stats.loads == 0, "what was loaded is still there"
         reader.close()
         assert shared_memory_held() == held_by_others
         daemon.stop()

@@ -16,16 +16,16 @@ class Steps:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
-        self.counters = Stats()
+        self.stats = Stats()
         self.lines: list[str] = []
-        self.report = ChunkReport(self.counters, MOST)
+        self.report = ChunkReport(self.stats, MOST)
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
         monkeypatch.setattr(report.logger, "info", lambda text, *values: self.lines.append(text % values))
 
     def step(self, tokens: int, computing: float, stalled: float) -> None:
         self.report.begin_step(tokens)
         self.now += computing + stalled
-        self.counters.stall_seconds += stalled
+        self.stats.stall_seconds += stalled
         self.report.end_step()
 
 
@@ -38,7 +38,7 @@ def test_a_full_step_that_mostly_waits_is_reported_once_with_the_setting(steps: 
     steps.step(MOST, computing=1, stalled=3)
     steps.step(MOST, computing=1, stalled=3)
     assert steps.lines == [
-        "moe-offload: a prefill step of 512 tokens waited for experts for 3.00 of 4.00 s; steps of more tokens read "
+        "a prefill step of 512 tokens waited for experts for 3.00 of 4.00 s; steps of more tokens read "
         "experts less often: raise --max-num-batched-tokens (now 512)"
     ]
 

@@ -35,8 +35,8 @@ class Worker:
         served.runtime = OffloadRuntime(self.made.store, pools, Stats())
         served._daemon = served._history = served._step = None
         served.drafts = False
-        served._report = StatsReport(served.runtime.counters, lambda: None)
-        served._chunks = ChunkReport(served.runtime.counters, most_tokens=8)
+        served._report = StatsReport(served.runtime.stats, lambda: None)
+        served._chunks = ChunkReport(served.runtime.stats, most_tokens=8)
         self.served = served
         offload = WorkerOffload.__new__(WorkerOffload)
         offload._models = [served]

@@ -1,11 +1,11 @@
 """Every statistic that a worker counts is in the RPC; every one with a phrase is in the line of vLLM's log."""
 
-import logging
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tests.log_lines import log_lines
 from vllm_moe_offload.integration import report
 from vllm_moe_offload.integration.report import StatsReport
 from vllm_moe_offload.integration.serving import ServedModel
@@ -21,7 +21,7 @@ def test_what_the_runtime_counts_and_what_is_measured_is_in_the_rpc() -> None:
         stats.history_tokens = 7
 
     served: Any = ServedModel.__new__(ServedModel)
-    served.runtime = SimpleNamespace(counters=counted, layers={"one": layer, "two": layer}, slots=5, slot_bytes=500)
+    served.runtime = SimpleNamespace(stats=counted, layers={"one": layer, "two": layer}, slots=5, slot_bytes=500)
     served._expert_bytes = 1600
     served._daemon = SimpleNamespace(daemon_pid=4711)
     served._history = SimpleNamespace(measure=measure)
@@ -32,12 +32,9 @@ def test_what_the_runtime_counts_and_what_is_measured_is_in_the_rpc() -> None:
     assert (stats["slots"], stats["slot_bytes"], stats["failed_threads"]) == (5, 500, len(failed_threads()))
 
 
-def test_a_line_says_what_a_period_did_to_every_statistic_with_a_phrase(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_line_says_what_a_period_did_to_every_statistic_with_a_phrase(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(report, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(report.logger, "propagate", True)
     measured: list[bool] = []
     stats = Stats(**{each.name: 1000 for each in STATISTICS})
     log = StatsReport(stats, lambda: measured.append(True), "the drafter's ")
@@ -45,24 +42,21 @@ def test_a_line_says_what_a_period_did_to_every_statistic_with_a_phrase(
     for number, each in enumerate(shown):
         setattr(stats, each.name, 1000 + 20 * (number + 1) * (2**20 if each.unit == "bytes" else 1))
     stats.hits, stats.misses, stats.stall_seconds = 1003, 1001, 1004.0
-    with caplog.at_level(logging.INFO, logger=report.logger.name):
+    with log_lines() as lines:
         log.maybe_log()
-        assert not caplog.messages, "the period is not over"
+        assert not lines, "the period is not over"
         now[0] += 10
         log.maybe_log()
-    (line,) = caplog.messages
-    assert line.startswith("moe-offload: 75.0% of 4 the drafter's experts were in fast memory; ") and measured
+    (line,) = lines
+    assert line.startswith("75.0% of 4 the drafter's experts were in fast memory; ") and measured
     assert "2.0 MiB/s loaded" in line and "40% of the time stalled" in line
     for number, each in enumerate(shown):
         if each.unit not in ("bytes", "seconds"):
             assert f"{20 * (number + 1)} {each.phrase}" in line
 
 
-def test_a_period_without_experts_has_no_line(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_period_without_experts_has_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "SECONDS_BETWEEN_LINES", 0.0)
-    monkeypatch.setattr(report.logger, "propagate", True)
-    with caplog.at_level(logging.INFO, logger=report.logger.name):
+    with log_lines() as lines:
         StatsReport(Stats(), lambda: None).maybe_log()
-    assert not caplog.messages
+    assert not lines

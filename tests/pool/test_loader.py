@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tests.runtime.record_stores import ALIGNED, LAYOUTS, MIXED, ODD, RecordStore, build_store, layout
 from vllm_moe_offload.errors import LoadError
 from vllm_moe_offload.pool import HostMemory
-from vllm_moe_offload.pool.loader import CHUNK_BYTES, GUESS_READERS, DamagedRecordError, Load, RecordLoader
+from vllm_moe_offload.pool.loader import CHUNK_BYTES, SPECULATIVE_READERS, DamagedRecordError, Load, RecordLoader
 from vllm_moe_offload.pool.memory import SlotMemory
 from vllm_moe_offload.store import Store
 
@@ -184,7 +184,7 @@ def test_a_demand_goes_before_the_next_piece_of_a_guess(
     reads, loader, pool = Reads(made, monkeypatch), opened(made.store, 1), HostMemory(BIG, EXPERTS)
     reads.hold(0, 1)
     loads = loads_of_layer(pool, 0)
-    loader.start(loads[:1], guesses=True)
+    loader.start(loads[:1], speculative=True)
     assert reads.began[0].wait(30)
     with ThreadPoolExecutor(1) as caller:
         demanded = caller.submit(loader.demand, loads[1:5])
@@ -207,7 +207,7 @@ def test_a_guess_that_is_waited_for_makes_no_way(
     reads, loader, pool = Reads(made, monkeypatch), opened(made.store, 2), HostMemory(BIG, EXPERTS)
     reads.hold(0, 1)
     loads = loads_of_layer(pool, 0)
-    loader.start(loads[:1], guesses=True)
+    loader.start(loads[:1], speculative=True)
     assert reads.began[0].wait(30)
     with ThreadPoolExecutor(2) as callers:
         demanding = callers.submit(loader.demand, loads[1:2])
@@ -221,16 +221,16 @@ def test_a_guess_that_is_waited_for_makes_no_way(
     assert all(made.holds(pool, expert, 0, expert) for expert in range(2))
 
 
-def test_guesses_leave_threads_free_for_demands(
+def test_speculative_loads_leave_threads_free_for_demands(
     tmp_path: Path, opened: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = build_store(tmp_path, [(BIG, 12)])
-    reads, loader, pool = Reads(made, monkeypatch), opened(made.store, GUESS_READERS + 1), HostMemory(BIG, 12)
-    guessed = range(GUESS_READERS + 2)
+    reads, loader, pool = Reads(made, monkeypatch), opened(made.store, SPECULATIVE_READERS + 1), HostMemory(BIG, 12)
+    guessed = range(SPECULATIVE_READERS + 2)
     reads.hold(*guessed, 9)
     loads = [Load(0, expert, pool, expert) for expert in range(12)]
-    loader.start([loads[expert] for expert in guessed], guesses=True)
-    for expert in range(GUESS_READERS):
+    loader.start([loads[expert] for expert in guessed], speculative=True)
+    for expert in range(SPECULATIVE_READERS):
         assert reads.began[expert].wait(30)
     with ThreadPoolExecutor(1) as caller:
         demanded = caller.submit(loader.demand, loads[9:])
@@ -238,7 +238,10 @@ def test_guesses_leave_threads_free_for_demands(
         wait_for(loads[10:])  # by the worker that reads no guess
         reads.may_go[9].set()
         demanded.result(30)
-    assert sorted(reads.order[:GUESS_READERS]) == list(range(GUESS_READERS)) and reads.order[GUESS_READERS] >= 9
+    assert (
+        sorted(reads.order[:SPECULATIVE_READERS]) == list(range(SPECULATIVE_READERS))
+        and reads.order[SPECULATIVE_READERS] >= 9
+    )
     for expert in guessed:
         reads.may_go[expert].set()
     wait_for(loads[: len(guessed)])

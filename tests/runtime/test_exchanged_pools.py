@@ -94,8 +94,8 @@ def test_a_layer_is_served_by_the_pools_that_come_after(
     built: RecordStore, verb: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen, slots_of_pool = STEPS[verb]
-    keeper, counters = Keeper(built, slots_of_pool), Stats()
-    runtime = OffloadRuntime(keeper.built.store, keeper.pools, counters, keeper)
+    keeper, stats = Keeper(built, slots_of_pool), Stats()
+    runtime = OffloadRuntime(keeper.built.store, keeper.pools, stats, keeper)
     replacements = Replacements()
     runtime.prefetcher = replacements  # type: ignore[assignment]
     first = keeper.pools

@@ -49,9 +49,9 @@ class Audit:
         loader = pool.loader
         start, demand = loader.start, loader.demand
 
-        def started(loads: Sequence[Load], guesses: bool = False) -> None:
+        def started(loads: Sequence[Load], speculative: bool = False) -> None:
             self.submitted += len(loads)
-            start(loads, guesses=guesses)
+            start(loads, speculative=speculative)
 
         def demanded(loads: Sequence[Load]) -> None:
             self.submitted += len(loads)
@@ -98,7 +98,7 @@ class Audit:
         self.unused |= started
         assert (report.streamed > 0) <= (name == "stream_ahead")
 
-    def check_totals(self, counters: Stats) -> None:
+    def check_totals(self, stats: Stats) -> None:
         """Between layers, when no hold is open."""
         total = self.total
         assert (total.hits + total.misses, total.misses) == (self.needed, self.missing)
@@ -106,10 +106,10 @@ class Audit:
         assert total.loads + len(self.pool.in_flight.loads) == self.submitted - total.withdrawn
         assert total.loaded_bytes == total.loads * ODD.payload_bytes
         assert total.misses == total.demanded and total.failed == 0
-        added = Stats(steps=counters.steps, tokens=counters.tokens, waves=counters.waves)
+        added = Stats(steps=stats.steps, tokens=stats.tokens, waves=stats.waves)
         added.add(total)
         for field in fields(Stats):
-            assert getattr(added, field.name) == pytest.approx(getattr(counters, field.name)), field.name
+            assert getattr(added, field.name) == pytest.approx(getattr(stats, field.name)), field.name
 
 
 class Guesses:
@@ -121,7 +121,7 @@ class Guesses:
     def look_ahead(self) -> None:
         layer = self._random.choice(list(self._runtime.layers.values()))
         guesses = self._random.permutation(layer.experts)[: self._random.integers(0, 5)]
-        self._runtime.counters.add(layer.pool.prefetch(layer.span, guesses + layer.first))
+        self._runtime.stats.add(layer.pool.prefetch(layer.span, guesses + layer.first))
 
     def note(self, report: LoadReport) -> None:
         pass
@@ -160,8 +160,8 @@ def test_reports_add_up_to_what_cache_and_loader_did(
                     if left_early and random.random() < 0.1:
                         break
                 waves.close()
-                audit.check_totals(runtime.counters)
-    assert runtime.counters.hits + runtime.counters.misses > 0
+                audit.check_totals(runtime.stats)
+    assert runtime.stats.hits + runtime.stats.misses > 0
     runtime.close()
 
 
@@ -170,10 +170,10 @@ def test_counters_count_each_thing_a_report_says() -> None:
         hits=1, misses=2, streamed=3, loads=4, loaded_bytes=5, failed=6, waited=7.0, demanded=8, demand_seconds=9.0,
         started=20, withdrawn=9, useful=12, late=13, wasted=14, late_seconds=15.0,
     )  # fmt: skip
-    counters = Stats(hits=100)
-    counters.add(report)
-    counters.add(NOTHING)
-    assert counters == Stats(
+    stats = Stats(hits=100)
+    stats.add(report)
+    stats.add(NOTHING)
+    assert stats == Stats(
         hits=101, misses=2, streamed=3, loads=4, loaded_bytes=5, failed_loads=6, stall_seconds=7.0, prefetches=11,
         prefetch_useful=12, prefetch_late=13, prefetch_wasted=14,
     )  # fmt: skip

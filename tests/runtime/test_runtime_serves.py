@@ -167,8 +167,8 @@ def test_every_wave_finds_its_records(stores: dict[str, RecordStore], script: Sc
     for step in script.steps():
         checked.step(step)
     checked.check_contents()
-    counters = checked.runtime.counters
-    assert counters.failed_loads == 0 and counters.steps == np.count_nonzero(script.rows)
+    stats = checked.runtime.stats
+    assert stats.failed_loads == 0 and stats.steps == np.count_nonzero(script.rows)
     checked.runtime.close()
 
 
@@ -178,7 +178,7 @@ def test_a_batch_reads_each_expert_it_lacks_once_and_nothing_else(
     stores: dict[str, RecordStore], script: Script
 ) -> None:
     checked = Checked(stores[script.model], script.slots, script.policy)
-    loads = checked.runtime.counters.loads
+    loads = checked.runtime.stats.loads
     few_rows = [min(rows, 3) for rows in script.rows]  # of more, a layer is streamed: all of its experts are read
     for step in script._replace(rows=few_rows).steps():
         checked.runtime.begin_step(Batch(len(step[0])))
@@ -188,8 +188,8 @@ def test_a_batch_reads_each_expert_it_lacks_once_and_nothing_else(
             lacking = np.count_nonzero(cache.slot_of[needed] < 0)
             checked.serve(layer, chosen)
             if len(needed) <= cache.num_slots:
-                assert checked.runtime.counters.loads - loads == lacking
-            loads = checked.runtime.counters.loads
+                assert checked.runtime.stats.loads - loads == lacking
+            loads = checked.runtime.stats.loads
     checked.runtime.close()
 
 
@@ -255,7 +255,7 @@ class Guesser:
         layer = self.draw.choice(list(self.runtime.layers.values()))
         guesses = self.draw.permutation(layer.experts)[: self.draw.integers(1, 5)]
         report = layer.pool.prefetch(layer.span, guesses + layer.first)
-        self.runtime.counters.add(report)
+        self.runtime.stats.add(report)
         self.note(report)
 
     def note(self, report: LoadReport) -> None:
@@ -281,12 +281,12 @@ def test_guesses_do_not_show_in_what_a_wave_finds(stores: dict[str, RecordStore]
     finally:
         for layer, expert in script.damaged:
             made.flip(layer, expert)
-    stalled = checked.runtime.counters.stall_seconds
+    stalled = checked.runtime.stats.stall_seconds
     assert guesser.reports.waited == pytest.approx(stalled), "every wait is told once, whoever began the load"
-    counters = checked.runtime.counters
-    told = (counters.prefetch_useful, counters.prefetch_late, counters.prefetch_wasted)
+    stats = checked.runtime.stats
+    told = (stats.prefetch_useful, stats.prefetch_late, stats.prefetch_wasted)
     assert told == (guesser.reports.useful, guesser.reports.late, guesser.reports.wasted)
-    assert sum(told) <= counters.prefetches
+    assert sum(told) <= stats.prefetches
     checked.runtime.prefetcher = None
     checked.damaged = set()
     checked.check_contents()

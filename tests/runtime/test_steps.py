@@ -90,7 +90,7 @@ def test_a_step_from_its_batch_to_its_end(worker: Worker) -> None:
     assert worker.take() == ["tracer.observe", "prefetcher.observe"]
     runtime.end_step()
     assert worker.calls == [("tracer.end_step",), ("prefetcher.end_step", ["maps"])]
-    assert (runtime.counters.steps, runtime.counters.tokens) == (2, 4)
+    assert (runtime.stats.steps, runtime.stats.tokens) == (2, 4)
 
 
 def test_what_prediction_kept_of_a_request_goes_to_its_tracer(worker: Worker) -> None:
@@ -101,7 +101,7 @@ def test_what_prediction_kept_of_a_request_goes_to_its_tracer(worker: Worker) ->
         ("prefetcher.end_request", "b"),
         ("tracer.end_request", "b", "state"),
     ], "and nothing begins: the step has no tokens"
-    assert worker.runtime.counters.steps == 0
+    assert worker.runtime.stats.steps == 0
 
 
 def test_a_pass_whose_beginning_nobody_announces_begins_with_its_first_layer(worker: Worker) -> None:

@@ -51,7 +51,7 @@ def test_readers_that_may_not_be_bound_read_all_the_same(tmp_path: Path, caplog:
     with caplog.at_level(logging.WARNING, "vllm_moe_offload"):
         loader = RecordLoader(built.store, cpus=NO_SUCH_PROCESSOR)
         load = Load(0, 1, memory, 1)
-        loader.start([load], guesses=True)
+        loader.start([load], speculative=True)
         assert load.done.acquire(timeout=30), "nobody has read it"
         loader.close()
     assert load.error is None and np.array_equal(memory.targets(1)[0], built.records[0][1][0])

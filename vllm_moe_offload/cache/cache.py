@@ -162,9 +162,9 @@ class ExpertCache:
         assert self.pins[slots].min(initial=0) >= 0, "released a slot that was not pinned"
 
     def admit(self, experts: IntArray, protect: IntArray | None = None) -> Acquisition:
-        """Give slots to ``experts`` (distinct) on a guess, pinning them while they are loaded.
+        """Give slots to ``experts`` (distinct) that are loaded speculatively, pinning them while they are loaded.
 
-        Best guesses come first: when slots run out the tail is left out (``slots`` is ABSENT there). Pinned slots,
+        The most probable come first: when slots run out the tail is left out (``slots`` is ABSENT there). Pinned slots,
         those of other ``experts`` and of ``protect`` are never taken. Experts already resident are neither pinned nor
         touched.
 

@@ -15,7 +15,7 @@ from rich.live import Live
 
 from vllm_moe_offload.cache import POLICY_NAMES, policy_class
 from vllm_moe_offload.client.connection import Connection
-from vllm_moe_offload.daemon.histories import HostedHistories
+from vllm_moe_offload.daemon.histories import DaemonHistories
 from vllm_moe_offload.daemon.metrics import serve_metrics
 from vllm_moe_offload.daemon.notify import notify
 from vllm_moe_offload.daemon.server import DaemonServer
@@ -100,11 +100,11 @@ def run(
         place = SocketFile.claim(socket or default_socket_path(), gid)
         stack.callback(place.release)
         # Late, because a second daemon should learn at once that it is one.
-        from vllm_moe_offload.daemon.models import HostedModels
+        from vllm_moe_offload.daemon.models import DaemonModels
 
-        models = HostedModels(root, budget, shares, policy, None)
+        models = DaemonModels(root, budget, shares, policy, None)
         stack.callback(models.close)
-        histories = HostedHistories(_history_folder(history, root))
+        histories = DaemonHistories(_history_folder(history, root))
         stack.callback(histories.close)
         server = DaemonServer(place, models, histories, budget, gid, leave_after)
         if metrics_port is not None:

@@ -81,7 +81,7 @@ class Attachment:
         """The descriptor of the next pool's arena, the caller's now."""
         return self._arenas.popleft()
 
-    def pools(self, arenas: Sequence[Arena], counters: Stats) -> list[RemotePool]:
+    def pools(self, arenas: Sequence[Arena], stats: Stats) -> list[RemotePool]:
         """What serves from ``arenas`` once they show this daemon's memory.
 
         Raises:
@@ -90,7 +90,7 @@ class Attachment:
         """
         tickets = itertools.count(1)
         return [
-            RemotePool(self.connection, number, arena, table, self._worker, tickets, counters)
+            RemotePool(self.connection, number, arena, table, self._worker, tickets, stats)
             for number, (arena, table) in enumerate(zip(arenas, self.tables, strict=True))
         ]
 

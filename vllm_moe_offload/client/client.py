@@ -80,7 +80,7 @@ class DaemonClient:
         store: of the model; read from when the daemon is gone, and not closed here.
         policy: name of the eviction policy while there is no daemon.
         io_cpus: where loader threads may run then; None leaves them where the process runs.
-        counters: the worker's.
+        stats: the worker's.
 
     Raises:
         DaemonGoneError: no daemon answers at ``path``.
@@ -95,11 +95,11 @@ class DaemonClient:
         store: Store,
         policy: str,
         io_cpus: set[int] | None,
-        counters: Stats,
+        stats: Stats,
     ):
         membarrier.register()
         self.path, self._request, self._store = path, request, store
-        self._policy, self._io_cpus, self._counters = policy, io_cpus, counters
+        self._policy, self._io_cpus, self._stats = policy, io_cpus, stats
         self._members = pools_of(store.layers)
         """Of the pools, as the protocol numbers them."""
         self._closing = threading.Event()
@@ -108,7 +108,7 @@ class DaemonClient:
         try:
             for members in self._members:
                 self._arenas.append(Arena.attach(attachment.take_arena(), members.layout, members.experts))
-            self._attached = attachment.pools(self._arenas, counters)
+            self._attached = attachment.pools(self._arenas, stats)
             """Pools of the daemon attached to last, as the protocol numbers them."""
         except BaseException:
             self._close_arenas()
@@ -221,7 +221,7 @@ class DaemonClient:
         """Layers that compute without looking need every expert where the daemon had promised it."""
         if self.lease and not self._trusted:
             for pool in set(self.pools.values()):
-                self._counters.add(pool.load_all())
+                self._stats.add(pool.load_all())
 
     def _by_layer(self, pools: Sequence[HostPool]) -> dict[str, HostPool]:
         by_layout = {members.layout: pool for members, pool in zip(self._members, pools, strict=True)}
@@ -243,7 +243,7 @@ class DaemonClient:
         successor, last = self._successor, self._attachment
         assert successor is not None
         try:
-            attached = successor.pools(self._arenas, self._counters)
+            attached = successor.pools(self._arenas, self._stats)
         except OffloadError as error:
             successor.close()
             self._back_off(error)

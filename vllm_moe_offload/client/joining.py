@@ -36,7 +36,7 @@ def join_daemon(
     policy: str,
     daemon_bytes: int,
     io_cpus: set[int] | None,
-    counters: Stats,
+    stats: Stats,
 ) -> DaemonClient | None:
     """The daemon that the setting ``daemon`` asks for, or None where this worker keeps its own slots.
 
@@ -46,14 +46,14 @@ def join_daemon(
         policy: name of the eviction policy while there is no daemon, and of a daemon that is started.
         daemon_bytes: size of a daemon that is started, whole pages of slots included (``bytes_with_pages``).
         io_cpus: where a daemon that is started, and loader threads while there is none, may run; None for anywhere.
-        counters: the worker's.
+        stats: the worker's.
 
     Raises:
         ConfigError: the daemon that was named does not answer, will not serve this model, or could not be started.
     """
 
     def join(path: Path) -> DaemonClient:
-        return DaemonClient(path, request, store, policy, io_cpus, counters)
+        return DaemonClient(path, request, store, policy, io_cpus, stats)
 
     if setting == "off":
         return None

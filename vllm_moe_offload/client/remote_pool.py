@@ -46,7 +46,7 @@ class RemotePool(HostPool):
         number: of the pool in the protocol.
         worker: this worker's entry in the table.
         tickets: rising, for all pools of this worker.
-        counters: this worker's, for everybody to see.
+        stats: this worker's, for everybody to see.
     """
 
     def __init__(
@@ -57,14 +57,14 @@ class RemotePool(HostPool):
         table: ResidencyTable,
         worker: int,
         tickets: Iterator[int],
-        counters: Stats,
+        stats: Stats,
     ):
         self.memory = arena
         self.experts = table.experts
         self.table = table
         self._connection = connection
         self._number = number
-        self._counted = counters
+        self._counted = stats
         self._record_bytes = arena.layout.payload_bytes
         self._reader = Reader(table, worker)
         self._uses = UseWriter(table, worker)
@@ -77,7 +77,7 @@ class RemotePool(HostPool):
         self._tickets = tickets
         self._speculative = SpeculativeLoads()
         self._asked: set[int] = set()
-        """Guesses of the running step: the daemon may not have taken notice of them yet."""
+        """Speculative loads of the running step: the daemon may not have taken notice of them yet."""
         self._steps = 0
 
     @property
@@ -221,7 +221,7 @@ class RemotePool(HostPool):
         )
 
     def _use(self, experts: IntArray, slots: NDArray[np.int32]) -> tuple[int, int]:
-        """How many of ``experts`` were guessed and there, and how many guessed and not there yet.
+        """How many of ``experts`` were loaded speculatively and are there, and how many are not there yet.
 
         Args:
             slots: where the experts were when they were asked for.
@@ -232,7 +232,7 @@ class RemotePool(HostPool):
         return self._speculative.use(experts), late
 
     def _look_back(self) -> LoadReport:
-        """Guesses that are neither there nor on their way have been evicted unused."""
+        """Speculative loads that are neither there nor on their way have been evicted unused."""
         unused = self._speculative.unused
         lost = unused[(self.table.slot_of[unused] == ABSENT) & (self.table.loading[unused] == 0)]
         return LoadReport(wasted=self._speculative.evict(lost))

@@ -14,7 +14,7 @@ from ..ipc.trace_codec import Shape
 from ..ipc.transport import LARGE_MESSAGES
 from ..learning.background import Background
 from ..trace.archive import HistoryArchive
-from .history import HostedHistory
+from .history import DaemonHistory
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ _MOST_LAYERS = 1024
 _MOST_EXPERTS = 1 << 16
 
 
-class HostedHistories:
+class DaemonHistories:
     """Opens histories for connections and writes what has grown. Any thread may use it.
 
     Args:
@@ -47,7 +47,7 @@ class HostedHistories:
         self.large = threading.BoundedSemaphore(LARGE_MESSAGES)
         """For connections about histories, see ``Channel``."""
         self._lock = threading.Lock()
-        self._histories: dict[str, HostedHistory] = {}
+        self._histories: dict[str, DaemonHistory] = {}
         self._users: dict[str, int] = {}
         """Connections of each history."""
         self._shown_by: dict[str, str] = {}
@@ -55,7 +55,7 @@ class HostedHistories:
         self._complaint = ""
         self._background = Background(self._round, SECONDS_BETWEEN_ROUNDS, self._complain)
 
-    def open(self, request: OpenHistory) -> HostedHistory:
+    def open(self, request: OpenHistory) -> DaemonHistory:
         """The history a peer asks for, until it is left.
 
         Raises:
@@ -80,7 +80,7 @@ class HostedHistories:
             self._show(request.fingerprint, request.store)
             return history
 
-    def leave(self, history: HostedHistory) -> None:
+    def leave(self, history: DaemonHistory) -> None:
         """A connection that had opened it has ended."""
         with self._lock:
             self._users[history.fingerprint] -= 1
@@ -107,9 +107,9 @@ class HostedHistories:
         self._background.close()
         self.save()
 
-    def _load(self, request: OpenHistory) -> HostedHistory:
+    def _load(self, request: OpenHistory) -> DaemonHistory:
         try:
-            return HostedHistory(self._archive, request.fingerprint, request.shape)
+            return DaemonHistory(self._archive, request.fingerprint, request.shape)
         except OSError as error:
             raise TraceError(f"the history of model {request.fingerprint} cannot be read: {error}") from None
 
@@ -158,7 +158,7 @@ class HostedHistories:
         if all(saved):
             self._complaint = ""
 
-    def _save(self, history: HostedHistory, at_once: bool = False) -> bool:
+    def _save(self, history: DaemonHistory, at_once: bool = False) -> bool:
         try:
             history.save(at_once)
         except (OSError, OffloadError) as error:

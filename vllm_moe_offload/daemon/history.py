@@ -27,7 +27,7 @@ LATEST_SHARE = 0.1
 """Of the tokens found by prompt embedding, so many make room for those of the latest requests."""
 
 
-class HostedHistory:
+class DaemonHistory:
     """The history of one model. Any thread may use it.
 
     Args:

@@ -10,13 +10,13 @@ from ..cache.cache import ABSENT
 from ..errors import ConfigError
 from ..ipc.arena import Arena
 from ..store.reader import Store
-from .loads import HostedLoad
-from .pool import HostedPool
+from .loads import DaemonLoad
+from .pool import DaemonPool
 
 _AT_A_TIME = 8
 
 
-def import_slots(pool: HostedPool, store: Store, fd: int, experts: NDArray[np.int32], slots: NDArray[np.int32]) -> int:
+def import_slots(pool: DaemonPool, store: Store, fd: int, experts: NDArray[np.int32], slots: NDArray[np.int32]) -> int:
     """Copy what is absent here and right there, as long as slots are free. Takes over ``fd``. Returns how many.
 
     Args:
@@ -48,7 +48,7 @@ def import_slots(pool: HostedPool, store: Store, fd: int, experts: NDArray[np.in
         older.mapping.close()
 
 
-def _begin(pool: HostedPool, experts: NDArray[np.int32]) -> list[HostedLoad]:
+def _begin(pool: DaemonPool, experts: NDArray[np.int32]) -> list[DaemonLoad]:
     with pool.lock:
         pool.placement.release_done()
         absent = experts[pool.cache.slot_of[experts] == ABSENT]
@@ -56,7 +56,7 @@ def _begin(pool: HostedPool, experts: NDArray[np.int32]) -> list[HostedLoad]:
         return pool.in_flight.begin(pool.cache.admit(absent[:room]), pinned=True)
 
 
-def _copy(pool: HostedPool, store: Store, older: Arena, slot: int, load: HostedLoad) -> None:
+def _copy(pool: DaemonPool, store: Store, older: Arena, slot: int, load: DaemonLoad) -> None:
     """Take the record over if it is right; it has arrived then."""
     try:
         pool.arena.allocate(load.slot)

@@ -34,17 +34,17 @@ class Supply(NamedTuple):
     """Flat ids, and why."""
 
 
-class HostedLoad(Load):
+class DaemonLoad(Load):
     """A record on its way into a slot that several may be waiting for. ``arrived`` is called before they go on.
 
     Args:
         flat: the expert's id in the pool.
-        guess_of: the worker on whose guess it was started, if it was.
+        speculated_by: the worker that expects it to be needed, where none waits for it yet.
         pinned: whether its slot has a pin for the load itself, since nobody has asked for it yet.
         arrived: called at its end.
     """
 
-    __slots__ = ("_arrived", "copied", "flat", "guess_of", "pinned")
+    __slots__ = ("_arrived", "copied", "flat", "pinned", "speculated_by")
 
     def __init__(
         self,
@@ -53,13 +53,13 @@ class HostedLoad(Load):
         memory: SlotMemory,
         slot: int,
         flat: int,
-        guess_of: int | None,
+        speculated_by: int | None,
         pinned: bool,
-        arrived: Callable[["HostedLoad"], None],
+        arrived: Callable[["DaemonLoad"], None],
     ):
         super().__init__(layer, expert, memory, slot)
         self.flat = flat
-        self.guess_of = guess_of
+        self.speculated_by = speculated_by
         self.pinned = pinned
         self.copied = False
         """Whether it came from memory instead of the store."""
@@ -73,7 +73,7 @@ class HostedLoad(Load):
 
 
 class InFlightLoads:
-    """Loads from when their slots are taken until they end, and the guesses among them.
+    """Loads from when their slots are taken until they end, and the speculative ones among them.
 
     Methods are called under the pool's lock unless they say otherwise.
 
@@ -92,7 +92,7 @@ class InFlightLoads:
         changed: threading.Condition,
     ):
         self.layer_of = members.layer_of.tolist()
-        self.loads: dict[int, HostedLoad] = {}
+        self.loads: dict[int, DaemonLoad] = {}
         """By expert (flat id)."""
         self.stats = Stats()
         self._number_of = members.number_of.tolist()
@@ -101,45 +101,45 @@ class InFlightLoads:
         self._record_bytes = arena.layout.payload_bytes
         self.speculative = SpeculativeLoads()
 
-    def begin(self, acquired: Acquisition, guess_of: int | None = None, pinned: bool = False) -> list[HostedLoad]:
-        """The loads that an acquisition asks for; see ``HostedLoad`` for the arguments."""
+    def begin(self, acquired: Acquisition, speculated_by: int | None = None, pinned: bool = False) -> list[DaemonLoad]:
+        """The loads that an acquisition asks for; see ``DaemonLoad`` for the arguments."""
         if len(acquired.missing) == 0:
             return []
         pairs = zip(acquired.missing.tolist(), acquired.missing_slots.tolist(), strict=True)
-        begun = [self._load(expert, slot, guess_of, pinned) for expert, slot in pairs]
+        begun = [self._load(expert, slot, speculated_by, pinned) for expert, slot in pairs]
         self.loads.update((load.flat, load) for load in begun)
         assert not self._cache.exposed[acquired.missing_slots].any(), "a slot would be written that may be read"
         self._table.loading[acquired.missing] = 1
-        if guess_of is not None:
+        if speculated_by is not None:
             self.speculative.start(acquired.missing)
             self.stats.prefetches += len(begun)
         return begun
 
-    def forget(self, load: HostedLoad) -> None:
+    def forget(self, load: DaemonLoad) -> None:
         """Nobody will read it, nor waits for it: it never finishes."""
         self._end(load)
         self._cache.cancel(np.array([load.flat]))
         self._reclaimer.mark_dirty(np.array([load.slot]))
         self.speculative.cancel(load.flat)
 
-    def take_back(self, load: HostedLoad) -> None:
-        """As ``forget``, for a guess that turned out wrong before it was read."""
+    def take_back(self, load: DaemonLoad) -> None:
+        """As ``forget``, for a speculative load of what is not needed, before it was read."""
         self.forget(load)
         self.stats.prefetches -= 1
 
-    def wait_for(self, experts: IntArray) -> list[HostedLoad]:
-        """The loads of ``experts`` that are under way; guesses among them come late."""
+    def wait_for(self, experts: IntArray) -> list[DaemonLoad]:
+        """The loads of ``experts`` that are under way; speculative ones among them come late."""
         awaited = [self.loads[expert] for expert in experts.tolist() if expert in self.loads]
         self.stats.prefetch_late += self.speculative.use(np.array([load.flat for load in awaited], dtype=np.int64))
         return awaited
 
-    def wrong_guesses(self, worker: int, experts: IntArray) -> list[HostedLoad]:
+    def mispredicted(self, worker: int, experts: IntArray) -> list[DaemonLoad]:
         """What ``worker`` alone expected of the layer of ``experts``, which are all it needs of it."""
         layer, needed = self.layer_of[int(experts[0])], set(experts.tolist())
         return [
             load
             for load in self.loads.values()
-            if load.guess_of == worker
+            if load.speculated_by == worker
             and load.layer == layer
             and load.flat not in needed
             and self._cache.pins[load.slot] == 1
@@ -153,11 +153,11 @@ class InFlightLoads:
         """``experts`` have lost their slots."""
         self.stats.prefetch_wasted += self.speculative.evict(experts)
 
-    def has(self, load: HostedLoad) -> bool:
+    def has(self, load: DaemonLoad) -> bool:
         """Whether a load has not ended."""
         return self.loads.get(load.flat) is load
 
-    def disown(self, acquired: Acquisition, begun: Sequence[HostedLoad]) -> list[int]:
+    def disown(self, acquired: Acquisition, begun: Sequence[DaemonLoad]) -> list[int]:
         """Whoever wanted what is missing in an acquisition does not want it any more. Idempotent under one lock.
 
         Args:
@@ -182,15 +182,15 @@ class InFlightLoads:
                 void.append(slot)
         return void
 
-    def _load(self, expert: int, slot: int, guess_of: int | None, pinned: bool) -> HostedLoad:
+    def _load(self, expert: int, slot: int, speculated_by: int | None, pinned: bool) -> DaemonLoad:
         layer, number = self.layer_of[expert], self._number_of[expert]
-        return HostedLoad(layer, number, self._arena, slot, expert, guess_of, pinned, self._arrived)
+        return DaemonLoad(layer, number, self._arena, slot, expert, speculated_by, pinned, self._arrived)
 
-    def _end(self, load: HostedLoad) -> None:
+    def _end(self, load: DaemonLoad) -> None:
         del self.loads[load.flat]
         self._table.loading[load.flat] = 0
 
-    def _arrived(self, load: HostedLoad) -> None:
+    def _arrived(self, load: DaemonLoad) -> None:
         """A load has ended, well or not: called by the thread that read it."""
         with self._changed:
             if load.error is not None:

@@ -19,7 +19,7 @@ from ..store.reader import Store
 from ..threads import ReportedThread
 from .budget import PoolSize, bytes_for, slots_within
 from .entries import Entries
-from .pool import HostedPool
+from .pool import DaemonPool
 from .workers import Worker
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ _LOOK_SECONDS = 0.25
 _BUSY_SECONDS = 0.001
 
 
-class HostedModel:
+class DaemonModel:
     """Thread-safe.
 
     Args:
@@ -58,7 +58,7 @@ class HostedModel:
         self._complaint = ""
         self._loader = RecordLoader(store, cpus=io_cpus)
         self.pools = [
-            HostedPool(self.name[:8], store, members.layout, self._loader, policy, 0, self._maintenance_due.set)
+            DaemonPool(self.name[:8], store, members.layout, self._loader, policy, 0, self._maintenance_due.set)
             for members in pools_of(store.layers)
         ]
         self.sizes = [PoolSize(pool.experts, pool.layout.payload_bytes, slot_bytes(pool.layout)) for pool in self.pools]
@@ -152,7 +152,7 @@ class HostedModel:
         for pool in self.pools:
             pool.freeze()
 
-    def is_alike(self, other: "HostedModel") -> bool:
+    def is_alike(self, other: "DaemonModel") -> bool:
         """Whether experts have the same ids in both: tensor-parallel slices of one model."""
         shapes = [[(entry.name, entry.experts) for entry in model.store.layers] for model in (self, other)]
         whole = [model.store.identity.facts.get("expert_parallel", [0, 1])[1] == 1 for model in (self, other)]

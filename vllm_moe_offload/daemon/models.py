@@ -17,7 +17,7 @@ from ..store.manifest import RECORDS_NAME
 from ..store.reader import Store
 from ..threads import ReportedThread
 from .budget import Claim, split
-from .model import HostedModel
+from .model import DaemonModel
 from .workers import Worker
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ _File = tuple[int, int]
 """Device and inode of a store's records: a store built again is another one."""
 
 
-class HostedModels:
+class DaemonModels:
     """Thread-safe.
 
     Args:
@@ -57,7 +57,7 @@ class HostedModels:
     ):
         self._root, self._budget, self._shares = root, budget_bytes, dict(shares)
         self._policy, self._io_cpus = policy, io_cpus
-        self._models: dict[_File, HostedModel] = {}
+        self._models: dict[_File, DaemonModel] = {}
         self._dividing = threading.RLock()
         """Held while models come, go, or change size."""
         self._closing = threading.Event()
@@ -112,7 +112,7 @@ class HostedModels:
             while self._models:
                 self._models.popitem()[1].close()
 
-    def _open(self, name: str) -> tuple[_File, HostedModel]:
+    def _open(self, name: str) -> tuple[_File, DaemonModel]:
         if not _NAME.fullmatch(name):
             raise StoreError(f"store {name!r}: a store is named by its fingerprint, 32 hexadecimal digits")
         path = self._root / name
@@ -131,10 +131,10 @@ class HostedModels:
                 raise StoreError(
                     f"store {path} was built as {store.identity.fingerprint}; remove it and build it again"
                 )
-            self._models[file] = HostedModel(store, self._policy, self._io_cpus)
+            self._models[file] = DaemonModel(store, self._policy, self._io_cpus)
         return file, self._models[file]
 
-    def _make_room(self, file: _File, model: HostedModel, request: Attach) -> bool:
+    def _make_room(self, file: _File, model: DaemonModel, request: Attach) -> bool:
         """Divide the budget anew with another worker of ``model``. Returns whether it is held whole for the worker."""
         claims = self._claims()
         wanted = max(model.wanted_bytes, request.wanted_bytes, 1)
@@ -169,7 +169,7 @@ class HostedModels:
     def _claims(self) -> dict[_File, Claim]:
         return {file: self._claim(model) for file, model in self._models.items()}
 
-    def _claim(self, model: HostedModel) -> Claim:
+    def _claim(self, model: DaemonModel) -> Claim:
         ceiling = model.full_bytes
         if share := self._share_of(model):
             ceiling = min(ceiling, self._shares[share])
@@ -177,7 +177,7 @@ class HostedModels:
         floor = model.full_bytes if model.leased else model.promised
         return Claim(floor, max(floor, ceiling), wanted, model.held_bytes, model.pressure)
 
-    def _share_of(self, model: HostedModel) -> str:
+    def _share_of(self, model: DaemonModel) -> str:
         """The name under which the operator has limited it."""
         path = Path(model.store.identity.model)
         hub = [part.removeprefix("models--").replace("--", "/") for part in path.parts if part.startswith("models--")]
@@ -212,11 +212,11 @@ class HostedModels:
                 return held
             time.sleep(_NAP_SECONDS)
 
-    def _close_if_idle(self, file: _File, model: HostedModel, keep: bool) -> None:
+    def _close_if_idle(self, file: _File, model: DaemonModel, keep: bool) -> None:
         if not model.workers and not keep and self._models.pop(file, None) is not None:
             model.close()
 
-    def _with_same_experts(self, model: HostedModel, group: str) -> list[Worker]:
+    def _with_same_experts(self, model: DaemonModel, group: str) -> list[Worker]:
         """The workers of an engine that compute with other slices of the experts of ``model``."""
         if not group:
             return []
@@ -261,9 +261,9 @@ class HostedModels:
                 half = {file: self._models[file].budget + change // 2 for file, change in changes.items()}
                 self._resize(half, patience=1.0)
 
-    def _others(self, model: HostedModel) -> str:
+    def _others(self, model: DaemonModel) -> str:
         return ", ".join(_name(other) for other in self._models.values() if other is not model) or "nobody else"
 
 
-def _name(model: HostedModel) -> str:
+def _name(model: DaemonModel) -> str:
     return f"{model.store.identity.model or 'the model'} (store {model.name})"

@@ -91,11 +91,11 @@ class Placement:
             if not self._some_are_leaving():
                 return
 
-    def guess(self, absent: IntArray, resident: IntArray, in_flight: int) -> Acquisition:
+    def place_speculative(self, absent: IntArray, resident: IntArray, in_flight: int) -> Acquisition:
         """Pin as many of the ``absent`` experts of a layer, best first, as fit without waiting.
 
         Args:
-            resident: those of the layer that are guessed at as well, and stay.
+            resident: those of the layer that are expected to be needed as well, and stay.
             in_flight: loads that have not ended.
         """
         if len(absent) == 0:

@@ -1,4 +1,4 @@
-"""One pool of a hosted model: gives every attached worker the experts it waits for, in slots that all of them share.
+"""A pool of a model in the daemon: gives every attached worker the experts it waits for, in slots that all share.
 
 Cache decisions are taken under the pool's lock, reads are made outside of it. It must never hold the lock while it
 waits for a disk or a worker, never make one worker wait until another goes on, and never tell anyone of a slot whose
@@ -22,14 +22,14 @@ from ..stats import Stats
 from ..store.layout import RecordLayout
 from ..store.pools import PoolMembers
 from ..store.reader import Store
-from .loads import HostedLoad, InFlightLoads, Supply
+from .loads import DaemonLoad, InFlightLoads, Supply
 from .pins import WorkerPins
 from .placement import Placement
 from .reclaim import SlotReclaimer
 from .shared_policy import SharedPredictions
 
 
-class HostedPool:
+class DaemonPool:
     """The slots of all layers of a store that have one layout, shared by the workers attached to it.
 
     Thread-safe: each worker's calls come from one thread, those of different workers at the same time.
@@ -161,8 +161,8 @@ class HostedPool:
                 started = sum(len(self.begin(ahead, pinned=True)) for ahead in self.placement.stream_ahead(absent))
                 self.stats.streamed += started
             else:
-                guesses = self.placement.guess(absent, resident, len(self.in_flight.loads))
-                started = len(self.begin(guesses, worker, pinned=True))
+                ahead = self.placement.place_speculative(absent, resident, len(self.in_flight.loads))
+                started = len(self.begin(ahead, worker, pinned=True))
         if self.reclaimer.running_low:
             self._request_maintenance()
         return started
@@ -177,18 +177,18 @@ class HostedPool:
             return not self.reclaimer.settled
 
     def begin(
-        self, acquired: Acquisition, guess_of: int | None = None, pinned: bool = False, joined: bool = False
-    ) -> list[HostedLoad]:
-        """Load what an acquisition asks for; see ``HostedLoad`` and ``start`` for the arguments. Under the lock.
+        self, acquired: Acquisition, speculated_by: int | None = None, pinned: bool = False, joined: bool = False
+    ) -> list[DaemonLoad]:
+        """Load what an acquisition asks for; see ``DaemonLoad`` and ``start`` for the arguments. Under the lock.
 
         The loader has the loads before anybody can see them: whoever joins one waits for no other thread to start it.
         """
         try:
-            begun = self.in_flight.begin(acquired, guess_of, pinned)
+            begun = self.in_flight.begin(acquired, speculated_by, pinned)
         except BaseException:
             self.in_flight.disown(acquired, [])
             raise
-        self.loader.start(begun, guesses=guess_of is not None, joined=joined)
+        self.loader.start(begun, speculative=speculated_by is not None, joined=joined)
         return begun
 
     def freeze(self) -> None:
@@ -235,7 +235,7 @@ class HostedPool:
         try:
             demand.joined.extend(self.in_flight.wait_for(experts))
             demand.own.extend(self.begin(demand.acquired, joined=True))
-            self._take_back_wrong_guesses(worker, experts)
+            self._take_back_mispredicted(worker, experts)
             self.stats.demands += 1
             self.stats.joined += len(demand.joined)
             self.stats.missed_bytes += len(demand.loads) * self.layout.payload_bytes
@@ -247,11 +247,11 @@ class HostedPool:
             raise
         return demand
 
-    def _take_back_wrong_guesses(self, worker: int, experts: NDArray[np.int32]) -> None:
+    def _take_back_mispredicted(self, worker: int, experts: NDArray[np.int32]) -> None:
         """Those whose reading has not begun."""
         if len(experts) and self.in_flight.loads:
-            for load in self.loader.withdraw(self.in_flight.wrong_guesses(worker, experts)):
-                assert isinstance(load, HostedLoad)
+            for load in self.loader.withdraw(self.in_flight.mispredicted(worker, experts)):
+                assert isinstance(load, DaemonLoad)
                 self.in_flight.take_back(load)
 
     def _note_evicted(self, experts: IntArray) -> None:
@@ -283,9 +283,9 @@ class _Demand(NamedTuple):
     """What a demand has pinned and waits for."""
 
     acquired: Acquisition
-    own: list[HostedLoad]
-    joined: list[HostedLoad]
+    own: list[DaemonLoad]
+    joined: list[DaemonLoad]
 
     @property
-    def loads(self) -> list[HostedLoad]:
+    def loads(self) -> list[DaemonLoad]:
         return [*self.own, *self.joined]

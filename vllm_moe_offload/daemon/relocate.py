@@ -9,8 +9,8 @@ import numpy as np
 
 from ..cache.base import IntArray
 from ..cache.cache import FREE
-from .loads import HostedLoad
-from .pool import HostedPool
+from .loads import DaemonLoad
+from .pool import DaemonPool
 
 PATIENCE_SECONDS = 20.0
 """How long a lease waits while nothing can be moved."""
@@ -20,7 +20,7 @@ _MOVES = 4
 _READS = 64
 
 
-def lease(pool: HostedPool, worker: int) -> bool:
+def lease(pool: DaemonPool, worker: int) -> bool:
     """Move every expert to its own slot and pin it there. Blocks; the pool's limit must allow it.
 
     Returns:
@@ -44,7 +44,7 @@ def lease(pool: HostedPool, worker: int) -> bool:
     return True
 
 
-def _pin_all(pool: HostedPool, worker: int) -> list[HostedLoad] | None:
+def _pin_all(pool: DaemonPool, worker: int) -> list[DaemonLoad] | None:
     """Returns what is under way for the lease then, or None where it cannot be."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     try:
@@ -62,7 +62,7 @@ def _pin_all(pool: HostedPool, worker: int) -> list[HostedLoad] | None:
             pool.reclaimer.withheld.clear()
 
 
-def _acquire(pool: HostedPool, worker: int) -> list[HostedLoad]:
+def _acquire(pool: DaemonPool, worker: int) -> list[DaemonLoad]:
     everything = np.arange(pool.experts, dtype=np.int32)
     pool.reclaimer.withheld.clear()
     joined = list(pool.in_flight.loads.values())
@@ -73,12 +73,12 @@ def _acquire(pool: HostedPool, worker: int) -> list[HostedLoad]:
     return [*joined, *begun]
 
 
-def _all_in_place(pool: HostedPool) -> bool:
+def _all_in_place(pool: DaemonPool) -> bool:
     slots = np.flatnonzero(pool.cache.expert_of != FREE)
     return bool((pool.cache.expert_of[slots] == slots).all())
 
 
-def _move_some(pool: HostedPool) -> bool:
+def _move_some(pool: DaemonPool) -> bool:
     """Move a few experts whose own slots are free, or if none is, empty one slot, where nobody is reading any more.
 
     Returns whether anything changed.
@@ -100,7 +100,7 @@ def _move_some(pool: HostedPool) -> bool:
     return len(unread) > 0
 
 
-def _move(pool: HostedPool, expert: int) -> None:
+def _move(pool: DaemonPool, expert: int) -> None:
     old, only = int(pool.cache.slot_of[expert]), np.array([expert])
     pool.arena.allocate(expert)
     for source, target in zip(pool.arena.slot(old), pool.arena.slot(expert), strict=True):
@@ -111,7 +111,7 @@ def _move(pool: HostedPool, expert: int) -> None:
     pool.reclaimer.publish(only)
 
 
-def _evict(pool: HostedPool, experts: IntArray) -> None:
+def _evict(pool: DaemonPool, experts: IntArray) -> None:
     slots = pool.cache.slot_of[experts]
     pool.in_flight.note_evicted(experts)
     pool.cache.forget(experts)

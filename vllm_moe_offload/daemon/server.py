@@ -18,7 +18,7 @@ from ..ipc.credentials import Peer, peer_of
 from ..ipc.protocol import Refused, Request, StatusReport
 from ..ipc.transport import Channel, PeerError
 from ..threads import ReportedThread, failed_threads
-from .histories import HostedHistories
+from .histories import DaemonHistories
 from .session import MAX_FDS, Models, Session
 from .socket_file import SocketFile
 
@@ -48,7 +48,7 @@ class DaemonServer:
         self,
         socket_file: SocketFile,
         models: Models,
-        histories: HostedHistories,
+        histories: DaemonHistories,
         budget_bytes: int,
         group: int | None,
         leave_after: float | None,

@@ -39,8 +39,8 @@ from ..ipc.protocol import (
 )
 from ..ipc.trace_codec import pack_trace, unpack_embedding, unpack_trace
 from ..ipc.transport import PEER_SECONDS, Channel, PeerError
-from .histories import HostedHistories
-from .history import HostedHistory
+from .histories import DaemonHistories
+from .history import DaemonHistory
 
 if TYPE_CHECKING:
     from .workers import Worker  # reads stores, which a daemon that finds another one running never does
@@ -73,7 +73,7 @@ class Daemon(Protocol):
     """What a session may do with the daemon as a whole."""
 
     models: Models
-    histories: HostedHistories
+    histories: DaemonHistories
 
     def status(self) -> StatusReport: ...
     def stop(self, reason: str) -> None: ...
@@ -93,7 +93,7 @@ class Session:
         self._peer = peer
         self._daemon = daemon
         self._worker: Worker | None = None
-        self._history: HostedHistory | None = None
+        self._history: DaemonHistory | None = None
 
     @property
     def keeps_daemon(self) -> bool:
@@ -232,7 +232,7 @@ class Session:
             raise PeerError(f"sent {type(request).__name__} before Attach")
         return self._worker
 
-    def _opened(self, request: Request) -> HostedHistory:
+    def _opened(self, request: Request) -> DaemonHistory:
         if self._history is None:
             raise PeerError(f"sent {type(request).__name__} before OpenHistory")
         return self._history

@@ -22,12 +22,12 @@ from ..ipc.protocol import (
 from ..pool.loader import DamagedRecordError
 from ..store.reader import Store
 from .import_slots import import_slots
-from .pool import HostedPool
+from .pool import DaemonPool
 from .relocate import lease
 
 
 class Worker:
-    """One rank of an engine, attached to one model. ``HostedModel.attach`` makes it.
+    """One rank of an engine, attached to one model. ``DaemonModel.attach`` makes it.
 
     It is *attached* until ``detach`` (it left, it died, or it broke the protocol: its session ends, however) or
     ``outlive`` (the daemon ends first). What it has, and who frees it:
@@ -35,12 +35,12 @@ class Worker:
     ======================  =============================  ============================================================
     what                    taken by                       freed by
     ======================  =============================  ============================================================
-    its entry in the        ``HostedModel.attach``         ``detach``: cleared at once, given to another worker as late
+    its entry in the        ``DaemonModel.attach``         ``detach``: cleared at once, given to another worker as late
     tables                                                 as possible (``Entries``)
     pins of its tickets     ``demand``                     the worker, which writes the ticket's number to its entry;
                                                            what is left then, ``detach``
     pins of its lease       ``take_lease``                 ``take_lease`` where it does not come about; else ``detach``
-    memory it was promised  ``HostedModels.attach``        ``detach``: the next division of the memory is without it
+    memory it was promised  ``DaemonModels.attach``        ``detach``: the next division of the memory is without it
     arena and table         it maps them                   its process; the descriptors stay the model's
     its connection          the server                     its session, which calls ``detach``
     ======================  =============================  ============================================================
@@ -68,7 +68,7 @@ class Worker:
         request: Attach,
         leased: bool,
         least_bytes: int,
-        pools: Sequence[HostedPool],
+        pools: Sequence[DaemonPool],
         store: Store,
         fds: list[int],
         same_experts: Callable[[], Iterable["Worker"]],
@@ -158,7 +158,7 @@ class Worker:
             self._attached = False
             self._leave(self)
 
-    def _pool(self, number: int) -> HostedPool:
+    def _pool(self, number: int) -> DaemonPool:
         if not 0 <= number < len(self._pools):
             raise ValueError(f"there is no pool {number}: the model has {len(self._pools)}")
         return self._pools[number]

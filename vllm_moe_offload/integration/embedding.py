@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from ..extensions import load_object
 from ..trace.prompt_embedding import TokenRows, mean_embedding
 
-logger = init_logger("vllm.moe_offload")
+logger = init_logger(__name__)
 
 PromptEmbedding = NDArray[np.float32]
 """The vector ``[D]`` of a prompt, of any length."""
@@ -64,7 +64,7 @@ class UserEmbedder:
             if len(vector) != self.width:
                 raise ValueError(f"{len(vector)} numbers after {self.width} before")
         except Exception as error:
-            logger.error("moe-offload: embedding = %r: %s: %s", self.setting, type(error).__name__, error)
+            logger.error("embedding = %r: %s: %s", self.setting, type(error).__name__, error)
             vector = np.zeros(self.width, np.float32)
         return vector
 

@@ -26,7 +26,7 @@ FROM_ENVIRONMENT = "moe_offload_from_environment"
 FROM_COMMAND_LINE = "moe_offload_from_command_line"
 """Attribute of engine arguments whose user sits at a terminal."""
 
-logger = init_logger("vllm.moe_offload")
+logger = init_logger(__name__)
 
 
 def install() -> None:
@@ -87,7 +87,7 @@ def _resolve_first(create: Callable[..., Any]) -> Callable[..., Any]:
             requested = _with_request(self.additional_config)
             config, sentences = resolve(requested, os.environ)
             for sentence in sentences:
-                logger.warning("moe-offload: %s", sentence)
+                logger.warning("%s", sentence)
             if config is None:
                 return create(self, *args, **kwargs)
             settings = config.model_dump(mode="json", exclude_unset=True, exclude_none=True)

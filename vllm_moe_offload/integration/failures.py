@@ -17,7 +17,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from .failure_board import FailureBoard, board_bytes, create_board_file, map_board_file
 
-logger = init_logger("vllm.moe_offload")
+logger = init_logger(__name__)
 
 
 class _RunningStep(NamedTuple):
@@ -50,9 +50,7 @@ class StepFailures:
             SystemExit: the other ranks cannot be reached.
         """
         if self._board is None:
-            logger.error(
-                "moe-offload: the engine ends, because its ranks share no memory in which to fail requests: %s", reason
-            )
+            logger.error("the engine ends, because its ranks share no memory in which to fail requests: %s", reason)
             raise SystemExit(f"moe-offload: {reason}")
         place = {request: index for index, request in enumerate(self._step.requests)}
         self._board.post(self._step.number, [place[request] for request in requests], reason)
@@ -84,7 +82,7 @@ class StepFailures:
         if not failed:
             return output
         for reason in sorted(set(failed.values())):
-            logger.error("moe-offload: failing %d request(s): %s", list(failed.values()).count(reason), reason)
+            logger.error("failing %d request(s): %s", list(failed.values()).count(reason), reason)
         output = copy(output)  # vLLM shares its empty output
         output.moe_offload_failed = {step.requests[index]: reason for index, reason in failed.items()}
         return output
@@ -112,9 +110,7 @@ def connect_ranks(requests: int) -> StepFailures:
         return StepFailures(FailureBoard(mmap.mmap(-1, size), ranks=1, rank=0, requests=requests))
     memory = _shared_memory(group, size)
     if memory is None:
-        logger.warning(
-            "moe-offload: the ranks of this engine share no memory: a record that cannot be read ends the engine"
-        )
+        logger.warning("the ranks of this engine share no memory: a record that cannot be read ends the engine")
         return StepFailures(None)
     board = FailureBoard(memory, group.world_size, group.rank_in_group, requests)
     return StepFailures(board, partial(torch.distributed.barrier, group=group.cpu_group))
@@ -127,7 +123,7 @@ def _shared_memory(group: Any, size: int) -> mmap.mmap | None:
         try:
             path = create_board_file(size)
         except OSError as error:
-            logger.warning("moe-offload: no memory to share between ranks: %s", error)
+            logger.warning("no memory to share between ranks: %s", error)
     path = group.broadcast_object(path)
     memory = None if path is None else map_board_file(path, size)
     mapped: list[bool] = [False] * group.world_size

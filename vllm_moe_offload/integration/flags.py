@@ -23,7 +23,7 @@ from .engine_config import FROM_COMMAND_LINE, exit_on_error
 
 _PREFIX = "moe_offload_"
 
-logger = init_logger("vllm.moe_offload")
+logger = init_logger(__name__)
 
 
 def install() -> None:
@@ -81,7 +81,7 @@ def _with_flags(additional_config: dict[str, Any], flags: dict[str, Any]) -> dic
     settings = settings_from_additional_config(additional_config) or {}
     merged, sentences = merge_settings(flags, settings, "the --moe-offload flags", "--additional-config")
     for sentence in sentences:
-        logger.warning("moe-offload: %s", sentence)
+        logger.warning("%s", sentence)
     return {**additional_config, ADDITIONAL_CONFIG_KEY: merged or True}
 
 

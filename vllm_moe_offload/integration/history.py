@@ -34,7 +34,7 @@ from ..trace.trace import Trace
 from ..trace.trace_recording import TraceRecording
 from .embedding import PromptEmbedder, UserEmbedder
 
-logger = init_logger("vllm.moe_offload")
+logger = init_logger(__name__)
 
 SECONDS_BETWEEN_ROUNDS = 5.0
 
@@ -97,7 +97,7 @@ class RoutingHistory:
         if self._recorder.unsound_tokens and not self._warned_of_unsound_tokens:
             self._warned_of_unsound_tokens = True
             logger.warning(
-                "moe-offload: tokens are left out of history and trace, because a router gave weights that are not "
+                "tokens are left out of history and trace, because a router gave weights that are not "
                 "finite, negative or all zero, or an expert that is none (counted as unsound_tokens)"
             )
         if self.kept is not None:
@@ -161,7 +161,7 @@ def trace_recording(
     suffix = "".join(f".{name}{rank}" for name, rank in (("pp", stage), ("dp", replica)) if rank)
     path = config.trace.with_name(f"{config.trace.stem}{suffix}{config.trace.suffix}")
     name = Path(vllm_config.model_config.model).name
-    logger.info("moe-offload: recording a trace of every request in %s", path)
+    logger.info("recording a trace of every request in %s", path)
     return TraceRecording(path, shape, name, fingerprint)
 
 
@@ -187,7 +187,7 @@ def persistent_history(
         first = vllm_config.parallel_config.data_parallel_rank == 0
         kept = LocalHistory(_archive(config), fingerprint, shape, first and writes_files())
     logger.info(
-        "moe-offload: predicting by '%s', from %d tokens of %d earlier requests",
+        "predicting by '%s', from %d tokens of %d earlier requests",
         config.predictor,
         kept.history.num_tokens,
         kept.history.num_requests,
@@ -210,12 +210,12 @@ def _archive(config: OffloadConfig) -> HistoryArchive | None:
         return archive
     if config.history is not None:
         raise ConfigError(f"history = {config.history!r}: {problem}; name a folder that can be written, or 'off'")
-    logger.warning("moe-offload: the history stays in memory and ends with this engine: %s", problem)
+    logger.warning("the history stays in memory and ends with this engine: %s", problem)
     return None
 
 
 def _complain(error: Exception) -> None:
-    logger.error("moe-offload: %s: %s", type(error).__name__, error)
+    logger.error("%s: %s", type(error).__name__, error)
 
 
 @contextmanager

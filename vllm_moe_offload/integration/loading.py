@@ -30,7 +30,7 @@ from .streaming import DIRECT_WRITERS, DirectlyWrittenLayers, StreamedLayer, ref
 from .support import refuse_loading, refuse_method, refuse_unsupported
 from .tensors import NOT_EXPERT_WEIGHTS, as_bytes, expert_tensors, record_layout
 
-logger = init_logger("vllm.moe_offload")
+logger = init_logger(__name__)
 
 _worker: ContextVar["WorkerLoading | None"] = ContextVar("moe_offload_worker", default=None)
 _loading: ContextVar["ModelOffload | None"] = ContextVar("moe_offload_loading", default=None)
@@ -168,13 +168,13 @@ class ModelOffload:
         identity = store_identity(self._vllm_config, self._model_config, model, self.layers, facts, checkpoint.folder)
         found = root.open_or_build(identity)
         if isinstance(found, Store):
-            logger.info("moe-offload: experts come from store %s", found.path)
+            logger.info("experts come from store %s", found.path)
             self._store = found
             for layer, _ in self.layers.values():
                 _pass_over_weights(layer)
             yield
             return
-        logger.info("moe-offload: building store %s", root.path / identity.fingerprint)
+        logger.info("building store %s", root.path / identity.fingerprint)
         self._writer = found
         directly_written = DirectlyWrittenLayers(self._receive(checkpoint.mapped))
         with directly_written:

@@ -1,4 +1,4 @@
-"""Passes on to vLLM's log what the rooms that do not know vLLM log, under this plugin's name."""
+"""Passes on to vLLM's log what this package logs, under this plugin's name."""
 
 import logging
 

@@ -26,7 +26,7 @@ from ..store.layout import RecordLayout
 from ..store.reader import Store
 from .method import OffloadedLayers
 
-logger = init_logger("vllm.moe_offload")
+logger = init_logger(__name__)
 
 SPARE_SHARE = 0.9
 """Of the memory that is free when all weights are loaded, this much may become slots and KV cache."""
@@ -68,7 +68,7 @@ class ModelSlots(NamedTuple):
 
     pools: Mapping[str, HostPool]
     """By layer."""
-    counters: Stats
+    stats: Stats
     resident: bool
     """Whether every expert is to stay in the slot of its own number."""
     daemon: DaemonClient | None
@@ -126,7 +126,7 @@ def slots_of_models(
     shares = [budget.nbytes * model.expert_bytes // total for model in models]
     with_pages = [bytes_with_pages(share, model.store) for share, model in zip(shares, models, strict=True)]
     daemon_bytes = vllm_config.parallel_config.world_size * sum(with_pages)
-    counters = [Stats() for _ in models]
+    stats = [Stats() for _ in models]
     daemons = [
         attach_to_daemon(
             vllm_config,
@@ -136,7 +136,7 @@ def slots_of_models(
             budget.nbytes >= total,
             [need.minimum for need in model.needs().values()],
             io_cpus,
-            counters[number],
+            stats[number],
             number,
             daemon_bytes,
         )
@@ -148,12 +148,12 @@ def slots_of_models(
     found = []
     for number, (model, daemon) in enumerate(zip(models, daemons, strict=True)):
         if daemon is not None:
-            found.append(ModelSlots(daemon.pools, counters[number], daemon.lease, daemon))
+            found.append(ModelSlots(daemon.pools, stats[number], daemon.lease, daemon))
             continue
         of_model = {layout: count for (owner, layout), count in slots.items() if owner == number}
         resident = all(count == needs[number, layout].experts for layout, count in of_model.items())
         pools = local_pools(model.store, of_model, config.policy, io_cpus)
-        found.append(ModelSlots(pools, counters[number], resident, None))
+        found.append(ModelSlots(pools, stats[number], resident, None))
     return found
 
 
@@ -173,7 +173,7 @@ def attach_to_daemon(
     wants_all: bool,
     least_slots: list[int],
     io_cpus: set[int],
-    counters: Stats,
+    stats: Stats,
     model: int,
     daemon_bytes: int,
 ) -> DaemonClient | None:
@@ -198,12 +198,12 @@ def attach_to_daemon(
         rank=get_tensor_model_parallel_rank(),
         least_slots=least_slots,
     )
-    client = join_daemon(config.daemon, request, store, config.policy, daemon_bytes, io_cpus, counters)
+    client = join_daemon(config.daemon, request, store, config.policy, daemon_bytes, io_cpus, stats)
     if client is not None:
-        logger.info("moe-offload: experts are kept by the daemon (pid %d) at %s", client.daemon_pid, client.path)
+        logger.info("experts are kept by the daemon (pid %d) at %s", client.daemon_pid, client.path)
         if "policy" in config.model_fields_set and config.daemon != "start":
             logger.info(
-                "moe-offload: policy = %r is used while there is no daemon; the daemon evicts by its own --policy",
+                "policy = %r is used while there is no daemon; the daemon evicts by its own --policy",
                 config.policy,
             )
     return client

@@ -31,7 +31,7 @@ from .embedding import prompt_embedder, token_rows
 from .history import RoutingHistory, history_fingerprint, persistent_history, trace_recording
 from .method import OffloadedLayers
 
-logger = init_logger("vllm.moe_offload")
+logger = init_logger(__name__)
 
 MOST_TOKENS = 8192
 """Of one request, the history sees its last so many."""
@@ -65,7 +65,7 @@ def build_prediction(
     except UnsupportedError as error:
         if config.predictor_is_explicit or config.trace is not None:
             raise
-        logger.warning("moe-offload: serving without prediction: %s", error)
+        logger.warning("serving without prediction: %s", error)
         return None
 
 
@@ -80,7 +80,7 @@ def _build(
 ) -> RoutingHistory:
     shape = model_shape(layers)
     _refuse_unknown_rows(vllm_config)
-    switch = Switch(partial(_log_end_of_prediction, runtime.counters))
+    switch = Switch(partial(_log_end_of_prediction, runtime.stats))
     gate = _gate_predictor(model, layers, shape, switch) if config.predictor == "gate" else None
     embeddings = token_rows(model)
     embed = prompt_embedder(config.embedding, embeddings and embeddings[0])
@@ -98,7 +98,7 @@ def _build(
         _prefetch(predictor, layers, runtime, switch)
     recorder = Recorder(shape, MOST_TOKENS if trace is None else None)
     history = RoutingHistory(recorder, trace, kept, predictor, learning, switch, cpus)
-    stop_all = Switch(partial(_stop_all, runtime.counters, recorder, switch))
+    stop_all = Switch(partial(_stop_all, runtime.stats, recorder, switch))
     runtime.tracer = RoutingTracer(recorder, history.request_ended, embed, history.later, stop_all)
     for number, (_, method) in enumerate(layers.values()):
         method.traced = runtime, number
@@ -120,19 +120,19 @@ def _prefetch(predictor: Predictor, layers: OffloadedLayers, runtime: OffloadRun
     load_seconds = 1e-4 + record / 2e9
     in_the_way = load_seconds * min(1.0, CHUNK_BYTES / record)
     estimates = Estimates(load_seconds, layer_seconds=1e-3, chunk_seconds=in_the_way)
-    runtime.prefetcher = Prefetcher(predictor, prefetched, estimates, time.perf_counter, runtime.counters, switch)
+    runtime.prefetcher = Prefetcher(predictor, prefetched, estimates, time.perf_counter, runtime.stats, switch)
 
 
-def _log_end_of_prediction(counters: Stats, reason: str) -> None:
-    counters.prediction_failures += 1
-    logger.error("moe-offload: prediction is switched off for this engine: %s", reason)
+def _log_end_of_prediction(stats: Stats, reason: str) -> None:
+    stats.prediction_failures += 1
+    logger.error("prediction is switched off for this engine: %s", reason)
 
 
-def _stop_all(counters: Stats, recorder: Recorder, prediction: Switch, reason: str) -> None:
+def _stop_all(stats: Stats, recorder: Recorder, prediction: Switch, reason: str) -> None:
     prediction.off = True
-    counters.prediction_failures += 1
+    stats.prediction_failures += 1
     recorder.forget()
-    logger.error("moe-offload: prediction, history and traces are switched off for this engine: %s", reason)
+    logger.error("prediction, history and traces are switched off for this engine: %s", reason)
 
 
 def model_shape(layers: OffloadedLayers) -> ModelShape:

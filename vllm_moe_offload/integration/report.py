@@ -9,7 +9,7 @@ from vllm.logger import init_logger
 from ..sizes import size_text
 from ..stats import STATISTICS, Number, Statistic, Stats
 
-logger = init_logger("vllm.moe_offload")
+logger = init_logger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -42,7 +42,7 @@ class StatsReport:
         hits, misses = stats.hits - before.hits, stats.misses - before.misses
         if hits + misses:
             logger.info(
-                "moe-offload: %.1f%% of %d %sexperts were in fast memory; %s",
+                "%.1f%% of %d %sexperts were in fast memory; %s",
                 100 * hits / (hits + misses),
                 hits + misses,
                 self._owner,
@@ -71,12 +71,12 @@ class ChunkReport:
     Every such step reads the experts of all layers again, so longer ones read less per token.
 
     Args:
-        counters: of the model's runtime.
+        stats: of the model's runtime.
         most_tokens: what the engine schedules at most for one step: vLLM's ``max_num_batched_tokens``.
     """
 
-    def __init__(self, counters: Stats, most_tokens: int):
-        self._counters = counters
+    def __init__(self, stats: Stats, most_tokens: int):
+        self._stats = stats
         self._most_tokens = most_tokens
         self._began = 0.0
         self._stalled = 0.0
@@ -87,7 +87,7 @@ class ChunkReport:
         """A step of so many tokens starts."""
         self._watches = tokens >= self._most_tokens and not self._said
         if self._watches:
-            self._began, self._stalled = time.perf_counter(), self._counters.stall_seconds
+            self._began, self._stalled = time.perf_counter(), self._stats.stall_seconds
 
     def end_step(self) -> None:
         """The forward pass of the step is over."""
@@ -95,11 +95,11 @@ class ChunkReport:
             return
         self._watches = False
         seconds = time.perf_counter() - self._began
-        stalled = self._counters.stall_seconds - self._stalled
+        stalled = self._stats.stall_seconds - self._stalled
         if stalled > seconds / 2:
             self._said = True
             logger.info(
-                "moe-offload: a prefill step of %d tokens waited for experts for %.2f of %.2f s; steps of more tokens "
+                "a prefill step of %d tokens waited for experts for %.2f of %.2f s; steps of more tokens "
                 "read experts less often: raise --max-num-batched-tokens (now %d)",
                 self._most_tokens,
                 stalled,

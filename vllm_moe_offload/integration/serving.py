@@ -25,7 +25,7 @@ from .report import ChunkReport, StatsReport
 if TYPE_CHECKING:
     from .history import RoutingHistory
 
-logger = init_logger("vllm.moe_offload")
+logger = init_logger(__name__)
 
 GRAPH_KEY = "moe_offload_graph"
 """Key of ``additional_config`` that is only hashed, never read."""
@@ -45,7 +45,7 @@ class ServedModel:
         self._expert_bytes = model.expert_bytes
         self._daemon = slots.daemon
         self._resident = slots.resident
-        self.runtime = OffloadRuntime(model.store, slots.pools, slots.counters, slots.daemon)
+        self.runtime = OffloadRuntime(model.store, slots.pools, slots.stats, slots.daemon)
         for name, (layer, method) in model.layers.items():
             self._attach(name, layer, method)
         if self._resident:
@@ -56,11 +56,11 @@ class ServedModel:
         """The step whose forward pass is running."""
         self._closed = False
         self._history = self._build_prediction(model, config, io_cpus)
-        self._report = StatsReport(self.runtime.counters, self._measure, "the drafter's " if drafts else "")
-        self._chunks = ChunkReport(self.runtime.counters, self._vllm_config.scheduler_config.max_num_batched_tokens)
+        self._report = StatsReport(self.runtime.stats, self._measure, "the drafter's " if drafts else "")
+        self._chunks = ChunkReport(self.runtime.stats, self._vllm_config.scheduler_config.max_num_batched_tokens)
         if not model.store.direct:
             logger.warning(
-                "moe-offload: the file system of %s has no O_DIRECT: records are read through a bounded buffered path",
+                "the file system of %s has no O_DIRECT: records are read through a bounded buffered path",
                 model.store.path,
             )
 
@@ -134,17 +134,17 @@ class ServedModel:
         """Slot memory that has not been taken from the system yet by this process."""
         if self._daemon is not None:
             return 0
-        return max(0, self.runtime.slot_bytes - self.runtime.counters.loaded_bytes)
+        return max(0, self.runtime.slot_bytes - self.runtime.stats.loaded_bytes)
 
     def stats(self) -> dict[str, int | float]:
         """The worker's statistics, up to date, and the process id of the daemon that keeps its slots (0: none does)."""
         self._measure()
         daemon_pid = 0 if self._daemon is None else self._daemon.daemon_pid
-        return self.runtime.counters.as_dict(WORKER_STATISTICS) | {"daemon_pid": daemon_pid}
+        return self.runtime.stats.as_dict(WORKER_STATISTICS) | {"daemon_pid": daemon_pid}
 
     def _measure(self) -> None:
         """Bring the gauges among the statistics up to date."""
-        stats = self.runtime.counters
+        stats = self.runtime.stats
         stats.layers = len(self.runtime.layers)
         stats.experts = sum(layer.experts for layer in self.runtime.layers.values())
         stats.expert_bytes = self._expert_bytes
@@ -167,15 +167,15 @@ class ServedModel:
         try:
             StoreRoot(store.path.parent).set_aside(store, reason)
         except StoreError as error:
-            logger.error("moe-offload: store %s is damaged and stays where it is: %s", store.path, error)
+            logger.error("store %s is damaged and stays where it is: %s", store.path, error)
         else:
-            logger.error("moe-offload: store %s is damaged; the next start builds it again", store.path)
+            logger.error("store %s is damaged; the next start builds it again", store.path)
 
     def _build_prediction(
         self, model: LoadedModel, config: OffloadConfig, io_cpus: set[int]
     ) -> "RoutingHistory | None":
         if self._resident and config.predictor != "none":
-            logger.info("moe-offload: every expert is resident: there is nothing to predict, and no history is kept")
+            logger.info("every expert is resident: there is nothing to predict, and no history is kept")
             config = config.model_copy(update={"predictor": "none"})
         if self._daemon is not None and predicts_on_other_rank(model.vllm_config):
             config = config.model_copy(update={"predictor": "none"})

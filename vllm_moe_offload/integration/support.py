@@ -7,7 +7,7 @@ from vllm.logger import init_logger
 from ..errors import UnsupportedError
 from .machine import modular_cpu_experts
 
-logger = init_logger("vllm.moe_offload")
+logger = init_logger(__name__)
 
 LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "mistral")
 
@@ -117,7 +117,7 @@ def refuse_method(layer_name: str, method: Any) -> None:
         )
     if kernel in ROUND_BY_BATCH:
         logger.warning_once(
-            "moe-offload: %s rounds by how many tokens an expert gets at once: a step that needs more experts than "
+            "%s rounds by how many tokens an expert gets at once: a step that needs more experts than "
             "there are slots may differ from plain vLLM in the last bits, as it does there between batches",
             kernel,
         )

@@ -18,7 +18,7 @@ from .placement import LoadedModel, slots_of_models, worker_budget
 from .serving import ServedModel
 from .weights import protect_weights
 
-logger = init_logger("vllm.moe_offload")
+logger = init_logger(__name__)
 
 PREPARE_ONLY = "moe_offload_prepare_only"
 """Key of ``additional_config`` that ends loading when the stores are complete (see prepare.py)."""
@@ -77,7 +77,7 @@ def _without_experts(vllm_config: Any) -> bool:
             "switch moe-offload off for this model"
         )
     if get_tensor_model_parallel_rank() == 0:
-        logger.info("moe-offload: %s has no MoE layers: it is served as without %s", model.model, ENVIRONMENT_VARIABLE)
+        logger.info("%s has no MoE layers: it is served as without %s", model.model, ENVIRONMENT_VARIABLE)
     return True
 
 
@@ -178,9 +178,7 @@ class WorkerOffload:
         summaries = [model.summary for model in self._models]
         if len(summaries) > 1:
             summaries = [f"{model.name} {summary}" for model, summary in zip(self._models, summaries, strict=True)]
-        logger.info(
-            "moe-offload: offloading %d of %d MoE layers: %s%s", offloaded, moe_layers, "; ".join(summaries), budget
-        )
+        logger.info("offloading %d of %d MoE layers: %s%s", offloaded, moe_layers, "; ".join(summaries), budget)
 
 
 def refuse_to_predict(config: OffloadConfig) -> None:

@@ -151,7 +151,7 @@ class SlotPool(ABC):
 
     @abstractmethod
     def prefetch(self, layer: Span, experts: IntArray) -> LoadReport:
-        """Start loading experts of ``layer`` on a guess, best first, as many as slots can be spared for."""
+        """Start loading experts of ``layer`` speculatively, best first, as many as slots can be spared for."""
 
     @abstractmethod
     def queued(self) -> int:

@@ -21,7 +21,7 @@ class Started(NamedTuple):
     expert: int
     """Flat id."""
     slot: int
-    guess: bool
+    speculative: bool
 
 
 class InFlightLoads:
@@ -36,11 +36,11 @@ class InFlightLoads:
         self._speculative = speculative
         self.loads: list[Started] = []
 
-    def add(self, loads: Sequence[Load], experts: IntArray, slots: IntArray, guess: bool) -> None:
+    def add(self, loads: Sequence[Load], experts: IntArray, slots: IntArray, speculative: bool) -> None:
         """``loads`` bring ``experts`` into ``slots``, which are pinned for them."""
         assert len(loads) == len(experts) == len(slots)
-        self.loads += map(Started, loads, experts.tolist(), slots.tolist(), [guess] * len(loads))
-        if guess:
+        self.loads += map(Started, loads, experts.tolist(), slots.tolist(), [speculative] * len(loads))
+        if speculative:
             self._speculative.start(experts)
 
     def reap(self) -> list[Load]:

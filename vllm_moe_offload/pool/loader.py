@@ -23,8 +23,8 @@ from .memory import SlotMemory
 ATTEMPTS = 2
 CHUNK_BYTES = 2 << 20
 """What can wait is read in pieces of so many bytes; a demand that comes meanwhile goes before the next piece."""
-GUESS_READERS = 1
-"""So many threads read guesses at a time, so that a demand meets one piece at most and threads that are free."""
+SPECULATIVE_READERS = 1
+"""So many threads read speculative loads at a time: a demand meets one piece at most, and threads that are free."""
 _NO_BYTES = np.empty(0, dtype=np.uint8)
 
 
@@ -35,7 +35,7 @@ class DamagedRecordError(LoadError):
 class Load:
     """One record on its way into one slot. After ``join``, ``error`` is None or says why the slot holds nothing."""
 
-    __slots__ = ("awaited", "done", "ended", "error", "expert", "guess", "layer", "memory", "slot")
+    __slots__ = ("awaited", "done", "ended", "error", "expert", "layer", "memory", "slot", "speculative")
 
     def __init__(self, layer: int, expert: int, memory: SlotMemory, slot: int):
         self.layer = layer
@@ -43,7 +43,7 @@ class Load:
         self.memory = memory
         self.slot = slot
         self.error: LoadError | None = None
-        self.guess = False
+        self.speculative = False
         self.awaited = False
         """Somebody is waiting for it."""
         self.ended = 0.0
@@ -87,8 +87,8 @@ class RecordLoader:
         self._wake = threading.Condition(self._lock)
         self._waiting = 0
         """Calls of ``demand`` and ``join`` that have not returned."""
-        self._guessing = 0
-        """Workers that are reading a guess."""
+        self._speculating = 0
+        """Workers that are carrying out a speculative load."""
         self._paused = 0
         """Workers that have made way between two pieces."""
         self._closing = False
@@ -116,16 +116,16 @@ class RecordLoader:
         finally:
             self._see_through(loads[1:])
 
-    def start(self, loads: Sequence[Load], guesses: bool = False, joined: bool = False) -> None:
+    def start(self, loads: Sequence[Load], speculative: bool = False, joined: bool = False) -> None:
         """Queue ``loads`` behind every demand and return at once.
 
         Args:
-            guesses: nobody knows whether they will be needed; few are read at a time.
+            speculative: nobody knows whether they will be needed; few are read at a time.
             joined: the calling thread will ``join`` them next and read along, so no worker is woken for them before.
         """
         with self._lock:
             for load in loads:
-                load.guess = guesses
+                load.speculative = speculative
             self._started.extend(loads)
             if not joined:
                 self._wake.notify(len(loads))
@@ -191,9 +191,9 @@ class RecordLoader:
             try:
                 self._read(load)
             finally:
-                if load.guess:
+                if load.speculative:
                     with self._lock:
-                        self._guessing -= 1
+                        self._speculating -= 1
 
     def _next(self) -> Load | None:
         """What to read now, once there is something; None at the end."""
@@ -201,12 +201,12 @@ class RecordLoader:
             while not self._closing:
                 if self._demanded:
                     load = self._demanded.popleft()
-                    load.guess = False
+                    load.speculative = False
                     return load
                 if self._started and not self._waiting:
                     load = self._started[0]
-                    if not load.guess or self._guessing < GUESS_READERS:
-                        self._guessing += load.guess
+                    if not load.speculative or self._speculating < SPECULATIVE_READERS:
+                        self._speculating += load.speculative
                         return self._started.popleft()
                 self._wake.wait()
         return None
@@ -222,7 +222,7 @@ class RecordLoader:
                 if load.awaited or not self._demanded:
                     return
                 other = self._demanded.popleft()
-                other.guess = False
+                other.speculative = False
             self._read(other)
 
     def _read(self, load: Load) -> None:

@@ -121,7 +121,7 @@ class LocalPool(HostPool):
         with self._operations:
             absent = layer.start + np.flatnonzero(self.absent(layer))
             ahead = self.cache.stream_ahead(absent, self._share(layer))
-            self._start_ahead(ahead, guess=False)
+            self._start_ahead(ahead, speculative=False)
             return self._evicted(ahead) + LoadReport(streamed=len(ahead.missing))
 
     def settle(self, layer: Span) -> LoadReport:
@@ -190,7 +190,7 @@ class LocalPool(HostPool):
                 return NOTHING
             admitted = self.cache.admit(experts[:room])
             evicted = self._evicted(admitted)
-            self._start_ahead(admitted, guess=True)
+            self._start_ahead(admitted, speculative=True)
             return evicted + LoadReport(started=len(admitted.missing))
 
     def queued(self) -> int:
@@ -246,16 +246,16 @@ class LocalPool(HostPool):
                 if slot != ABSENT:
                     self.cache.forget(np.array([expert]))
 
-    def _start_ahead(self, ahead: Acquisition, guess: bool) -> None:
+    def _start_ahead(self, ahead: Acquisition, speculative: bool) -> None:
         loads = self._loads(ahead)
-        self.in_flight.add(loads, ahead.missing, ahead.missing_slots, guess)
-        self.loader.start(loads, guesses=guess)
+        self.in_flight.add(loads, ahead.missing, ahead.missing_slots, speculative)
+        self.loader.start(loads, speculative=speculative)
 
     def _await_in_flight(self, layer: Span, needed: IntArray) -> LoadReport:
         """Wait for those of ``needed`` that are still being loaded, and unpin whatever has arrived.
 
-        Waits for all that is under way where the pins of the rest could leave too few slots. Guesses at this layer
-        that were wrong and have not begun to load are taken back.
+        Waits for all that is under way where the pins of the rest could leave too few slots. Speculative loads of this
+        layer that it does not need are taken back where reading has not begun.
         """
         in_flight = self.in_flight.loads
         if not in_flight:
@@ -263,12 +263,12 @@ class LocalPool(HostPool):
         crowded = len(in_flight) + len(needed) > self.capacity
         wanted = set(needed.tolist())
         taken: set[int] = set()
-        wrong = [s for s in in_flight if s.guess and s.expert not in wanted and s.expert in layer]
+        wrong = [s for s in in_flight if s.speculative and s.expert not in wanted and s.expert in layer]
         if wrong:
             taken = {id(load) for load in self.loader.withdraw([started.load for started in wrong])}
             self.in_flight.withdrawn([started for started in wrong if id(started.load) in taken])
         awaited = [s for s in self.in_flight.loads if crowded or s.expert in wanted]
-        arriving = [s.expert for s in awaited if s.guess and s.expert in wanted and not s.load.finished]
+        arriving = [s.expert for s in awaited if s.speculative and s.expert in wanted and not s.load.finished]
         late = self.speculative.use(np.array(arriving, dtype=np.int64))
         waited = self._join([started.load for started in awaited])
         ended = self._ended(self.in_flight.reap())

@@ -84,7 +84,7 @@ class Prefetcher:
         layers: in the order in which they run. From now on the eviction of their pools takes account of predictions.
         estimates: what is known of this machine; kept up to date here.
         clock: seconds.
-        counters: count the loads that are started here. What a layer needed is counted by the caller of ``note``.
+        stats: count the loads that are started here. What a layer needed is counted by the caller of ``note``.
         switch: turned off by what raises.
     """
 
@@ -94,7 +94,7 @@ class Prefetcher:
         layers: Sequence[PrefetchLayer],
         estimates: Estimates,
         clock: Callable[[], float],
-        counters: Stats,
+        stats: Stats,
         switch: Switch | None = None,
     ):
         self.switch = switch or Switch()
@@ -105,7 +105,7 @@ class Prefetcher:
         for pool in self._pools:
             pool.enable_predictions()
         self._clock = clock
-        self._counters = counters
+        self._stats = stats
         self._governor = PredictionGovernor()
         self._is_governed = False
         """Whether the governor was asked about the running step."""
@@ -224,7 +224,7 @@ class Prefetcher:
                 wanted = self.planner.plan(self._phase, outlook, queued * estimates.load_seconds)
                 if len(wanted):
                     report = target.prefetch(wanted)
-                    self._counters.add(report)
+                    self._stats.add(report)
                     self._prefetches += report.started
                     self.planner.note(self._phase, report)
             now = self._clock()

@@ -1,4 +1,4 @@
-"""The simulated way experts come into fast memory: some loads at a time, demands first, guesses behind."""
+"""The simulated way experts come into fast memory: some loads at a time, demands first, speculative loads behind."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -17,10 +17,11 @@ class _Load:
 
 
 class Link:
-    """Loads under way and a queue of guesses, on a clock that only moves when told to.
+    """Loads under way and a queue of speculative ones, on a clock that only moves when told to.
 
     A demand for something under way or queued joins it: only what is left is waited for. Where loads run one at a
-    time, a demand interrupts a guess at its next chunk; where there are several places, the last is kept for demands.
+    time, a demand interrupts a speculative load at its next chunk; where there are several places, the last is kept for
+    demands.
 
     Args:
         load_seconds: what each load takes while 1, 2, … are under way together, as many as there are places.
@@ -39,7 +40,7 @@ class Link:
     def queue_seconds(self) -> float:
         """Time until everything queued has arrived, if no demand comes."""
         left = sum(load.left for load in (*self._under_way, *self._queue))
-        together = min(self._places_for_guesses, len(self._under_way) + len(self._queue))
+        together = min(self._speculative_places, len(self._under_way) + len(self._queue))
         return left * self.load_seconds[together - 1] / together if together else 0.0
 
     def prefetch(self, experts: list[int]) -> None:
@@ -49,7 +50,7 @@ class Link:
     def pass_time(self, seconds: float) -> None:
         """``seconds`` go by without a demand."""
         while seconds > 0:
-            self._take_up(self._queue, self._places_for_guesses)
+            self._take_up(self._queue, self._speculative_places)
             if not self._under_way:
                 return
             seconds -= self._move(seconds)
@@ -64,7 +65,7 @@ class Link:
         while first or any(load.expert is None or load.expert in wanted for load in self._under_way):
             self._take_up(first, self._places)
             if not first:
-                self._take_up(self._queue, self._places_for_guesses)
+                self._take_up(self._queue, self._speculative_places)
             waited += self._move(float("inf"))
         return waited
 
@@ -81,7 +82,7 @@ class Link:
         return [load.expert for load in dropped if load.expert is not None]
 
     @property
-    def _places_for_guesses(self) -> int:
+    def _speculative_places(self) -> int:
         return max(1, self._places - 1)
 
     def _take_up(self, queue: deque[_Load], places: int) -> None:
@@ -99,7 +100,7 @@ class Link:
         return seconds
 
     def _interrupt(self, wanted: set[int]) -> float:
-        """Where loads run one at a time: let a guess reach the end of its chunk and put it back; returns the time."""
+        """Where loads run one at a time: let a speculative load end its chunk and put it back; returns the time."""
         if self._places > 1 or not self._under_way or self._under_way[0].expert in wanted:
             return 0.0
         done = (1 - self._under_way[0].left) * self.load_seconds[0]

@@ -88,7 +88,7 @@ class ReplayCache:
         return self.cache.slot_of[layer * self.experts : (layer + 1) * self.experts] == ABSENT
 
     def prefetch(self, layer: int, ids: IntArray) -> tuple[IntArray, LoadReport]:
-        """Give slots to guesses for ``layer``, best first; returns those that got one and are to be loaded."""
+        """Give slots to speculative loads for ``layer``, best first; returns those that got one and shall be read."""
         room = speculative_room(self.cache.num_slots, self.experts, self._num_pinned)
         if room == 0 or not len(ids):
             return ids[:0], NOTHING
@@ -107,7 +107,7 @@ class ReplayCache:
         return streamed.missing, streamed.slots, self._read(ids, streamed)
 
     def withdraw(self, layer: int, ids: list[int]) -> LoadReport:
-        """Guesses for ``layer``, which is about to run, were wrong and have not begun to load: they never will."""
+        """Speculative loads that ``layer``, which is about to run, does not need, are not begun and never will be."""
         gone = np.array(ids, np.int64)
         slots = self.cache.slot_of[gone]
         kept = [pinned[~np.isin(pinned, slots)] for pinned in self._pinned[layer]]

@@ -31,19 +31,19 @@ def simulate(
     chosen = trace.experts.astype(np.int64) + (np.arange(layers) * experts)[None, :, None]
     for rows in schedule:
         cache.begin_step()
-        guesses = _Guesses(cache, tally, forecast, rows, threshold)
-        guesses.prefetch_from(-1)
+        speculative = _SpeculativeLoads(cache, tally, forecast, rows, threshold)
+        speculative.prefetch_from(-1)
         for layer in range(layers):
             ids = chosen[rows[0], layer] if len(rows) == 1 else np.unique(chosen[rows, layer])
             _, pinned, report = cache.use(layer, ids)
             tally.add(report)
-            guesses.prefetch_from(layer)
+            speculative.prefetch_from(layer)
             cache.release(pinned)
     tally.add(cache.finish())
     return tally
 
 
-class _Guesses:
+class _SpeculativeLoads:
     """What one step prefetches, layer by layer."""
 
     def __init__(

@@ -90,7 +90,7 @@ class OffloadRuntime:
     Args:
         store: complete and verified records of every layer; closed with the runtime.
         pools: of every layer, by its name in the store. Layers of one record layout may share one.
-        counters: add up the reports of these pools.
+        stats: add up the reports of these pools.
         source: of the pools, if it may exchange them.
     """
 
@@ -98,13 +98,13 @@ class OffloadRuntime:
         self,
         store: Store,
         pools: Mapping[str, SlotPool],
-        counters: Stats,
+        stats: Stats,
         source: PoolSource | None = None,
     ):
         self.store = store
         self.pools = _distinct(pools)
         self.layers: dict[str, PooledLayer] = {}
-        self.counters = counters
+        self.stats = stats
         self.tracer: RoutingTracer | None = None
         self.prefetcher: Prefetcher | None = None
         """For steps that are traced."""
@@ -148,8 +148,8 @@ class OffloadRuntime:
         if not batch.tokens:
             return
         self._batch = batch
-        self.counters.steps += 1
-        self.counters.tokens += batch.tokens
+        self.stats.steps += 1
+        self.stats.tokens += batch.tokens
         if self._source is not None and self._source.begin_step():
             self._exchange_pools(self._source.pools)
         for pool in self.pools:
@@ -305,7 +305,7 @@ class OffloadRuntime:
         self._note(layer.pool.settle(layer.span))
         overlap = capacity >= 2 * chosen.shape[1]
         groups = group_rows(chosen, layer.experts, capacity // 2 if overlap else capacity)
-        self.counters.waves += len(groups) - 1
+        self.stats.waves += len(groups) - 1
         started: Hold | None = None
         try:
             for number, rows in enumerate(groups):
@@ -366,7 +366,7 @@ class OffloadRuntime:
             self.prefetcher.look_ahead()
 
     def _note(self, report: LoadReport) -> None:
-        self.counters.add(report)
+        self.stats.add(report)
         if self.prefetcher is not None:
             self.prefetcher.note(report)
 

@@ -35,7 +35,7 @@ class ScheduledTokens(NamedTuple):
     prompt: int
     """Tokens of the request that were given rather than generated."""
     drafts: int = 0
-    """How many of the last rows are guesses of a speculative decoder, which may come to nothing."""
+    """How many of the last rows are drafted tokens, which may come to nothing."""
 
     @property
     def is_prefill(self) -> bool:

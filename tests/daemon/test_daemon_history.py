@@ -20,9 +20,9 @@ from tests.daemon.past import FINGERPRINT, SHAPE, WIDTH, past_request, same
 from tests.daemon.served_daemon import STORE, ServedDaemon
 from tests.daemon.wire import connected, packet, wait_until
 from vllm_moe_offload.client.connection import Connection, DaemonGoneError, RefusedError
-from vllm_moe_offload.daemon import histories as hosted_histories
-from vllm_moe_offload.daemon.histories import HostedHistories
-from vllm_moe_offload.daemon.history import HostedHistory
+from vllm_moe_offload.daemon import histories as daemon_histories
+from vllm_moe_offload.daemon.histories import DaemonHistories
+from vllm_moe_offload.daemon.history import DaemonHistory
 from vllm_moe_offload.errors import ConfigError, OffloadError, TraceError
 from vllm_moe_offload.ipc.protocol import (
     VERSION,
@@ -44,8 +44,8 @@ FUZZED_CONNECTIONS = 2000
 SOMEWHERE = np.eye(WIDTH, dtype=np.float32)
 
 
-def hosted(archive: HistoryArchive | None = None) -> HostedHistory:
-    return HostedHistory(archive, FINGERPRINT, SHAPE)
+def daemon_history(archive: HistoryArchive | None = None) -> DaemonHistory:
+    return DaemonHistory(archive, FINGERPRINT, SHAPE)
 
 
 def lengths(trace: Trace) -> list[int]:
@@ -53,7 +53,7 @@ def lengths(trace: Trace) -> list[int]:
 
 
 def test_the_nearest_come_first_and_the_latest_have_their_share() -> None:
-    history = hosted()
+    history = daemon_history()
     for number in range(12):
         history.remember(past_request(number, tokens=10 + number, axis=number % 3))
     found = history.search(SOMEWHERE[1], 100)
@@ -68,7 +68,7 @@ def test_the_nearest_come_first_and_the_latest_have_their_share() -> None:
 def test_a_search_brings_each_request_once_and_as_much_as_was_asked_for(
     most: int, axis: int, tokens: list[int]
 ) -> None:
-    history = hosted()
+    history = daemon_history()
     past = [past_request(seed, count) for seed, count in enumerate(tokens)]
     for request in past:
         history.remember(request)
@@ -83,7 +83,7 @@ def test_a_search_brings_each_request_once_and_as_much_as_was_asked_for(
 
 
 def test_what_a_daemon_may_have_already_is_kept_once() -> None:
-    history = hosted()
+    history = daemon_history()
     history.remember(past_request(1))
     history.remember(past_request(1), maybe_duplicate=True)
     assert history.size == HistorySize(1, 5)
@@ -93,7 +93,7 @@ def test_what_a_daemon_may_have_already_is_kept_once() -> None:
 
 
 def test_a_request_that_knows_less_does_not_make_the_others_forget() -> None:
-    history = hosted()
+    history = daemon_history()
     history.remember(past_request(1, axis=2))
     history.remember(replace(past_request(2), tokens=None, phase=None, embeddings=None))
     found = history.search(SOMEWHERE[2], 10)
@@ -110,19 +110,19 @@ def test_a_request_that_knows_less_does_not_make_the_others_forget() -> None:
 
 def test_it_is_found_again_and_engines_without_a_daemon_find_it(tmp_path: Path) -> None:
     archive = HistoryArchive(tmp_path)
-    history = hosted(archive)
+    history = daemon_history(archive)
     for seed in range(3):
         history.remember(past_request(seed))
     history.save(at_once=True)
     alone, problem = archive.load(FINGERPRINT, SHAPE)
-    assert problem is None and same(alone.to_trace(), hosted(archive).search(None, 1000).select([2, 1, 0]))
+    assert problem is None and same(alone.to_trace(), daemon_history(archive).search(None, 1000).select([2, 1, 0]))
 
 
 def test_a_peer_with_another_shape_is_refused_and_the_file_stays(tmp_path: Path) -> None:
     store = HistoryStore(SHAPE)
     store.add(past_request(1))
     path = HistoryArchive(tmp_path).save(FINGERPRINT, store)
-    histories = HostedHistories(tmp_path)
+    histories = DaemonHistories(tmp_path)
     for shape in ((5, 8, 2), (4, 9, 2), (4, 8, 1)):
         with pytest.raises(TraceError, match=r"holds maps of shape \(4, 8, 2\)"):
             histories.open(OpenHistory(FINGERPRINT, shape, STORE))
@@ -137,7 +137,7 @@ def test_a_damaged_file_is_set_aside_and_named(tmp_path: Path, said: list[str]) 
     path = HistoryArchive(tmp_path).path(FINGERPRINT)
     path.parent.mkdir()
     path.write_bytes(b"nonsense")
-    histories = HostedHistories(tmp_path)
+    histories = DaemonHistories(tmp_path)
     assert histories.open(OPEN).size.requests == 0
     histories.close()
     assert "the history starts empty" in said[0] and str(path) in said[0]
@@ -146,7 +146,7 @@ def test_a_damaged_file_is_set_aside_and_named(tmp_path: Path, said: list[str]) 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "a/b", "AB" * 16, "ab" * 16 + "\n", "ab" * 15, "", "é" * 32])
 def test_a_name_that_is_no_fingerprint_leads_nowhere(tmp_path: Path, name: str) -> None:
-    histories = HostedHistories(tmp_path / "kept")
+    histories = DaemonHistories(tmp_path / "kept")
     with pytest.raises(ValueError, match="32 hexadecimal digits"):
         histories.open(OpenHistory(name, SHAPE, STORE))
     histories.close()
@@ -155,15 +155,15 @@ def test_a_name_that_is_no_fingerprint_leads_nowhere(tmp_path: Path, name: str) 
 
 @pytest.mark.parametrize("shape", [(0, 8, 2), (-4, 8, 2), (4, 8, 0), (4, 8, 9), (2000, 8, 2), (4, 1 << 20, 2)])
 def test_a_shape_that_no_model_has_is_refused(shape: tuple[int, int, int]) -> None:
-    histories = HostedHistories(None)
+    histories = DaemonHistories(None)
     with pytest.raises(ValueError, match="no model has the shape"):
         histories.open(OpenHistory(FINGERPRINT, shape, STORE))
     histories.close()
 
 
 def test_histories_in_use_stay_and_others_make_room(tmp_path: Path) -> None:
-    histories = HostedHistories(tmp_path)
-    names = [f"{number:032x}" for number in range(hosted_histories.MOST_HISTORIES + 1)]
+    histories = DaemonHistories(tmp_path)
+    names = [f"{number:032x}" for number in range(daemon_histories.MOST_HISTORIES + 1)]
     opened = [histories.open(OpenHistory(name, SHAPE, name)) for name in names[:-1]]
     opened[3].remember(past_request(1))
     with pytest.raises(OffloadError, match="histories of 16 models are in use"):
@@ -177,8 +177,8 @@ def test_histories_in_use_stay_and_others_make_room(tmp_path: Path) -> None:
 def test_all_histories_together_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that nobody uses go first, saved; then the largest of the others forgets what it would forget anyway."""
     request = past_request(1)
-    monkeypatch.setattr(hosted_histories, "MOST_BYTES", 10 * sum(map(np.size, (request.experts, request.weights))) * 2)
-    histories = HostedHistories(tmp_path)
+    monkeypatch.setattr(daemon_histories, "MOST_BYTES", 10 * sum(map(np.size, (request.experts, request.weights))) * 2)
+    histories = DaemonHistories(tmp_path)
     names = [f"{number:032x}" for number in range(3)]
     first, second = (histories.open(OpenHistory(name, SHAPE, name)) for name in names[:2])
     for seed in range(3):
@@ -187,23 +187,23 @@ def test_all_histories_together_are_bounded(tmp_path: Path, monkeypatch: pytest.
     for seed in range(40):
         second.remember(past_request(seed))
         histories.keep_within_bounds()
-        assert sum(history.nbytes for history in histories._histories.values()) <= hosted_histories.MOST_BYTES
+        assert sum(history.nbytes for history in histories._histories.values()) <= daemon_histories.MOST_BYTES
     assert list(histories._histories.values()) == [second] and 3 < second.size.requests < 40
     assert HistoryArchive(tmp_path).read(names[0]).num_requests == 3, "saved before it went"
     assert histories.open(OpenHistory(names[0], SHAPE, names[0])).size.requests == 3
-    assert sum(history.nbytes for history in histories._histories.values()) <= hosted_histories.MOST_BYTES
+    assert sum(history.nbytes for history in histories._histories.values()) <= daemon_histories.MOST_BYTES
     histories.close()
 
 
 def test_a_history_that_cannot_be_saved_makes_no_room(
     tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    histories = HostedHistories(tmp_path / "kept")
+    histories = DaemonHistories(tmp_path / "kept")
     history = histories.open(OPEN)
     history.remember(past_request(1))
     histories.leave(history)
     (tmp_path / "kept" / FINGERPRINT).touch()  # a file where a folder must be
-    monkeypatch.setattr(hosted_histories, "MOST_HISTORIES", 1)
+    monkeypatch.setattr(daemon_histories, "MOST_HISTORIES", 1)
     with pytest.raises(OffloadError, match="as many as are kept"):
         histories.open(OpenHistory("cd" * 16, SHAPE, STORE))
     assert "cannot be saved" in said[0] and histories.open(OPEN).size.requests == 1
@@ -215,15 +215,15 @@ def test_a_history_that_cannot_be_saved_makes_no_room(
 def test_a_folder_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"--history .*file/history.*or 'off'"):
-        HostedHistories(tmp_path / "file" / "history")
+        DaemonHistories(tmp_path / "file" / "history")
 
 
 def test_a_full_disk_is_said_once_and_nothing_is_lost(
     tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hosted_histories, "SECONDS_BETWEEN_ROUNDS", 0.01)
+    monkeypatch.setattr(daemon_histories, "SECONDS_BETWEEN_ROUNDS", 0.01)
     monkeypatch.setattr(persistence, "SECONDS_BETWEEN_SAVES", 0)
-    histories = HostedHistories(tmp_path / "kept")
+    histories = DaemonHistories(tmp_path / "kept")
     history = histories.open(OPEN)
     (tmp_path / "kept" / FINGERPRINT).touch()  # a file where a folder must be
     history.remember(past_request(1))

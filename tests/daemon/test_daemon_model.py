@@ -13,9 +13,9 @@ import pytest
 
 from tests.daemon.wire import wait_until
 from tests.runtime.record_stores import ALIGNED, MIXED, RecordStore, build_store
-from vllm_moe_offload.daemon import model as hosted_model
-from vllm_moe_offload.daemon import models as hosted_models
-from vllm_moe_offload.daemon.models import HostedModels
+from vllm_moe_offload.daemon import model as daemon_model
+from vllm_moe_offload.daemon import models as daemon_models
+from vllm_moe_offload.daemon.models import DaemonModels
 from vllm_moe_offload.daemon.workers import Worker
 from vllm_moe_offload.errors import ConfigError, LoadError, OffloadError, StoreError
 from vllm_moe_offload.ipc.arena import Arena
@@ -35,8 +35,8 @@ def model(root: Path, seed: int = 0, layouts: tuple[RecordLayout, ...] = (ALIGNE
 
 
 @contextlib.contextmanager
-def hosting(root: Path, budget: int = FULL, shares: dict[str, int] | None = None) -> Iterator[HostedModels]:
-    models = HostedModels(root, budget, shares or {}, "lfu", None)
+def hosting(root: Path, budget: int = FULL, shares: dict[str, int] | None = None) -> Iterator[DaemonModels]:
+    models = DaemonModels(root, budget, shares or {}, "lfu", None)
     try:
         yield models
     finally:
@@ -228,12 +228,12 @@ def test_two_models_stay_within_the_budget_and_move_memory_to_who_misses(tmp_pat
         assert memory(one.worker) + memory(two.worker) <= FULL
         limits = [status.stats["slots"] for status in models.status()]
         assert abs(limits[0] - limits[1]) <= 1 and sum(limits) in (N - 1, N)
-        hosted = list(models._models.values())
-        hosted[1].pressure = 1e9
+        opened = list(models._models.values())
+        opened[1].pressure = 1e9
         for _ in range(20):
             models.rebalance()
             assert memory(one.worker) + memory(two.worker) <= FULL
-        assert hosted[1].pools[0].limit > 2 * hosted[0].pools[0].limit >= 2 * EXPERTS
+        assert opened[1].pools[0].limit > 2 * opened[0].pools[0].limit >= 2 * EXPERTS
         one.use_everything()
         two.use_everything()
         assert memory(one.worker) + memory(two.worker) <= FULL
@@ -316,8 +316,8 @@ def test_a_step_cut_up_before_its_model_shrank_is_served(tmp_path: Path) -> None
 def test_memory_is_looked_after_whatever_has_gone_wrong(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hosted_models, "_LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(hosted_model, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(daemon_models, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(daemon_model, "_LOOK_SECONDS", 0.01)
     built = model(tmp_path)
     with hosting(tmp_path) as models:
         engine = Engine(built, models.attach(ask(built)))
