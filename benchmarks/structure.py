@@ -30,7 +30,7 @@ FLOORS = (
     ("predict",),
     ("trace", "cache"),
     ("store",),
-    ("device", "stats", "sizes", "extensions", "threads", "users"),
+    ("device", "stats", "running_mean", "sizes", "extensions", "threads", "users"),
     ("load_report", "errors"),
 )
 """The rooms of the package, highest first. A room imports from itself and from floors below its own, never sideways."""

@@ -143,8 +143,7 @@ def test_detached_at_the_moment_it_begins_to_read_it_reads_nothing_and_holds_not
             attached.hold(LAYER, ASKED)
         overwrite(it, ENTRY + 1)
         it.run_maintenance()
-        assert not it.pool.reclaimer.holders() and it.pool.held <= EXPERTS
-        assert not it.pool.reclaimer.held_up(0.0)
+        assert not it.pool.reclaimer.held_up(0.0) and it.pool.held <= EXPERTS
 
 
 def test_a_daemon_that_does_not_answer_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,9 +178,7 @@ class Pool:
         self.retired -= set(given)
         self.free |= set(given)
         assert self.reclaimer.waiting == len(self.retired)
-        holders = self.reclaimer.holders()
-        assert bool(holders) == bool(self.retired)
-        assert all(self.held[worker] is not None for worker in holders)
+        assert not self.retired or any(held is not None for held in self.held)
 
 
 steps = st.tuples(st.sampled_from(["toggle", "publish", "retire", "reclaim"]), st.integers(0, 3))
@@ -207,7 +205,7 @@ def test_a_reader_that_comes_later_holds_nothing_up() -> None:
     pool.toggle(0)
     pool.retire(1)
     pool.toggle(1)
-    assert len(pool.reclaimer.reclaim()) == 0 and pool.reclaimer.holders() == [0]
+    assert len(pool.reclaimer.reclaim()) == 0
     pool.toggle(0)
     assert len(pool.reclaimer.reclaim()) == 1 and pool.held[1] is not None
 
@@ -234,7 +232,7 @@ def test_what_a_killed_reader_held_comes_back_when_its_entry_is_cleared() -> Non
     )
     assert child.stdout is not None and child.stdout.readline() == b"reading\n"
     reclaimer.retire(ids(0), ids(1))
-    assert len(reclaimer.reclaim()) == 0 and reclaimer.holders() == [WORKER]
+    assert len(reclaimer.reclaim()) == 0
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     child.stdout.close()

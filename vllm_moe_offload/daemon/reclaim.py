@@ -139,10 +139,6 @@ class SlotReclaimer:
         """Whether a worker has for so long been reading what has been retired. To be asked after ``reclaim``."""
         return self._epochs.waiting_seconds > seconds
 
-    def holders(self) -> list[int]:
-        """Workers that keep slots RETIRED."""
-        return self._epochs.holders()
-
     def mark_dirty(self, slots: IntArray) -> None:
         """These slots have been, or may have been, written, and their experts forgotten."""
         assert not self._cache.exposed[slots].any()

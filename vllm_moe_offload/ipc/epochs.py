@@ -136,18 +136,11 @@ class Reclaimer:
         """For how long the longest retired slot has not been given back; 0 when there is none."""
         return time.monotonic() - self._retired[0][2] if self._retired else 0.0
 
-    def holders(self) -> list[int]:
-        """Workers that keep the longest retired slots from being reused."""
-        if not self._retired:
-            return []
-        active = self._reading()
-        return np.flatnonzero((active > 0) & (active < self._retired[0][0])).tolist()
-
     def _oldest_reader(self) -> int:
-        active = self._reading()
+        """The epoch of the attached worker that has been reading longest.
+
+        Others cannot hold anything up: what they read they find void in the end.
+        """
+        active = np.where(self._table.attached > 0, self._table.active, 0)
         reading = active[active > 0]
         return int(reading.min()) if len(reading) else self._epoch
-
-    def _reading(self) -> NDArray[np.uint64]:
-        """The epochs of attached workers. Others cannot hold anything up: what they read they find void in the end."""
-        return np.where(self._table.attached > 0, self._table.active, 0)

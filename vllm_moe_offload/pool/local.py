@@ -15,7 +15,7 @@ from ..cache.cache import ABSENT
 from ..cache.outcomes import SpeculativeLoads, speculative_room, stream_share
 from ..cache.policies import PredictionAwarePolicy
 from ..load_report import NOTHING, LoadReport
-from ..prefetch.planner import blend
+from ..running_mean import blend
 from ..store.layout import RecordLayout
 from ..store.pools import PoolMembers
 from ..store.reader import Store

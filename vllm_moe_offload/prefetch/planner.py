@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..load_report import LoadReport
+from ..running_mean import blend
 
-_MEMORY = 0.05
-"""Weight of the newest measurement in a running mean."""
 _PREDICTOR_SHARE = 0.1
 """Looking farther than one layer ahead may take this share of a layer's time."""
 _WHOLE_LAYER_SHARE = 0.5
@@ -213,8 +212,3 @@ class Planner:
         if saved <= in_the_way:
             return 1.0
         return (wasted + in_the_way) / (saved + wasted)
-
-
-def blend(old: float, new: float) -> float:
-    """A running mean ``old`` after the measurement ``new``."""
-    return old + _MEMORY * (new - old)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..load_report import LoadReport
 from ..predict.base import Predictor, RequestState, Step, TokenContext, TokenMap, union_probability
+from ..running_mean import blend
 from ..stats import Stats
 from ..trace.recorder import RequestMaps, ScheduledTokens
 from .governor import PredictionGovernor, kind_of
@@ -228,7 +229,7 @@ class Prefetcher:
                     self._prefetches += report.started
                     self.planner.note(self._phase, report)
             now = self._clock()
-            self._ask_seconds += 0.05 * (now - began - self._ask_seconds)
+            self._ask_seconds = blend(self._ask_seconds, now - began)
             began = now
 
     def _contexts(self, part: ScheduledTokens) -> Sequence[TokenContext]:
