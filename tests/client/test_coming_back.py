@@ -209,7 +209,7 @@ def test_nothing_is_believed_of_a_daemon_that_only_does_not_answer(
         reader = Reader(tmp_path / "daemon.sock", made.store.path, seed=1)
         other = Reader(tmp_path / "daemon.sock", made.store.path, seed=2)
         other.step()
-        os.kill(daemon.pid, signal.SIGSTOP)
+        daemon.suspend()
         while not reader.said:
             reader.step()
         assert "sent nothing for 0.5 s; going on without it, with 0 experts that were loaded" in reader.said[0]

@@ -154,7 +154,7 @@ def test_a_daemon_that_does_not_answer_is_not_believed(tmp_path: Path, monkeypat
     with running_daemon(tmp_path / "daemon.sock", total // 2, made.store.path.parent) as daemon:
         reader = Reader(tmp_path / "daemon.sock", made.store.path, seed=1)
         reader.step()
-        os.kill(daemon.pid, signal.SIGSTOP)
+        daemon.suspend()
         try:
             layer = next(iter(reader.runtime.layers.values()))
             absent = np.flatnonzero(layer.pool.absent(layer.span))[:TOP_K]

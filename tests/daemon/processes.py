@@ -63,6 +63,11 @@ class DaemonProcess:
         self._process.kill()
         self._process.wait()
 
+    def suspend(self) -> None:
+        """As a debugger would: none of its threads runs any more when this returns. SIGCONT lets it go on."""
+        self._process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)
+
     @property
     def lives(self) -> bool:
         return self._process.poll() is None

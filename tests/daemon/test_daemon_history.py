@@ -314,9 +314,10 @@ def test_many_engines_at_once(tmp_path: Path) -> None:
         def serve(engine: int) -> None:
             with closing(opened(served)) as connection:
                 for number in range(20):
-                    connection.request(Remember(pack_trace(past_request(engine * 100 + number))))
+                    kept = connection.request(Remember(pack_trace(past_request(engine * 100 + number)))).size.tokens
                     found = connection.request(Search(pack_embedding(SOMEWHERE[number % WIDTH]), 50))
-                    assert unpack_trace(found.trace, SHAPE).num_tokens == min(50, found.size.tokens) or number == 0
+                    # others' requests may come between the search and its answer
+                    assert min(50, kept) <= unpack_trace(found.trace, SHAPE).num_tokens <= min(50, found.size.tokens)
 
         engines = [threading.Thread(target=serve, args=(engine,)) for engine in range(6)]
         for engine in engines:

@@ -164,7 +164,7 @@ def test_a_step_of_many_rows_is_not_predicted_but_remembered() -> None:
     assert oracle.seen[0][0].previous_token == MOST_ROWS and oracle.seen[0][0].same is not None
 
 
-def test_guesses_that_are_never_used_disable_it_and_it_tries_again() -> None:
+def test_loads_that_are_never_used_disable_it_and_it_tries_again() -> None:
     clock, oracle, recorder = [0.0], Oracle(), Recorder(SHAPE)
     slots = Slots(clock)
     prefetcher = Prefetcher(oracle, slots.layers, estimates(), lambda: clock[0], Stats())

@@ -266,7 +266,7 @@ class Guesser:
 
 @settings(max_examples=150, deadline=None)
 @given(script=scripts(damage=True))
-def test_guesses_do_not_show_in_what_a_wave_finds(stores: dict[str, RecordStore], script: Script) -> None:
+def test_speculative_loads_do_not_show_in_what_a_wave_finds(stores: dict[str, RecordStore], script: Script) -> None:
     made = stores[script.model]
     checked = Checked(made, script.slots, script.policy)
     guesser = Guesser(checked.runtime, script.seed)
