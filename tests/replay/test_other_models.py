@@ -16,11 +16,12 @@ from vllm_moe_offload.replay.report import DISTANCES, Setup, replay, run_once
 @st.composite
 def replays(draw):
     layers, experts = draw(st.integers(1, 5)), draw(st.integers(1, 10))
+    top_k = draw(st.integers(1, experts))
     lengths = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)))
     trace = random_trace(
         layers,
         experts,
-        draw(st.integers(1, experts)),
+        top_k,
         lengths,
         seed=draw(st.integers(0, 9)),
         tokens=draw(st.booleans()),
@@ -28,7 +29,7 @@ def replays(draw):
         prefill=draw(st.integers(0, 3)),
     )
     setup = Setup(
-        slots=draw(st.integers(experts, layers * experts)),
+        slots=draw(st.integers(max(experts, layers * top_k), layers * experts)),
         predictor=draw(st.sampled_from(REPLAY_PREDICTORS)),
         batch=draw(st.integers(1, 3)),
         threshold=draw(st.sampled_from((0.0, 0.3, 1.0))),

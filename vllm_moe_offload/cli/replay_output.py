@@ -32,13 +32,45 @@ def print_report(report: dict[str, Any]) -> None:
         console.print(
             f"recall {when}: {figures}; calibration error {report['calibration_error'][distance]:.4f}", soft_wrap=True
         )
-    if "tpot_seconds" in report:
+    if "resident_tpot_seconds" in report:
+        _print_device(console, report)
+    elif "tpot_seconds" in report:
         for prefix, name in (("", report["predictor"]), ("no_prefetch_", "no prefetch")):
             stall, tpot = report[f"{prefix}stall_seconds_per_token"], report[f"{prefix}tpot_seconds"]
             console.print(
                 f"{report['hardware']['name']}, {name}: {1e3 * tpot:.2f} ms per token, {1e3 * stall:.2f} ms stalled",
                 soft_wrap=True,
             )
+
+
+def _print_device(console: Console, report: dict[str, Any]) -> None:
+    """What a GPU would make of the trace."""
+    device = report["hardware"]["name"]
+    console.print(f"\n{device}, calculated from its data sheet and estimates; nothing was measured", soft_wrap=True)
+    table = Table("", "ms per token", "of it stalled", "uses that wait")
+    table.add_row("every expert in its memory", _ms(report["resident_tpot_seconds"]), "", "")
+    ahead = report["guess_distance"]
+    names = {"": f"device-managed, {report['predictor']} {ahead} layers ahead"} if ahead else {}
+    for prefix, name in (names | {"no_prefetch_": "device-managed", "host_managed_": "host-managed"}).items():
+        times = (_ms(report[f"{prefix}{what}"]) for what in ("tpot_seconds", "stall_seconds_per_token"))
+        table.add_row(name, *times, f"{report[f'{prefix}decode_miss_rate']:.1%}")
+    console.print(table)
+    console.print(
+        f"No prediction can gain more than {report['most_prediction_gain']:.2f}x. A prefill step of "
+        f"{report['prefill_tokens']:,} tokens takes {report['prefill_seconds']:.2f} s, at least "
+        f"{report['prefill_link_seconds']:.2f} s however few they are.",
+        soft_wrap=True,
+    )
+    if report["narrow_slots"] > report["slots"]:
+        console.print(
+            f"Steps of {report['batch']} requests may use more experts of a layer than its window has slots, so they "
+            f"load all they use; from {report['narrow_slots']} slots on they do not.",
+            soft_wrap=True,
+        )
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.2f}"
 
 
 def print_sweep(points: Sequence[Point], trace: Trace) -> None:

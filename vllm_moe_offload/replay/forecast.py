@@ -29,6 +29,11 @@ class Forecast:
         rows = [np.arange(trace.offsets[request], trace.offsets[request + 1]) for request in requests]
         return Forecast(self.distances, self.probabilities[np.concatenate(rows)])
 
+    def at(self, *distances: int) -> "Forecast":
+        """What is seen from these distances only, which are among those of this forecast."""
+        slots = [self.distances.index(distance) for distance in distances]
+        return Forecast(distances, self.probabilities[:, slots])
+
     def of_step(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Probability ``[len(distances), L, E]`` that any of these rows, run together, uses each expert."""
         return union_probability(self.probabilities[rows].astype(np.float32))

@@ -1,6 +1,6 @@
 """One replay from start to end, as plain data ready to print: what ``vllm-moe-offload replay`` reports."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -16,12 +16,14 @@ from ..trace.history import HistoryStore
 from ..trace.trace import Trace
 from .accuracy import Accuracy
 from .bounds import access_sequence, belady_miss_rate, lru_per_layer_miss_rate, perfect_forecast
+from .device_report import on_device
 from .forecast import Forecast, forecast
 from .hardware import HardwareProfile, ModelProfile
 from .parallel import run_all
 from .replay_cache import Tally
 from .schedule import steps
 from .simulate import simulate
+from .step_time import StepTime
 from .timeline import Timeline, TimelineReport
 
 THRESHOLDS = (0.95, 0.9, 0.8, 0.65, 0.5, 0.4, 0.3, 0.2, 0.1)
@@ -81,10 +83,12 @@ def prepare_predictor(name: str, trace: Trace, history: Trace | None) -> Predict
     return predictor_for_replay(name, shape, store)
 
 
-def forecast_trace(predictor: Predictor, trace: Trace) -> tuple[Forecast, Accuracy]:
+def forecast_trace(
+    predictor: Predictor, trace: Trace, distances: Sequence[int] = DISTANCES
+) -> tuple[Forecast, Accuracy]:
     """The predictor's forecast of a trace, and how good it was."""
     accuracy = Accuracy(trace.num_layers, trace.top_k)
-    return forecast(predictor, trace, DISTANCES, accuracy), accuracy
+    return forecast(predictor, trace, distances, accuracy), accuracy
 
 
 def replay(trace: Trace, setup: Setup, history: Trace | None = None) -> dict[str, Any]:
@@ -97,7 +101,10 @@ def replay(trace: Trace, setup: Setup, history: Trace | None = None) -> dict[str
         ConfigError, TraceError: as ``prepare_predictor``, and as ``check``.
     """
     sequence = check(trace, setup)
-    prediction, accuracy = forecast_trace(prepare_predictor(setup.predictor, trace, history), trace)
+    far = _guess_distance(trace, setup)
+    distances = sorted({*DISTANCES, *far})
+    seen, accuracy = forecast_trace(prepare_predictor(setup.predictor, trace, history), trace, distances)
+    prediction = seen.at(*DISTANCES)
     sample = spread_requests(trace, setup.frontier_tokens)
     few, few_prediction = trace.select(sample), prediction.select(trace, sample)
     thresholds = () if setup.predictor == "none" else THRESHOLDS
@@ -132,9 +139,13 @@ def replay(trace: Trace, setup: Setup, history: Trace | None = None) -> dict[str
         "frontier_tokens": few.num_tokens,
         "frontier_lru_per_layer_miss_rate": lru_per_layer_miss_rate(few_sequence, setup.slots, trace.num_layers),
     }
-    if setup.hardware is not None:
-        report |= on_hardware(few, setup, None if setup.predictor == "none" else few_prediction)
-    return report
+    if setup.hardware is None:
+        return report
+    assert setup.model is not None
+    if setup.hardware.manager is None:
+        return report | on_hardware(few, setup, None if setup.predictor == "none" else few_prediction)
+    guesses = seen.at(*far).select(trace, sample) if far and setup.predictor != "none" else None
+    return report | on_device(few, _schedule(few, setup), setup.slots, setup.hardware, setup.model, guesses)
 
 
 def check(trace: Trace, setup: Setup) -> list[list[int]]:
@@ -192,6 +203,14 @@ def _run_timeline(trace: Trace, setup: Setup, prediction: Forecast | None) -> Ti
     assert setup.hardware is not None and setup.model is not None
     timeline = Timeline(trace, setup.slots, _policy(trace, setup), prediction, setup.hardware, setup.model)
     return timeline.run(_schedule(trace, setup))
+
+
+def _guess_distance(trace: Trace, setup: Setup) -> tuple[int, ...]:
+    """The distance at which a GPU guesses; empty where there is none, or no guess is ever in time."""
+    if setup.hardware is None or setup.model is None or setup.hardware.manager is None:
+        return ()
+    distance = StepTime(setup.hardware, setup.model, *trace.shape).guess_distance
+    return () if distance is None else (distance,)
 
 
 def _schedule(trace: Trace, setup: Setup) -> Iterable[NDArray[np.int64]]:

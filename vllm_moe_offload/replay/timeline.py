@@ -17,6 +17,7 @@ from .forecast import Forecast
 from .hardware import HardwareProfile, ModelProfile
 from .link import Link
 from .replay_cache import ReplayCache, Tally
+from .step_time import StepTime
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,36 @@ class Share:
         self.uses, self.waited = self.uses + uses, self.waited + waited
 
 
+class Books:
+    """What the steps of a replay took, added up."""
+
+    def __init__(self) -> None:
+        self._everything, self._decoding = Share(), Share()
+
+    def add(self, rows: int, prefill: int, seconds: float, stalled: float, uses: int, waited: int) -> None:
+        """A step over ``rows``, of which ``prefill`` were not decoded; the rest as in ``Share``."""
+        self._everything.add(rows, seconds, stalled, uses, waited)
+        if prefill < rows:
+            self._decoding.add(rows - prefill, seconds, stalled, uses, waited)
+
+    def close(self, tally: Tally, link_seconds: float) -> TimelineReport:
+        """The report of all steps."""
+        done = self._everything
+        decoding = self._decoding if self._decoding.steps else done
+        return TimelineReport(tally, done.tokens, done.steps, done.seconds, done.stalled, link_seconds, decoding)
+
+
+def prefill_rows(trace: Trace, rows: NDArray[np.int64]) -> int:
+    """How many of ``rows`` are tokens of prompts."""
+    return 0 if trace.phase is None else int((trace.phase[rows] == PREFILL).sum())
+
+
+def experts_of(trace: Trace, rows: NDArray[np.int64], layer: int) -> NDArray[np.int64]:
+    """The distinct experts that ``rows`` use in a layer, numbered within it."""
+    chosen = trace.experts[rows, layer]
+    return (chosen[0] if len(rows) == 1 else np.unique(chosen)).astype(np.int64)
+
+
 class Timeline:
     """One replay on one machine."""
 
@@ -76,17 +107,18 @@ class Timeline:
         layers, experts, _ = trace.shape
         known = hardware.model is not None and hardware.model.record_bytes == model.record_bytes
         self._trace, self._forecast = trace, forecast
-        self._hardware, self._model = hardware, hardware.model if known and hardware.model else model
+        self._hardware = hardware
+        shown = hardware.model if known and hardware.model else model
+        self._time = StepTime(hardware, shown, layers, experts, trace.top_k)
         self._cache, self._tally = ReplayCache(layers, experts, slots, policy), Tally()
         loads = hardware.load_seconds(model.record_bytes)
         chunk = min(loads[0], hardware.load_latency_seconds + hardware.chunk_bytes / hardware.bytes_per_second)
         self._link = Link(loads, chunk)
-        layer_seconds = self._layer_seconds(trace.top_k, 1)
+        layer_seconds = self._time.layer(trace.top_k, 1)
         self._planner = Planner(Estimates(loads[0], layer_seconds, chunk if len(loads) == 1 else loads[0]))
         self._governor = PredictionGovernor()
-        self._chosen = trace.experts.astype(np.int64) + (np.arange(layers) * experts)[None, :, None]
         self._under_way: list[list[int]] = [[] for _ in range(layers)]
-        self._everything, self._decoding = Share(), Share()
+        self._books = Books()
         self._phase = Phase.DECODE
         self._seconds = self._stalled = self._predictor_seconds = 0.0
 
@@ -97,22 +129,16 @@ class Timeline:
             ConfigError: the slots cannot hold the experts of one layer of one step.
         """
         for rows in schedule:
-            prefill = 0 if self._trace.phase is None else int((self._trace.phase[rows] == PREFILL).sum())
+            prefill = prefill_rows(self._trace, rows)
             self._phase = Phase.PREFILL if prefill else Phase.DECODE
             self._seconds = self._stalled = self._predictor_seconds = 0.0
             tally = self._tally
             uses, waited = tally.accesses, tally.demand_loads + tally.late
             self._step(rows)
-            taken = self._seconds, self._stalled, tally.accesses - uses, tally.demand_loads + tally.late - waited
-            self._everything.add(len(rows), *taken)
-            if prefill < len(rows):
-                self._decoding.add(len(rows) - prefill, *taken)
+            waited = tally.demand_loads + tally.late - waited
+            self._books.add(len(rows), prefill, self._seconds, self._stalled, tally.accesses - uses, waited)
         self._tally.add(self._cache.finish())
-        done = self._everything
-        decoding = self._decoding if self._decoding.steps else done
-        return TimelineReport(
-            self._tally, done.tokens, done.steps, done.seconds, done.stalled, self._link.busy_seconds, decoding
-        )
+        return self._books.close(self._tally, self._link.busy_seconds)
 
     def _step(self, rows: NDArray[np.int64]) -> None:
         self._pass(self._hardware.step_overhead_seconds)
@@ -124,7 +150,7 @@ class Timeline:
         _, experts, top_k = self._trace.shape
         streaming = streams(len(rows) * top_k, experts, self._cache.cache.num_slots)
         for layer in range(self._trace.num_layers):
-            ids = self._chosen[rows[0], layer] if len(rows) == 1 else np.unique(self._chosen[rows, layer])
+            ids = layer * experts + experts_of(self._trace, rows, layer)
             self._layer(layer, ids, len(rows), merged, streaming)
         if len(rows) <= MOST_ROWS:
             predictor_seconds = None if merged is None else self._predictor_seconds
@@ -137,7 +163,7 @@ class Timeline:
     def _layer(
         self, layer: int, ids: NDArray[np.int64], rows: int, merged: NDArray[np.float32] | None, streaming: bool
     ) -> None:
-        computing = self._layer_seconds(len(ids), rows)
+        computing = self._time.layer(len(ids), rows)
         busy_before = self._link.busy_seconds
         self._pass(computing / 2)
         pinned, report = self._stream(layer, ids, computing) if streaming else self._serve(layer, ids)
@@ -209,10 +235,3 @@ class Timeline:
             self._note(report)
             self._under_way[target] += loading.tolist()
             self._link.prefetch(loading.tolist())
-
-    def _layer_seconds(self, distinct: int, rows: int) -> float:
-        """A layer reads its dense weights and its distinct experts once, or computes for longer than that."""
-        model, hardware = self._model, self._hardware
-        reading = (model.dense_bytes_per_layer + distinct * model.record_bytes) / hardware.memory_bytes_per_second
-        flops = 2 * rows * (self._trace.top_k * model.expert_parameters + model.dense_bytes_per_layer // 2)
-        return hardware.layer_overhead_seconds + max(reading, flops / hardware.flops_per_second)

@@ -84,6 +84,19 @@ class WindowTables:
         self.epoch[used] = epoch
         return Served(self._slots_of_rows(ids, real), np.stack([missing, taken], axis=1).astype(np.int32))
 
+    def admit(self, expert: int, step: int) -> int:
+        """Give an absent expert a slot before anything uses it: a free one, else that of the least heat.
+
+        Nothing is added to its heat.
+        """
+        assert self.slot_of[expert] == ABSENT
+        slot = int(self._victims(np.empty(0, np.int32), 1, np.int32(step // HALF_LIFE))[0])
+        left = self.expert_of[slot]
+        if left != ABSENT:
+            self.slot_of[left] = ABSENT
+        self.slot_of[expert], self.expert_of[slot] = slot, expert
+        return slot
+
     def heat_at(self, experts: NDArray[np.integer], epoch: np.int32) -> NDArray[np.int32]:
         """What is left of the heat of ``experts``."""
         return self.heat[experts] >> np.minimum(epoch - self.epoch[experts], 31)
