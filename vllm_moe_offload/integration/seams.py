@@ -133,6 +133,12 @@ FREE_BLOCKS = Seam(
     "know which blocks an aborted or preempted request held while a step of it was in flight",
     ("self", "request"),
 )
+POP_BLOCKS = Seam(
+    "vllm.v1.core.kv_cache_manager",
+    "KVCacheManager.pop_blocks_for_free",
+    "know the same of blocks that go back only when the step has ended",
+    ("self", "request"),
+)
 REQUEST_OUTPUT = Seam(
     "vllm.v1.engine.output_processor",
     "RequestState.make_request_output",
@@ -261,7 +267,7 @@ LEANED_ON = (
         "vllm.v1.request",
         "Request.__init__",
         "know which tokens of a request are in flight",
-        names=("num_computed_tokens", "num_in_flight_tokens"),
+        names=("num_computed_tokens", "num_in_flight_tokens", "num_stale_output_tokens"),
     ),
     Seam("vllm.v1.request", "RequestStatus.FINISHED_ERROR", "fail a request"),
     Seam("vllm.v1.outputs", "AsyncModelRunnerOutput.get_output", "fail requests of asynchronous steps", ("self",)),
@@ -316,6 +322,7 @@ SEAMS: tuple[Seam, ...] = (
     SHUTDOWN,
     UPDATE_FROM_OUTPUT,
     FREE_BLOCKS,
+    POP_BLOCKS,
     REQUEST_OUTPUT,
     *WEIGHTS_READ,
     *WEIGHTS_REPLACED,

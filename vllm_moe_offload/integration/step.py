@@ -14,6 +14,7 @@ def install() -> None:
     seams.SAMPLE_TOKENS.wrap(_attach_failures)
     seams.UPDATE_FROM_OUTPUT.wrap(_fail_requests)
     seams.FREE_BLOCKS.wrap(remember_released)
+    seams.POP_BLOCKS.wrap(remember_released)
     seams.REQUEST_OUTPUT.wrap(_name_error)
     seams.AVAILABLE_MEMORY.wrap(_leave_room_for_slots)
     seams.SHUTDOWN.wrap(_close)

@@ -1,37 +1,59 @@
-"""Which KV blocks a failed step has left void, who holds them, and how they leave the prefix cache."""
+"""Which KV blocks a failed step has left void, who holds them, and how they leave the prefix cache.
+
+vLLM puts the full blocks of a chunk into the prefix cache when it schedules the chunk. With asynchronous scheduling, or
+pipeline stages, later steps are scheduled before it is known that a step has failed: they write void blocks of the same
+request, and other requests take such blocks over. A block that another request was given anew in the meantime is not
+void any more: blocks are told apart by their hash as well.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+CachedBlock = tuple[int, Any]
+"""Number of a block and the hash under which the prefix cache knows it: together, one content."""
 
-class _Released(NamedTuple):
-    """What a request held that gave its blocks back while steps of it were in flight: aborted, or preempted."""
 
-    blocks: set[int]
-    """Those that the steps in flight were to fill."""
+class _Holding(NamedTuple):
+    """Blocks of one request that the prefix cache knows."""
+
+    blocks: list[tuple[int, CachedBlock]]
+    """Each with the number of the request's tokens up to its end."""
+    computed: int
+    """The request's tokens whose steps have ended."""
     in_flight: int
-    """Tokens of it whose steps have not ended."""
+    """The tokens after these, whose steps have not."""
+
+    @property
+    def written(self) -> set[CachedBlock]:
+        """What the steps in flight write: from the block that their first token goes to."""
+        return {block for end, block in self.blocks if end > self.computed}
+
+    def holds(self, void: set[CachedBlock]) -> bool:
+        return any(block in void for _, block in self.blocks)
 
 
-def remember_released(free: Callable[..., Any]) -> Callable[..., Any]:
-    """Around ``KVCacheManager.free``: a step in flight may still turn out to have failed."""
+def remember_released(release: Callable[..., Any]) -> Callable[..., Any]:
+    """Around what takes a request's blocks: a step of it in flight may still turn out to have failed."""
 
-    def remember_and_free(self: Any, request: Any) -> Any:
-        if request.num_in_flight_tokens > 0:
-            released = self.__dict__.setdefault("moe_offload_released", {})
-            released[request.request_id] = _Released(_in_flight_blocks(self, request), request.num_in_flight_tokens)
-        return free(self, request)
+    def remember_and_release(self: Any, request: Any) -> Any:
+        holding = _holding(self, request)
+        if holding.in_flight > 0 and holding.blocks:
+            _released(self).setdefault(request.request_id, []).append(holding)
+        return release(self, request)
 
-    return remember_and_free
+    return remember_and_release
 
 
 def forget_released(manager: Any, scheduled_tokens: Mapping[str, int]) -> None:
     """A step over these tokens has ended, and whatever it left void has been dealt with."""
-    released: dict[str, _Released] = manager.__dict__.get("moe_offload_released", {})
+    released = _released(manager)
     for request_id in list(released.keys() & scheduled_tokens.keys()):
-        kept = released[request_id]
-        if kept.in_flight > scheduled_tokens[request_id]:
-            released[request_id] = kept._replace(in_flight=kept.in_flight - scheduled_tokens[request_id])
+        oldest, *later = released[request_id]
+        tokens = scheduled_tokens[request_id]
+        if oldest.in_flight > tokens:
+            later.insert(0, _Holding(oldest.blocks, oldest.computed + tokens, oldest.in_flight - tokens))
+        if later:
+            released[request_id] = later
         else:
             del released[request_id]
 
@@ -40,34 +62,46 @@ def spread_over_shared_blocks(scheduler: Any, failed: Mapping[str, str]) -> dict
     """All requests that hold KV blocks which this step left void, with the reason; void blocks leave the prefix cache.
 
     A request scheduled in the same step as another, or after it while it was in flight, may have taken over blocks that
-    the other was only computing.
+    the other was only computing, and have left in the meantime itself.
     """
     manager = scheduler.kv_cache_manager
-    released: dict[str, _Released] = manager.__dict__.get("moe_offload_released", {})
+    holdings = {request_id: list(kept) for request_id, kept in _released(manager).items()}
+    for request_id, request in scheduler.requests.items():
+        holdings.setdefault(request_id, []).append(_holding(manager, request))
     reasons: dict[str, str] = dict(failed)
     spreading = list(failed)
+    void: set[CachedBlock] = set()
     while spreading:
         request_id = spreading.pop()
-        void: set[int] = set()
-        if request_id in released:
-            void |= released[request_id].blocks
-        if request_id in scheduler.requests:
-            void |= _in_flight_blocks(manager, scheduler.requests[request_id])
-        manager.evict_blocks(void)
-        for other in scheduler.requests:
-            if other not in reasons and void & _held_blocks(manager, other):
+        for holding in holdings.get(request_id, ()):
+            void |= holding.written
+        for other, kept in holdings.items():
+            if other not in reasons and any(holding.holds(void) for holding in kept):
                 reasons[other] = reasons[request_id]
                 spreading.append(other)
+    blocks = manager.block_pool.blocks
+    manager.evict_blocks({number for number, known_as in void if blocks[number].block_hash == known_as})
     return reasons
 
 
-def _held_blocks(manager: Any, request_id: str) -> set[int]:
-    return {block for blocks in manager.get_block_ids(request_id) for block in blocks}
+def _released(manager: Any) -> dict[str, list[_Holding]]:
+    """What requests held that gave their blocks back while steps of them were in flight: oldest first.
+
+    They were aborted, have failed, or were preempted, after which they may go on.
+    """
+    released: dict[str, list[_Holding]] = manager.__dict__.setdefault("moe_offload_released", {})
+    return released
 
 
-def _in_flight_blocks(manager: Any, request: Any) -> set[int]:
-    """The blocks of ``request`` from the first that a step in flight writes to."""
-    computed = max(0, request.num_computed_tokens - request.num_in_flight_tokens)
+def _holding(manager: Any, request: Any) -> _Holding:
+    """What ``request`` holds. Its steps of before a preemption are no matter of the blocks that it was given after."""
+    in_flight = request.num_in_flight_tokens - request.num_stale_output_tokens
+    all_blocks = manager.block_pool.blocks
     groups = zip(manager.get_block_ids(request.request_id), manager.coordinator.single_type_managers, strict=True)
-    written = {block for blocks, group in groups for block in blocks[computed // group.block_size :]}
-    return written - {manager.block_pool.null_block.block_id}
+    blocks = [
+        ((index + 1) * group.block_size, (number, all_blocks[number].block_hash))
+        for numbers, group in groups
+        for index, number in enumerate(numbers)
+        if all_blocks[number].block_hash is not None
+    ]
+    return _Holding(blocks, request.num_computed_tokens - in_flight, in_flight)
