@@ -1,0 +1,90 @@
+"""The kernels of ``kernels.py`` launched on torch's current stream."""
+
+import torch
+import triton
+
+from . import kernels
+from .device_tables import DeviceTables, LayerTables, Ring
+from .tables import ABSENT
+
+COMPILE_OPTIONS = {} if torch.version.hip else {"maxnreg": 128}
+"""Without a bound, NVIDIA's assembler spills a register to have more programs at a time than there are."""
+
+_PROGRAMS = 64
+"""Of one gather: enough for the link between host and device, and few to start where nothing is missing."""
+_COPY_WORDS = 1024
+"""Copied by one program at a time."""
+_NOTE_IDS = 1024
+_IDS_AT_ONCE = 8
+_LANES_PER_WARP = 128
+
+
+class TritonKernels:
+    """``device_tables.Kernels`` of one engine; nothing here allocates or looks at results.
+
+    Args:
+        most_experts: of any layer.
+        programs: of one gather.
+    """
+
+    def __init__(self, most_experts: int, programs: int = _PROGRAMS):
+        self._programs = programs
+        self._lanes = max(16, triton.next_power_of_2(most_experts))
+        self._warps = min(max(1, self._lanes // _LANES_PER_WARP), 8)
+
+    def manage(
+        self,
+        layer: LayerTables,
+        ids: torch.Tensor,
+        real_rows: torch.Tensor,
+        out: torch.Tensor,
+        misses: torch.Tensor,
+        ring: Ring,
+    ) -> None:
+        window, tables = layer.window, layer.tables
+        kernels.manage[(1,)](
+            *(ids, ids.numel(), ids.shape[1], real_rows, tables, tables.shape[1]),
+            *(window.base, window.experts, window.slots, int(window.record_of is not None)),
+            *(out, misses, ring.header, layer.number),
+            P=self._lanes,
+            CHUNK=_IDS_AT_ONCE,
+            num_warps=self._warps,
+            **COMPILE_OPTIONS,
+        )
+
+    def stage(
+        self, layer: LayerTables, ids: torch.Tensor, real_rows: torch.Tensor, misses: torch.Tensor, ring: Ring
+    ) -> None:
+        window, tables = layer.window, layer.tables
+        kernels.stage[(1,)](
+            *(ids, ids.numel(), ids.shape[1], real_rows, tables, tables.shape[1]),
+            *(window.base, window.experts, int(window.is_lent), misses, ring.header, layer.number),
+            P=self._lanes,
+            CHUNK=_IDS_AT_ONCE,
+            num_warps=self._warps,
+            **COMPILE_OPTIONS,
+        )
+
+    def gather(self, layer: LayerTables, components: torch.Tensor, misses: torch.Tensor, ring: Ring) -> None:
+        kernels.gather[(self._programs,)](
+            *(misses, components, len(components), self._programs, ring.header, layer.number),
+            BLOCK=_COPY_WORDS,
+            **COMPILE_OPTIONS,
+        )
+
+    def note(self, layer: LayerTables, ids: torch.Tensor, real_rows: torch.Tensor, ring: Ring) -> None:
+        kernels.note[(triton.cdiv(ids.numel(), _NOTE_IDS),)](
+            *(ids, ids.numel(), ids.shape[1], real_rows, ring.header, layer.number), CHUNK=_NOTE_IDS, **COMPILE_OPTIONS
+        )
+
+    def forget(self, tables: DeviceTables) -> None:
+        tables.tables[:, 0].masked_fill_(tables.lent, ABSENT)
+        tables.tables[:, 4].masked_fill_(tables.lent, ABSENT)
+
+    def reset(self, tables: DeviceTables) -> None:
+        tables.tables[:, 0].fill_(ABSENT)
+        tables.tables[:, 1:3].zero_()
+        tables.tables[:, 4].fill_(ABSENT)
+
+    def advance(self, ring: Ring) -> None:
+        ring.step.add_(1)
