@@ -263,6 +263,15 @@ class VirtualDevice(Device):
             pass
         assert not self.pending, "work waits for itself"
 
+    def run_next(self, stream: VirtualStream) -> bool:
+        """Run the next operation of ``stream`` to its end; whether there is one that waits for nothing."""
+        if not stream.queue or not all(event.complete for event in stream.queue[0].waits):
+            return False
+        operation = stream.queue[0]
+        while not operation.done:
+            self._advance(stream)
+        return True
+
     @property
     def pending(self) -> int:
         """Operations enqueued and not done."""

@@ -4,5 +4,16 @@ It must never decide what is copied, nor let a copy that was refused pass for on
 """
 
 from .base import Device, DeviceError, Event, OutOfDeviceMemoryError, RegistrationError, Stream
+from .transfer import Copy, Guess, TransferQueue
 
-__all__ = ["Device", "DeviceError", "Event", "OutOfDeviceMemoryError", "RegistrationError", "Stream"]
+__all__ = [
+    "Copy",
+    "Device",
+    "DeviceError",
+    "Event",
+    "Guess",
+    "OutOfDeviceMemoryError",
+    "RegistrationError",
+    "Stream",
+    "TransferQueue",
+]
