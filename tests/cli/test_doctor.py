@@ -8,11 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from vllm_moe_offload.cli.check import BROKEN, HINT, OK, WARNING
 from vllm_moe_offload.cli.checks import (
-    BROKEN,
-    HINT,
-    OK,
-    WARNING,
     check_kernels,
     check_plugin,
     check_seams,

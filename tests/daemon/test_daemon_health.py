@@ -8,7 +8,8 @@ import pytest
 
 from tests.daemon.served_daemon import ServedDaemon
 from vllm_moe_offload import threads
-from vllm_moe_offload.cli.checks import HINT, OK, check_daemon
+from vllm_moe_offload.cli.check import HINT, OK
+from vllm_moe_offload.cli.checks import check_daemon
 from vllm_moe_offload.cli.daemon_view import status_view
 from vllm_moe_offload.threads import ReportedThread
 

@@ -11,7 +11,8 @@ import pytest
 import vllm_moe_offload
 from tests.runtime.record_stores import ALIGNED, build_store
 from vllm_moe_offload import threads
-from vllm_moe_offload.cli.checks import HINT, OK, check_affinity
+from vllm_moe_offload.cli.check import HINT, OK
+from vllm_moe_offload.cli.checks import check_affinity
 from vllm_moe_offload.learning.background import Background
 from vllm_moe_offload.pool import HostMemory
 from vllm_moe_offload.pool.loader import Load, RecordLoader

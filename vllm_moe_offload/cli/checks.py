@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ..config import ENVIRONMENT_VARIABLE, PLUGIN_NAME
 from ..sizes import size_text
@@ -17,7 +17,9 @@ from ..store.files import ROOT_SETTING, free_bytes
 from ..store.layout import ALIGNMENT
 from ..store.root import default_root
 from ..threads import ReportedThread
+from .check import BROKEN, HINT, OK, WARNING, Check
 from .daemon_check import daemon_health
+from .gpu_check import Driver, check_gpu
 from .installed import INSTALL_HINT, SUPPORTED, installed_version, is_supported
 from .memory_check import private_memory, shared_memory
 
@@ -25,20 +27,6 @@ if TYPE_CHECKING:
     from ..integration.seams import Seam
 
 _RANGE = f">= {SUPPORTED[0]}, < {SUPPORTED[1]}"
-
-OK, HINT, WARNING, BROKEN = "ok", "hint", "warning", "broken"
-
-
-class Check(NamedTuple):
-    """One finding.
-
-    ``hint`` costs speed or may surprise, ``warning`` is something that will not work, or was never tried, while
-    offloading as a whole should; ``broken`` means that offloading will not work.
-    """
-
-    subject: str
-    state: str
-    detail: str
 
 
 def check_vllm() -> Check:
@@ -181,6 +169,7 @@ def all_checks() -> Iterator[Check]:
     yield check_plugin(os.environ.get("VLLM_PLUGINS"))
     if installed_version() is not None and torchvision.state != BROKEN:
         yield from check_machine()
+    yield from check_gpu(Driver.load())
     yield check_affinity()
     yield from check_slot_memory()
     yield from check_daemon()

@@ -4,7 +4,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .checks import BROKEN, HINT, OK, WARNING, Check, all_checks
+from .check import BROKEN, HINT, OK, WARNING, Check
+from .checks import all_checks
 
 _COLOURS = {OK: "green", HINT: "yellow", WARNING: "yellow", BROKEN: "red"}
 
