@@ -5,7 +5,6 @@ seeds. Changing the preferred stream rarely finds more of them than drawing one 
 """
 
 import random
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from vllm_moe_offload.device import Device, DeviceError, OutOfDeviceMemoryError, RegistrationError
+from vllm_moe_offload.device.ranges import AddressRanges
 
 Memory: TypeAlias = torch.Tensor | NDArray[np.generic]
 Bytes: TypeAlias = NDArray[np.uint8]
@@ -144,8 +144,7 @@ class VirtualDevice(Device):
         """By address."""
         self._allocated_bytes = 0
         self._kept: list[torch.Tensor] = []
-        self._starts: list[int] = []
-        self._ends: list[int] = []
+        self._ranges = AddressRanges()
         self._order = random.Random(order) if isinstance(order, int) else order
         self._capacity, self._main_is_host, self._frozen, self._scattered = capacity, main_is_host, frozen, scattered
         self._chance_to_run = self._order.choice(_CHANCES_TO_RUN) if chance_to_run is None else chance_to_run
@@ -171,22 +170,20 @@ class VirtualDevice(Device):
             raise RegistrationError("the virtual driver was told to refuse")
         if any(np.may_share_memory(part, memory) for part in self.registered.values()):
             raise RegistrationError("part of the memory is registered already")
-        self.registered[memory.ctypes.data] = memory.reshape(-1)
-        self._add_range(memory.ctypes.data, memory.nbytes)
+        start = memory.ctypes.data
+        self.registered[start] = memory.reshape(-1)
+        self._ranges.add(start, memory.nbytes, start + (len(self.registered) << 44 if self._scattered else 0))
 
     def unregister(self, memory: Bytes) -> None:
         self._check()
         part = self.registered.pop(memory.ctypes.data)
         assert part.nbytes == memory.nbytes, "what was registered is unregistered"
-        at = self._starts.index(memory.ctypes.data)
-        del self._starts[at], self._ends[at]
+        self._ranges.remove(memory.ctypes.data, memory.nbytes)
 
     def address(self, memory: Bytes) -> int:
-        start = memory.ctypes.data
-        for number, (first, part) in enumerate(self.registered.items()):
-            if first <= start and start + memory.nbytes <= first + part.nbytes:
-                return start + (number + 1 << 44 if self._scattered else 0)
-        raise AssertionError("the memory is not registered, or not in one piece")
+        address = self._ranges.address(memory.ctypes.data, memory.nbytes)
+        assert address is not None, "the memory is not registered, or not in one piece"
+        return address
 
     def stream(self, name: str, urgent: bool = False) -> VirtualStream:
         self._check()
@@ -282,19 +279,12 @@ class VirtualDevice(Device):
         return self.streams[-1]
 
     def _reaches(self, memory: torch.Tensor) -> bool:
-        first = memory.data_ptr()
-        at = bisect_right(self._starts, first)
-        return at > 0 and first + memory.nbytes <= self._ends[at - 1]
-
-    def _add_range(self, start: int, nbytes: int) -> None:
-        at = bisect_right(self._starts, start)
-        self._starts.insert(at, start)
-        self._ends.insert(at, start + nbytes)
+        return self._ranges.address(memory.data_ptr(), memory.nbytes) is not None
 
     def _new_memory(self, nbytes: int) -> torch.Tensor:
         whole = torch.zeros(nbytes + _ALIGNMENT, dtype=torch.uint8)
         memory = whole[-whole.data_ptr() % _ALIGNMENT :][:nbytes]
-        self._add_range(memory.data_ptr(), nbytes)
+        self._ranges.add(memory.data_ptr(), nbytes, memory.data_ptr())
         self._kept.append(memory)
         return memory
 

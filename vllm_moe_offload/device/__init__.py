@@ -4,6 +4,7 @@ It must never decide what is copied, nor let a copy that was refused pass for on
 """
 
 from .base import Device, DeviceError, Event, OutOfDeviceMemoryError, RegistrationError, Stream
+from .registered import RegisteredMemory
 from .transfer import Copy, Guess, TransferQueue
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Event",
     "Guess",
     "OutOfDeviceMemoryError",
+    "RegisteredMemory",
     "RegistrationError",
     "Stream",
     "TransferQueue",

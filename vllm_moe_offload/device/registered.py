@@ -1,0 +1,71 @@
+"""Host memory of records that copies and kernels of a device read where it lies."""
+
+import math
+import mmap
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .base import Device, RegistrationError
+
+CHUNK_BYTES = 64 << 30
+"""Drivers refuse to register several hundred GiB in one call."""
+
+
+class RegisteredMemory:
+    """Registers the components of a pool's slots, all or none.
+
+    A chunk registered in one call has whole slots only, since a copy may not cross from one to the next.
+
+    Args:
+        arrays: per component uint8 ``[slots, nbytes]``, contiguous. They stay where they are until ``close``.
+        chunk_bytes: the most that is registered in one call, unless one slot is more.
+
+    Raises:
+        RegistrationError: the driver refuses; nothing is registered then.
+    """
+
+    def __init__(self, device: Device, arrays: Sequence[NDArray[np.uint8]], chunk_bytes: int = CHUNK_BYTES):
+        self._device = device
+        self._components = tuple(arrays)
+        self._registered: list[NDArray[np.uint8]] = []
+        try:
+            for component in arrays:
+                for chunk in _chunks(component, chunk_bytes):
+                    device.register(chunk)
+                    self._registered.append(chunk)
+        except BaseException:
+            self.close()
+            raise
+        self._chunk_bytes = chunk_bytes
+
+    def address(self, component: int) -> int:
+        """Where kernels of the device read the first byte of ``component``; the others follow it.
+
+        Raises:
+            RegistrationError: the device sees the chunks of the component apart.
+        """
+        memory = self._components[component]
+        first = self._device.address(memory[0])
+        for chunk in _chunks(memory, self._chunk_bytes):
+            offset = chunk.ctypes.data - memory.ctypes.data
+            if self._device.address(chunk) != first + offset:
+                raise RegistrationError("the device sees memory registered in several calls at addresses apart")
+        return first
+
+    def close(self) -> None:
+        """Unregister everything, the last first. No work that reads it may be enqueued or under way."""
+        while self._registered:
+            self._device.unregister(self._registered[-1])
+            self._registered.pop()
+
+
+def _chunks(memory: NDArray[np.uint8], chunk_bytes: int) -> list[NDArray[np.uint8]]:
+    """``memory`` cut between slots, and between pages where that leaves chunks of no more than ``chunk_bytes``."""
+    slots, nbytes = memory.shape
+    at_once = max(1, chunk_bytes // nbytes)
+    whole_pages = mmap.PAGESIZE // math.gcd(nbytes, mmap.PAGESIZE)
+    if at_once >= whole_pages:
+        at_once -= at_once % whole_pages
+    return [memory[first : first + at_once] for first in range(0, slots, at_once)]
