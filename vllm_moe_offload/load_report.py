@@ -35,6 +35,11 @@ class LoadReport(NamedTuple):
     """Evicted before anyone needed them."""
     late_seconds: float = 0.0
     """Of ``waited``, what was spent on those that were late, all together."""
+    host_hits: int = 0
+    """Of ``misses`` of slots in device memory, those found in host memory; the others were read from disk."""
+    copied: int = 0
+    """Records copied from host memory to the device, demanded or not."""
+    copied_bytes: int = 0
 
     def __add__(self, other: "LoadReport") -> "LoadReport":  # type: ignore[override]
         return LoadReport._make(map(sum, zip(self, other, strict=True)))

@@ -69,6 +69,12 @@ class Stats:
 
     hits: int = _counter("Experts a layer needed and found in a slot.", "experts", WORKER, column="hits")
     misses: int = _counter("Experts a layer needed and had to wait for.", "experts", WORKER, column="misses")
+    host_hits: int = _counter(
+        "Of the misses of slots in device memory, experts found in host memory; the others were read from disk.",
+        "experts",
+        WORKER,
+    )
+    copied_bytes: int = _counter("Bytes of records copied from host memory to the device.", "bytes", WORKER)
     demands: int = _counter("Times a worker waited for experts.", "demands", DAEMON)
     joined: int = _counter(
         "Demanded experts that were being loaded already, for another worker or on a prediction.",
@@ -150,6 +156,8 @@ class Stats:
         """Count what a pool has done."""
         self.hits += report.hits
         self.misses += report.misses
+        self.host_hits += report.host_hits
+        self.copied_bytes += report.copied_bytes
         self.streamed += report.streamed
         self.loads += report.loads
         self.loaded_bytes += report.loaded_bytes

@@ -21,7 +21,7 @@ shared memory that a process which may be alive could still write.
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 
@@ -132,6 +132,8 @@ class DaemonClient:
         self._retry_at = 0.0
         """On the monotonic clock: no daemon is asked before."""
         self._last_reason = ""
+        self.before_exchange: Callable[[], None] = lambda: None
+        """Called before what lies behind the slots' addresses changes: nothing may read it through other mappings."""
         self._watcher = ReportedThread(target=self._watch, name="moe-offload-daemon-watch", daemon=True)
         self._watcher.start()
 
@@ -204,6 +206,7 @@ class DaemonClient:
         """Serve from what the slots hold now, as far as ``tables`` are trusted. Returns how many experts that is."""
         operations = Operations(lambda: RecordLoader(self._store, cpus=self._io_cpus))
         self._close_pools()
+        self.before_exchange()
         kept = 0
         pools = []
         for members, arena, table in zip(self._members, self._arenas, tables, strict=True):
@@ -251,6 +254,7 @@ class DaemonClient:
             return
         try:
             self._close_pools()
+            self.before_exchange()
             for arena in self._arenas:
                 arena.mapping.replace(successor.take_arena())
         except OffloadError as error:

@@ -49,6 +49,8 @@ class RemotePool(HostPool):
         stats: this worker's, for everybody to see.
     """
 
+    holds_overlap = False
+
     def __init__(
         self,
         connection: Connection,
@@ -116,6 +118,13 @@ class RemotePool(HostPool):
         self._uses.note(experts)
         useful, _ = self._use(experts, slots)
         return _TicketHold(experts, slots, ticket=0), LoadReport(hits=len(experts), useful=useful)
+
+    def hold_resident(self, layer: Span, experts: IntArray) -> tuple[Hold, LoadReport]:
+        self._reader.enter()
+        slots = self.table.slot_of[experts]
+        there = (slots != ABSENT) & self.is_attached
+        hold = _TicketHold(experts[there], slots[there], ticket=0)
+        return hold, LoadReport(withdrawn=self._speculative.use(hold.experts))
 
     def hold_streaming(self, layer: Span, experts: IntArray) -> tuple[Hold, LoadReport]:
         return self._demand(experts, stream=True)

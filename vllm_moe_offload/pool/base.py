@@ -68,8 +68,8 @@ class SlotPool(ABC):
     def capacity(self) -> int:
         """Slots that may be occupied at a time."""
 
-    def streams(self, choices: int, experts: int) -> bool:
-        """Whether a layer of ``experts`` experts, of which the step makes so many choices, is held streaming."""
+    def streams(self, choices: int, needed: int, experts: int) -> bool:
+        """Whether a layer is to be held streaming, which needs so many of its ``experts`` for so many choices."""
         return streams(choices, experts, self.capacity)
 
     def begin_step(self) -> LoadReport:
@@ -143,7 +143,7 @@ class SlotPool(ABC):
 
     @abstractmethod
     def enable_predictions(self) -> None:
-        """From now on ``expect`` will be called: let eviction take account of it."""
+        """From now on ``expect`` will be called: let eviction take account of it. Idempotent."""
 
     @abstractmethod
     def expect(self, layer: Span, probabilities: NDArray[np.float32] | float) -> None:
@@ -168,6 +168,15 @@ class HostPool(SlotPool):
     memory: SlotMemory
     experts: int
     """How many there are in all; ids are smaller."""
+    holds_overlap: bool
+    """Whether it may be asked for experts while others are held. Where not, a released hold may still fail."""
+
+    @abstractmethod
+    def hold_resident(self, layer: Span, experts: IntArray) -> tuple[Hold, LoadReport]:
+        """Hold those of ``experts`` (distinct, of ``layer``) that are in slots already; nothing is waited for.
+
+        It counts as no use. Guesses among them are withdrawn: whoever copies an expert on has its own guess.
+        """
 
     @property
     def layout(self) -> RecordLayout:

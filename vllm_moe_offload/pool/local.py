@@ -42,18 +42,22 @@ class LocalPool(HostPool):
 
     A started hold reads ahead of everything but demands, on all threads of the loader.
 
+    Any number of holds may be open at once, as long as all fit into ``capacity``.
+
     Args:
         members: the layers that share the pool.
         memory: with a slot for every one the cache may give away.
         operations: of all pools of the loader.
     """
 
+    holds_overlap = True
+
     def __init__(
         self,
         members: PoolMembers,
         memory: SlotMemory,
         cache: ExpertCache,
-        operations: Operations,
+        operations: Operations[RecordLoader],
     ):
         self.memory = memory
         self.cache = cache
@@ -107,6 +111,15 @@ class LocalPool(HostPool):
             awaited = self._await_in_flight(layer, experts)
             hold, loaded = self._hold_acquired(experts, self.cache.acquire(experts))
             return hold, awaited + loaded
+
+    def hold_resident(self, layer: Span, experts: IntArray) -> tuple[Hold, LoadReport]:
+        with self._operations:
+            ended = self._ended(self.in_flight.reap())
+            under_way = [started.expert for started in self.in_flight.loads]
+            there = (self.cache.slot_of[experts] != ABSENT) & ~np.isin(experts, under_way)
+            there &= ~np.isin(experts, list(self._void))
+            hold, _ = self._new_hold(experts[there], self.cache.acquire(experts[there], use=False))
+            return hold, ended + LoadReport(withdrawn=self.speculative.use(hold.experts))
 
     def hold_streaming(self, layer: Span, experts: IntArray) -> tuple[Hold, LoadReport]:
         with self._operations:
@@ -176,6 +189,8 @@ class LocalPool(HostPool):
         return self.cache.slot_of[layer.start : layer.stop] == ABSENT
 
     def enable_predictions(self) -> None:
+        if self._expected is not None:
+            return
         policy = PredictionAwarePolicy(self.cache.policy, self.experts)
         self.cache.policy, self._expected = policy, policy.expected
 
@@ -260,7 +275,7 @@ class LocalPool(HostPool):
         in_flight = self.in_flight.loads
         if not in_flight:
             return LoadReport(useful=self.speculative.use(needed))
-        crowded = len(in_flight) + len(needed) > self.capacity
+        crowded = np.count_nonzero(self.cache.pins) + len(needed) > self.capacity
         wanted = set(needed.tolist())
         taken: set[int] = set()
         wrong = [s for s in in_flight if s.speculative and s.expert not in wanted and s.expert in layer]

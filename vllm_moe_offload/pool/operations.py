@@ -1,4 +1,4 @@
-"""Whether the operations on the pools of one loader have run to their ends, and what follows if one has not.
+"""Whether the operations on pools that share a loader have run to their ends, and what follows if one has not.
 
 Nothing is undone step by step: an exception, Ctrl-C above all, may come between any two of them. Pools in which an
 operation was left in the middle are emptied as a whole before the next one begins.
@@ -6,9 +6,17 @@ operation was left in the middle are emptied as a whole before the next one begi
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
-from .loader import RecordLoader
+
+class Ended(Protocol):
+    """What fills the slots of pools, as far as it comes to an end."""
+
+    def close(self) -> None:
+        """When it returns, nothing is written to a slot any more."""
+
+
+Loader = TypeVar("Loader", bound=Ended)
 
 
 class Emptied(Protocol):
@@ -18,14 +26,14 @@ class Emptied(Protocol):
         """Nothing is resident, under way or held any more. Whoever calls it has ended all reads."""
 
 
-class Operations:
+class Operations(Generic[Loader]):
     """Context of every operation that changes a pool. One thread operates, and operations do not nest.
 
     Args:
         make_loader: a loader for these pools.
     """
 
-    def __init__(self, make_loader: Callable[[], RecordLoader]):
+    def __init__(self, make_loader: Callable[[], Loader]):
         self._make_loader = make_loader
         self._unfinished = False
         self.loader = make_loader()

@@ -216,7 +216,7 @@ class OffloadRuntime:
                 skipped.
         """
         pool, needed = layer.pool, _needed(layer, chosen)
-        if pool.streams(chosen.size, layer.experts):
+        if pool.streams(chosen.size, len(needed), layer.experts):
             return self._serve_streaming(layer, chosen, needed)
         capacity = pool.capacity
         if len(needed) > capacity:
