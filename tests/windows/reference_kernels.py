@@ -1,0 +1,168 @@
+"""``WindowTables`` as work of a virtual device, in place of kernels."""
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tests.device.virtual import Memory, VirtualDevice
+from vllm_moe_offload.windows.device_tables import DeviceTables, Kernels, LayerTables, Ring
+from vllm_moe_offload.windows.tables import ABSENT, WindowTables
+
+
+class ReferenceKernels(Kernels):
+    """Enqueues on ``main`` what ``TritonKernels`` would launch."""
+
+    def __init__(self, device: VirtualDevice):
+        self.device = device
+
+    def manage(
+        self,
+        layer: LayerTables,
+        ids: torch.Tensor,
+        real_rows: torch.Tensor,
+        out: torch.Tensor,
+        misses: torch.Tensor,
+        ring: Ring,
+    ) -> None:
+        window = layer.window
+
+        def compute(values: list[Memory]) -> None:
+            given, real, tables, header = (np.asarray(value) for value in values)
+            policy = policy_of(layer, tables)
+            slots, missing = policy.serve(given, int(header[0]), int(real[0]))
+            out.copy_(torch.from_numpy(np.where(slots >= 0, slots + window.base, ABSENT)))
+            missing[:, 0] = tables[3][missing[:, 0]]
+            write_misses(misses, missing, np.full(len(missing), ABSENT))
+            tables[0, : window.experts] = np.where(policy.slot_of >= 0, policy.slot_of + window.base, ABSENT)
+            tables[1, : window.experts], tables[2, : window.experts] = policy.heat, policy.epoch
+            tables[4, : window.slots] = policy.expert_of
+            layer.tables.copy_(torch.from_numpy(tables))
+            write_ring(ring, layer, given, int(real[0]), len(used_of(given, real)), len(missing))
+
+        def writes() -> Sequence[Memory]:
+            return [layer.tables, out, misses, *entry_of(ring, layer, ids)]
+
+        reads = [ids, real_rows, layer.tables, ring.header]
+        self.device.kernel(self.device.main, lambda: reads, compute, writes, "manage")
+
+    def stage(
+        self, layer: LayerTables, ids: torch.Tensor, real_rows: torch.Tensor, misses: torch.Tensor, ring: Ring
+    ) -> None:
+        def compute(values: list[Memory]) -> None:
+            given, real, tables, _ = (np.asarray(value) for value in values)
+            used = used_of(given, real)
+            used = used[tables[3][used] >= 0]
+            records = tables[3][used]
+            rows = tables[0][used]
+            slots = np.where((rows >= 0) & (not layer.window.is_lent), rows - layer.window.base, ABSENT)
+            write_misses(misses, np.stack([records, records], axis=1), slots)
+            write_ring(ring, layer, given, int(real[0]), len(used), len(used))
+
+        reads = [ids, real_rows, layer.tables, ring.header]
+        self.device.kernel(
+            self.device.main, lambda: reads, compute, lambda: [misses, *entry_of(ring, layer, ids)], "stage"
+        )
+
+    def gather(self, layer: LayerTables, components: torch.Tensor, misses: torch.Tensor, ring: Ring) -> None:
+        def moves() -> list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+            listed = misses[1 : 1 + 3 * int(misses[0])].view(-1, 3).tolist()
+            return [
+                (
+                    at(target + row * nbytes, nbytes),
+                    at(window + slot * nbytes if slot >= 0 else host + record * nbytes, nbytes),
+                )
+                for record, row, slot in listed
+                for target, host, window, nbytes, _ in components.tolist()
+            ]
+
+        def copied() -> torch.Tensor:
+            return ring.notes[int(ring.step[0]) % len(ring.notes), layer.number, 6:]
+
+        def compute(values: list[Memory]) -> None:
+            _, _, _, before, *sources = values
+            targets = [target for target, _ in moves()]
+            for target, source in zip(targets, sources, strict=True):
+                target[:] = np.asarray(source)
+            copied().copy_(before + sum(target.nbytes for target in targets))
+
+        def reads() -> Sequence[Memory]:
+            return [misses, components, ring.header, copied(), *(source for _, source in moves())]
+
+        def writes() -> Sequence[Memory]:
+            return [copied(), *(target for target, _ in moves())]
+
+        self.device.kernel(self.device.main, reads, compute, writes, "gather")
+
+    def note(self, layer: LayerTables, ids: torch.Tensor, real_rows: torch.Tensor, ring: Ring) -> None:
+        def compute(values: list[Memory]) -> None:
+            given, real, _ = (np.asarray(value) for value in values)
+            write_ring(ring, layer, given, int(real[0]), 0, 0)
+
+        reads = [ids, real_rows, ring.header]
+        self.device.kernel(self.device.main, lambda: reads, compute, lambda: entry_of(ring, layer, ids), "note")
+
+    def forget(self, tables: DeviceTables) -> None:
+        overwritten = [
+            row for layer in tables.layers if layer.window.is_lent for row in (layer.tables[0], layer.tables[4])
+        ]
+        self._fill(overwritten, ABSENT)
+
+    def reset(self, tables: DeviceTables) -> None:
+        self._fill([row for layer in tables.layers for row in (layer.tables[0], layer.tables[4])], ABSENT)
+        self._fill([row for layer in tables.layers for row in (layer.tables[1], layer.tables[2])], 0)
+
+    def advance(self, ring: Ring) -> None:
+        def compute(values: list[Memory]) -> None:
+            ring.step.copy_(values[0] + 1)
+
+        self.device.kernel(self.device.main, lambda: [ring.step], compute, lambda: [ring.step], "advance")
+
+    def _fill(self, rows: list[torch.Tensor], value: int) -> None:
+        def compute(_: list[Memory]) -> None:
+            for row in rows:
+                row.fill_(value)
+
+        self.device.kernel(self.device.main, lambda: [], compute, lambda: rows, "fill")
+
+
+def policy_of(layer: LayerTables, tables: NDArray[np.int32]) -> WindowTables:
+    """The policy in the state that the device's tables say."""
+    window = layer.window
+    policy = WindowTables(window.experts, window.slots, tables[3, : window.experts] >= 0)
+    rows = tables[0, : window.experts]
+    policy.slot_of[:] = np.where(rows >= 0, rows - window.base, ABSENT)
+    policy.heat[:], policy.epoch[:] = tables[1, : window.experts], tables[2, : window.experts]
+    policy.expert_of[:] = tables[4, : window.slots]
+    return policy
+
+
+def used_of(ids: NDArray[np.integer], real_rows: NDArray[np.int32]) -> NDArray[np.integer]:
+    used = np.unique(ids[: real_rows[0]])
+    return used[used >= 0]
+
+
+def write_misses(misses: torch.Tensor, listed: NDArray[np.int32], slots: NDArray[np.integer]) -> None:
+    misses.fill_(-7)
+    misses[0] = len(listed)
+    misses[1 : 1 + 3 * len(listed)] = torch.from_numpy(np.column_stack([listed, slots]).astype(np.int32).reshape(-1))
+
+
+def entry_of(ring: Ring, layer: LayerTables, ids: torch.Tensor) -> list[torch.Tensor]:
+    """The step's ids of the layer, and its note."""
+    entry = int(ring.step[0]) % len(ring.ids)
+    first = layer.number * ids.numel()
+    return [ring.ids[entry, first : first + ids.numel()], ring.notes[entry, layer.number]]
+
+
+def write_ring(ring: Ring, layer: LayerTables, ids: NDArray[np.integer], real: int, used: int, misses: int) -> None:
+    kept, note = entry_of(ring, layer, torch.from_numpy(ids))
+    kept.copy_(torch.from_numpy(ids.reshape(-1)))
+    real_ids = min(real * ids.shape[1], ids.size)
+    note.copy_(torch.tensor([int(ring.step[0]), ids.size, real_ids, used, misses, 0, 0]))
+
+
+def at(address: int, nbytes: int) -> NDArray[np.uint8]:
+    return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))

@@ -1,0 +1,227 @@
+"""Windows that the device manages by itself: one engine's, with no decision of the host inside a step.
+
+Host memory holds all records where the device reads them. Everything is enqueued on the stream of vLLM's kernels but
+the copies of a wide step too large for a graph and what comes back to the host, so the order of streams is all the
+protection that slots and tables need.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..device.base import Device, Event
+from .device_tables import DeviceTables, Kernels, Window, zeros
+from .memory import View, WindowMemory
+from .step_log import RoutedStep, StepLog
+
+_LANES = (16, 8, 1)
+
+
+class HostRecords(Protocol):
+    """Records in host memory that the device reads."""
+
+    arrays: Sequence[NDArray[np.uint8]]
+    """Per component ``[records, nbytes]``, contiguous."""
+
+    def address(self, component: int) -> int:
+        """Where kernels find record 0."""
+
+    def runs(self, first: int, count: int) -> Sequence[range]:
+        """``count`` records from ``first`` on, cut where one copy may not pass."""
+
+
+class ManagedLayer(NamedTuple):
+    """Where one layer's records are and where they go."""
+
+    memory: WindowMemory
+    member: int
+    host: HostRecords
+    first: int
+    """The record of its expert 0."""
+    record_of: NDArray[np.int32] | None = None
+    """Where ranks share out the experts: by id, the number of the record on this rank, or -1."""
+
+    @property
+    def window(self) -> Window:
+        plan = self.memory.plan
+        experts = plan.experts[self.member] if self.record_of is None else len(self.record_of)
+        is_lent = self.member in plan.lent
+        return Window(experts, plan.slots[self.member], plan.base(self.member), is_lent, self.record_of)
+
+    @property
+    def stage(self) -> int:
+        """Neighbours have different ones, if there are two."""
+        return self.member % len(self.memory.plan.stages)
+
+    @property
+    def stage_view(self) -> View:
+        return View(View.STAGE_0 + self.stage)
+
+    def shares_stage(self, other: "ManagedLayer") -> bool:
+        return self.memory is other.memory and self.stage == other.stage
+
+
+class DeviceManaged:
+    """The layers of one model, numbered in the order in which a step runs them.
+
+    ``launch`` and ``launch_wide`` may be captured in a graph where ``rows`` are at most ``gathered_rows``: they
+    neither allocate nor wait for the device. All layers of a step are launched narrow, or all wide. ``read_back`` ends
+    every step, also one that was left early.
+
+    Args:
+        top_k: choices of a row.
+        most_rows: of any step, padding included.
+        gathered_rows: wide steps of at most so many bring in what they use; larger ones all experts of each layer,
+            the next while one computes.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        layers: Sequence[ManagedLayer],
+        kernels: Kernels,
+        *,
+        top_k: int,
+        most_rows: int,
+        gathered_rows: int,
+    ):
+        self._device, self._layers, self._kernels = device, layers, kernels
+        self._gathered_rows = gathered_rows
+        self.tables = DeviceTables(device, [layer.window for layer in layers])
+        self._into_window = [_components(device, layer, View.WINDOW) for layer in layers]
+        self._into_stage = [_components(device, layer, layer.stage_view) for layer in layers]
+        record_bytes = [sum(part.nbytes for part in layer.memory.layout.components) for layer in layers]
+        self._log = StepLog(device, kernels, record_bytes, top_k, most_rows)
+        self.narrow_rows = min(layer.window.slots for layer in layers) // top_k
+        """Steps of more rows are wide."""
+        self._misses = zeros(device, (1 + 3 * self.tables.most_experts,), torch.int32)
+        most_ids = max(self.narrow_rows * top_k, *(layer.window.slots for layer in layers))
+        self._out = {dtype: zeros(device, (most_ids,), dtype) for dtype in (torch.int32, torch.int64, torch.uint32)}
+        self._copies = device.stream("stages")
+        self._fills: dict[int, Event] = {}
+        """By layer, behind the copies of all its experts to its stage that main has not waited for."""
+        self._warm_ids = zeros(device, (most_ids,), torch.int32)
+        self._warm_rows = zeros(device, (1,), torch.int32)
+        self._warm_rows.fill_(1)
+        self._warmed: list[tuple[Event, torch.Tensor]] = []
+        """Ids on their way to the device."""
+
+    def launch(self, layer: int, topk_ids: torch.Tensor, real_rows: torch.Tensor) -> torch.Tensor:
+        """Bring a narrow step's experts into the window of ``layer``.
+
+        Args:
+            topk_ids: ``[rows, top_k]`` on the device, contiguous.
+            real_rows: int32 ``[1]`` on the device; rows behind them are padding.
+
+        Returns:
+            ids for the layer's kernel over ``View.WINDOW``, good until the next launch; with an ``expert_map``, those
+            of the experts, rows of padding as row 0.
+        """
+        assert len(topk_ids) <= self.narrow_rows, "a wide step is served through stages"
+        out = self._out[topk_ids.dtype][: topk_ids.numel()].view(topk_ids.shape)
+        self._serve(layer, topk_ids, real_rows, out)
+        return out
+
+    def launch_wide(self, layer: int, topk_ids: torch.Tensor, real_rows: torch.Tensor) -> View:
+        """Bring a wide step's experts into a stage; the kernel is shown the view returned, and ``topk_ids``."""
+        if layer == 0:
+            self._begin_wide()
+        managed, tables, ring = self._layers[layer], self.tables.layers[layer], self._log.ring
+        if len(topk_ids) <= self._gathered_rows:
+            self._kernels.stage(tables, topk_ids, real_rows, self._misses, ring)
+            self._kernels.gather(tables, self._into_stage[layer], self._misses, ring)
+        else:
+            self._kernels.note(tables, topk_ids, real_rows, ring)
+            self._fill(layer)
+            if layer + 1 < len(self._layers) and not managed.shares_stage(self._layers[layer + 1]):
+                self._fill(layer + 1)
+            self._device.wait(self._device.main, self._fills.pop(layer))
+        return managed.stage_view
+
+    def expert_map(self, layer: int, view: View) -> torch.Tensor | None:
+        """int32 ``[experts of all ranks]``: what the kernel maps ids with, where ranks share out the experts."""
+        tables = self.tables.layers[layer]
+        if tables.window.record_of is None:
+            return None
+        return tables.row_of if view == View.WINDOW else tables.record_of
+
+    def warm(self, layer: int, experts: NDArray[np.integer]) -> None:
+        """Bring distinct ``experts`` of ``layer``, at most as many as its window has slots, into it: a use of each.
+
+        Between ``read_back`` and the next step.
+        """
+        assert 0 < len(experts) <= self.tables.layers[layer].window.slots
+        self._warmed = [(event, ids) for event, ids in self._warmed if not self._device.finished(event)]
+        ids = self._device.allocate_pinned(4 * len(experts))
+        ids.view(torch.int32).copy_(torch.from_numpy(experts.astype(np.int32)))
+        given = self._warm_ids[: len(experts)]
+        self._device.copy(self._device.main, given.view(torch.uint8), ids)
+        self._warmed.append((self._device.record(self._device.main), ids))
+        one_row = given.view(1, -1)
+        self._serve(layer, one_row, self._warm_rows, self._out[torch.int32][: len(experts)].view(one_row.shape))
+
+    def read_back(self, rows: int) -> list[RoutedStep]:
+        """End a step of so many ``rows``, padding included; what is known by now of this and earlier ones.
+
+        Raises:
+            DeviceError: the device cannot be used any more.
+        """
+        self._settle()
+        self._log.end_step(rows)
+        return self._log.finished()
+
+    def reset(self) -> None:
+        """Nobody is in any window: what was routed so far, to warm up, served nobody."""
+        self._kernels.reset(self.tables)
+
+    def _serve(self, layer: int, ids: torch.Tensor, real_rows: torch.Tensor, out: torch.Tensor) -> None:
+        tables, ring = self.tables.layers[layer], self._log.ring
+        self._kernels.manage(tables, ids, real_rows, out, self._misses, ring)
+        self._kernels.gather(tables, self._into_window[layer], self._misses, ring)
+
+    def _begin_wide(self) -> None:
+        """Stages are about to be written: nobody is in windows that are lent to them."""
+        self._settle()
+        self._kernels.forget(self.tables)
+
+    def _fill(self, layer: int) -> None:
+        """Start the copies of all experts of ``layer`` to its stage, behind the kernels enqueued so far.
+
+        These include the last one that reads the stage, and ``forget``.
+        """
+        if layer in self._fills:
+            return
+        managed = self._layers[layer]
+        self._device.wait(self._copies, self._device.record(self._device.main))
+        targets = managed.memory.tensors(managed.member, managed.stage_view)
+        for rows in managed.host.runs(managed.first, managed.memory.plan.experts[managed.member]):
+            begin, end = rows.start - managed.first, rows.stop - managed.first
+            for target, source in zip(targets, managed.host.arrays, strict=True):
+                part = torch.from_numpy(source[rows.start : rows.stop].reshape(-1))
+                self._device.copy(self._copies, target[begin:end].reshape(-1), part)
+        self._fills[layer] = self._device.record(self._copies)
+
+    def _settle(self) -> None:
+        """Main waits for copies to stages of a step that was left early."""
+        for event in self._fills.values():
+            self._device.wait(self._device.main, event)
+        self._fills.clear()
+
+
+def _components(device: Device, layer: ManagedLayer, view: View) -> torch.Tensor:
+    """What ``kernels.gather`` is told of the components of ``layer``."""
+    memory, member = layer.memory, layer.member
+    to_window = view == View.WINDOW
+    targets = memory.slot(member, 0) if to_window else memory.stage_row(layer.stage, 0)
+    rows = []
+    for component, (target, window) in enumerate(zip(targets, memory.slot(member, 0), strict=True)):
+        nbytes = target.nbytes
+        host = layer.host.address(component) + layer.first * nbytes
+        numbers = target.data_ptr(), host, window.data_ptr(), nbytes
+        rows.append((*numbers, next(lane for lane in _LANES if all(number % lane == 0 for number in numbers))))
+    components = zeros(device, (len(rows), len(rows[0])), torch.int64)
+    components.copy_(torch.tensor(rows))
+    return components
