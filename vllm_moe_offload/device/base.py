@@ -66,7 +66,10 @@ class Device(ABC):
 
     @abstractmethod
     def allocate_pinned(self, nbytes: int) -> "torch.Tensor":
-        """``[nbytes]`` uint8 on the host, zero, which copies read and write: for a few bytes, as expert numbers."""
+        """``[nbytes]`` uint8 on the host, zero, which copies read and write: for a few bytes, as expert numbers.
+
+        It stays as long as the device.
+        """
 
     @abstractmethod
     def register(self, memory: NDArray[np.uint8]) -> None:
