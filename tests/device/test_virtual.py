@@ -224,6 +224,9 @@ def test_faults_come_when_they_are_due_and_once() -> None:
     registered(device, 2)
     with pytest.raises(RegistrationError):
         registered(device, 3)
+    device.faults.registrations = 0
+    with pytest.raises(RegistrationError):
+        device.allocate_pinned(1)
 
 
 def test_a_device_that_has_failed_does_nothing_any_more() -> None:

@@ -66,6 +66,8 @@ class Faults:
 
     allocations: int | None = None
     registrations: int | None = None
+    """And allocations of pinned memory."""
+
     operations: int | None = None
     """Run by the device; the next one fails, and with it the device for good."""
 
@@ -161,6 +163,8 @@ class VirtualDevice(Device):
 
     def allocate_pinned(self, nbytes: int) -> torch.Tensor:
         self._check()
+        if self.faults.due("registrations"):
+            raise RegistrationError("the virtual driver was told to refuse")
         return self._new_memory(nbytes)
 
     def register(self, memory: Bytes) -> None:

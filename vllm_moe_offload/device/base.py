@@ -69,6 +69,9 @@ class Device(ABC):
         """``[nbytes]`` uint8 on the host, zero, which copies read and write: for a few bytes, as expert numbers.
 
         It stays as long as the device.
+
+        Raises:
+            RegistrationError: the driver refuses.
         """
 
     @abstractmethod

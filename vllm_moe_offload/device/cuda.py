@@ -64,8 +64,11 @@ class CudaDevice(Device):
         return memory
 
     def allocate_pinned(self, nbytes: int) -> torch.Tensor:
-        with self._calling(f"the allocation of {nbytes} pinned bytes"):
+        self._check()
+        try:
             memory = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            raise RegistrationError(f"there are no {nbytes} pinned bytes: {_first_line(error)}") from error
         self._pinned.append(memory)
         self._host.add(memory.data_ptr(), nbytes, memory.data_ptr())
         return memory
@@ -166,8 +169,13 @@ class CudaDevice(Device):
         try:
             yield
         except (RuntimeError, RuntimeCallError) as error:
-            self._fail(f"{what} failed: {str(error).splitlines()[0]}; enqueued last: {self._latest}", error)
+            self._fail(f"{what} failed: {_first_line(error)}; enqueued last: {self._latest}", error)
 
     def _fail(self, failure: str, error: Exception) -> NoReturn:
         self._failure = failure
         raise DeviceError(failure) from error
+
+
+def _first_line(error: Exception) -> str:
+    """What torch says before its advice."""
+    return str(error).partition("\n")[0]
