@@ -11,6 +11,7 @@ from .errors import PlainErrors
 from .history import history
 from .prepare import prepare
 from .replay import replay
+from .selftest import selftest
 from .store import store
 
 app = typer.Typer(
@@ -26,3 +27,4 @@ app.add_typer(daemon)
 app.command()(prepare)
 app.command()(doctor)
 app.command()(replay)
+app.command()(selftest)

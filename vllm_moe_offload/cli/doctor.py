@@ -16,7 +16,7 @@ def doctor() -> None:
     Exits with 1 if offloading will not work here; what only costs a feature is a warning.
     """
     checks = list(all_checks())
-    Console().print(_table(checks))
+    Console().print(findings_table(checks))
     for check in checks:
         if check.state in (WARNING, BROKEN):
             typer.echo(f"{check.state}: {check.subject}: {check.detail}", err=True)
@@ -24,7 +24,8 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-def _table(checks: list[Check]) -> Table:
+def findings_table(checks: list[Check]) -> Table:
+    """``checks`` for people."""
     table = Table("what", "state", "detail")
     for check in checks:
         table.add_row(check.subject, f"[{_COLOURS[check.state]}]{check.state}[/]", check.detail)
