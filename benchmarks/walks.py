@@ -2,9 +2,8 @@
 
     python benchmarks/walks.py [--files]
 
-Engines serve a few prompts in this process: without prediction, with it, and with slots of a daemon in other threads.
-A file counts if a function of it runs inside one of the functions that the walk begins with: one for each thread that
-the value comes to. What other threads do meanwhile does not count.
+Engines serve a few prompts in this process: without prediction, with it, and with slots of a daemon in another thread.
+A file counts if a function of it ran, in any thread, while the walk's first function did.
 """
 
 import argparse
@@ -28,47 +27,34 @@ class Walk(NamedTuple):
     """A value's way through the code."""
 
     name: str
-    starts: tuple[tuple[str, str], ...]
-    """Where it begins in each of its threads: the file and the qualified name of a function."""
+    file: str
+    """Of the first function."""
+    function: str
+    """Its qualified name."""
 
 
-READ = ("pool/loader.py", "RecordLoader._read")
+RECORD = Walk("a record from the checkpoint to the store", "integration/loading.py", "_load_into_store.<locals>.load")
+LOAD = Walk("a record from the store to its slot", "pool/loader.py", "RecordLoader._read")
 ROUTING = Walk(
-    "the routing of a layer to the slots of its experts",
-    (("integration/method.py", "OffloadedMoEMethod.compute"), READ),
+    "the routing of a layer to the slots of its experts", "integration/method.py", "OffloadedMoEMethod.compute"
 )
-RECORD = Walk(
-    "a record from the checkpoint to its slot",
-    (
-        ("integration/streaming.py", "StreamedLayer._keep_back.<locals>.keep_back"),
-        ("integration/loading.py", "ModelOffload.record"),
-        ("store/writer.py", "StoreWriter._write"),
-        READ,
-    ),
-)
-PREDICTION = Walk("a prediction to the loads it starts", (("prefetch/prefetcher.py", "Prefetcher.look_ahead"),))
-DEMAND = Walk(
-    "a demand of the daemon, on both sides",
-    (("client/remote_pool.py", "RemotePool._demand"), ("daemon/session.py", "Session._reply"), READ),
-)
-WALKS = (ROUTING, RECORD, PREDICTION, DEMAND)
+PREDICTION = Walk("a prediction to the loads it starts", "prefetch/prefetcher.py", "Prefetcher.look_ahead")
+DEMAND = Walk("a demand of the daemon, on both sides", "client/remote_pool.py", "RemotePool._demand")
 
 
 class Tracer:
-    """Notes which files of the package run inside of walks."""
+    """Notes which files of the package run while a walk is under way."""
 
     def __init__(self) -> None:
-        self.files: dict[Walk, set[str]] = {walk: set() for walk in WALKS}
-        self._starts: dict[tuple[str, str], list[Walk]] = {}
-        self._inside = threading.local()
+        self.files: dict[Walk, set[str]] = {}
+        self._starts: dict[tuple[str, str], Walk] = {}
+        self._running: list[Walk] = []
 
     @contextmanager
     def tracing(self, *walks: Walk) -> Iterator[None]:
         """Trace these in this thread, and in those that are started meanwhile."""
-        self._starts = {}
-        for walk in walks:
-            for file, function in walk.starts:
-                self._starts.setdefault((f"{PACKAGE}/{file}", function), []).append(walk)
+        self.files |= {walk: set() for walk in walks}
+        self._starts = {(f"{PACKAGE}/{walk.file}", walk.function): walk for walk in walks}
         threading.setprofile(self._note)
         sys.setprofile(self._note)
         try:
@@ -81,15 +67,14 @@ class Tracer:
         code = frame.f_code
         if event not in ("call", "return") or not code.co_filename.startswith(str(PACKAGE)):
             return
-        begun = self._starts.get((code.co_filename, code.co_qualname), [])
-        running = self._inside.__dict__.setdefault("walks", [])
+        start = self._starts.get((code.co_filename, code.co_qualname))
         if event == "return":
-            for walk in begun:
-                if walk in running:
-                    running.remove(walk)
+            if start is not None:
+                self._running.remove(start)
             return
-        running.extend(begun)
-        for walk in set(running):
+        if start is not None:
+            self._running.append(start)
+        for walk in self._running:
             self.files[walk].add(code.co_filename.removeprefix(f"{PACKAGE}/"))
 
 
@@ -145,14 +130,12 @@ def main() -> None:
             "VLLM_MOE_OFFLOAD_STORE_ROOT": f"{folder}/stores",
         }
         path = Path(folder) / "daemon.sock"
-        with tracer.tracing(ROUTING, RECORD):
+        with tracer.tracing(RECORD, LOAD, ROUTING):
             serve_prompts({"predictor": "none", "daemon": "off"})
         with tracer.tracing(PREDICTION):
-            serve_prompts({"predictor": "gate", "daemon": "off", "history": "off"})
+            serve_prompts({"predictor": "frequency", "daemon": "off", "history": f"{folder}/history"})
         with tracer.tracing(DEMAND), daemon(path, Path(folder) / "stores"):
             serve_prompts({"predictor": "none", "daemon": f"unix:{path}"})
-    if READ[0] not in tracer.files[PREDICTION]:
-        sys.exit("the engine with prediction started no load: this machine is too busy to say")
     for walk, files in tracer.files.items():
         print(f"{len(files):3} files: {walk.name}")
         if options.files:
