@@ -2,8 +2,9 @@
 
     python benchmarks/walks.py [--files]
 
-Engines serve a few prompts in this process: without prediction, with it, and with slots of a daemon in another thread.
-A file counts if a function of it ran, in any thread, while the walk's first function did.
+Engines serve a few prompts in this process: without prediction, with it, and with slots of a daemon in other threads.
+A file counts if a function of it runs inside one of the functions that the walk begins with: one for each thread that
+the value comes to. What other threads do meanwhile does not count.
 """
 
 import argparse
@@ -27,34 +28,47 @@ class Walk(NamedTuple):
     """A value's way through the code."""
 
     name: str
-    file: str
-    """Of the first function."""
-    function: str
-    """Its qualified name."""
+    starts: tuple[tuple[str, str], ...]
+    """Where it begins in each of its threads: the file and the qualified name of a function."""
 
 
-RECORD = Walk("a record from the checkpoint to the store", "integration/loading.py", "_load_into_store.<locals>.load")
-LOAD = Walk("a record from the store to its slot", "pool/loader.py", "RecordLoader._read")
+READ = ("pool/loader.py", "RecordLoader._read")
 ROUTING = Walk(
-    "the routing of a layer to the slots of its experts", "integration/method.py", "OffloadedMoEMethod.compute"
+    "the routing of a layer to the slots of its experts",
+    (("integration/method.py", "OffloadedMoEMethod.compute"), READ),
 )
-PREDICTION = Walk("a prediction to the loads it starts", "prefetch/prefetcher.py", "Prefetcher.look_ahead")
-DEMAND = Walk("a demand of the daemon, on both sides", "client/remote_pool.py", "RemotePool._demand")
+RECORD = Walk(
+    "a record from the checkpoint to its slot",
+    (
+        ("integration/streaming.py", "StreamedLayer._keep_back.<locals>.keep_back"),
+        ("integration/loading.py", "ModelOffload.record"),
+        ("store/writer.py", "StoreWriter._write"),
+        READ,
+    ),
+)
+PREDICTION = Walk("a prediction to the loads it starts", (("prefetch/prefetcher.py", "Prefetcher.look_ahead"),))
+DEMAND = Walk(
+    "a demand of the daemon, on both sides",
+    (("client/remote_pool.py", "RemotePool._demand"), ("daemon/session.py", "Session._reply"), READ),
+)
+WALKS = (ROUTING, RECORD, PREDICTION, DEMAND)
 
 
 class Tracer:
-    """Notes which files of the package run while a walk is under way."""
+    """Notes which files of the package run inside of walks."""
 
     def __init__(self) -> None:
-        self.files: dict[Walk, set[str]] = {}
-        self._starts: dict[tuple[str, str], Walk] = {}
-        self._running: list[Walk] = []
+        self.files: dict[Walk, set[str]] = {walk: set() for walk in WALKS}
+        self._starts: dict[tuple[str, str], list[Walk]] = {}
+        self._inside = threading.local()
 
     @contextmanager
     def tracing(self, *walks: Walk) -> Iterator[None]:
         """Trace these in this thread, and in those that are started meanwhile."""
-        self.files |= {walk: set() for walk in walks}
-        self._starts = {(f"{PACKAGE}/{walk.file}", walk.function): walk for walk in walks}
+        self._starts = {}
+        for walk in walks:
+            for file, function in walk.starts:
+                self._starts.setdefault((f"{PACKAGE}/{file}", function), []).append(walk)
         threading.setprofile(self._note)
         sys.setprofile(self._note)
         try:
@@ -67,14 +81,15 @@ class Tracer:
         code = frame.f_code
         if event not in ("call", "return") or not code.co_filename.startswith(str(PACKAGE)):
             return
-        start = self._starts.get((code.co_filename, code.co_qualname))
+        begun = self._starts.get((code.co_filename, code.co_qualname), [])
+        running = self._inside.__dict__.setdefault("walks", [])
         if event == "return":
-            if start is not None:
-                self._running.remove(start)
+            for walk in begun:
+                if walk in running:
+                    running.remove(walk)
             return
-        if start is not None:
-            self._running.append(start)
-        for walk in self._running:
+        running.extend(begun)
+        for walk in set(running):
             self.files[walk].add(code.co_filename.removeprefix(f"{PACKAGE}/"))
 
 
@@ -130,12 +145,14 @@ def main() -> None:
             "VLLM_MOE_OFFLOAD_STORE_ROOT": f"{folder}/stores",
         }
         path = Path(folder) / "daemon.sock"
-        with tracer.tracing(RECORD, LOAD, ROUTING):
+        with tracer.tracing(ROUTING, RECORD):
             serve_prompts({"predictor": "none", "daemon": "off"})
         with tracer.tracing(PREDICTION):
-            serve_prompts({"predictor": "frequency", "daemon": "off", "history": f"{folder}/history"})
+            serve_prompts({"predictor": "gate", "daemon": "off", "history": "off"})
         with tracer.tracing(DEMAND), daemon(path, Path(folder) / "stores"):
             serve_prompts({"predictor": "none", "daemon": f"unix:{path}"})
+    if READ[0] not in tracer.files[PREDICTION]:
+        sys.exit("the engine with prediction started no load: this machine is too busy to say")
     for walk, files in tracer.files.items():
         print(f"{len(files):3} files: {walk.name}")
         if options.files:

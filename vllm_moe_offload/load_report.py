@@ -1,4 +1,4 @@
-"""What one call of a pool of slots did. The runtime adds it to the counters and hands it to the prefetcher."""
+"""What one call of a pool of slots did. The runtime adds it to its statistics and hands it to the prefetcher."""
 
 from typing import NamedTuple
 

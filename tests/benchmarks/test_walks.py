@@ -4,7 +4,7 @@ import ast
 from collections.abc import Iterator
 
 import pytest
-from walks import DEMAND, LOAD, PACKAGE, PREDICTION, RECORD, ROUTING, Walk
+from walks import PACKAGE, WALKS, Walk
 
 
 def qualified_names(scope: ast.AST, prefix: str = "") -> Iterator[str]:
@@ -16,6 +16,7 @@ def qualified_names(scope: ast.AST, prefix: str = "") -> Iterator[str]:
             yield from qualified_names(node, f"{prefix}{node.name}.")
 
 
-@pytest.mark.parametrize("walk", [RECORD, LOAD, ROUTING, PREDICTION, DEMAND])
-def test_a_walk_begins_with_a_function_of_the_package(walk: Walk) -> None:
-    assert walk.function in qualified_names(ast.parse((PACKAGE / walk.file).read_text()))
+@pytest.mark.parametrize("walk", WALKS)
+def test_a_walk_begins_with_functions_of_the_package(walk: Walk) -> None:
+    for file, function in walk.starts:
+        assert function in qualified_names(ast.parse((PACKAGE / file).read_text()))

@@ -196,23 +196,24 @@ def test_pinned_memory_lives_as_long_as_the_device(make: Make) -> None:
     assert pinned() is not None
 
 
-@pytest.mark.parametrize(
-    ("hip", "supported", "writeable", "flags"),
-    [
-        (False, 1, True, PORTABLE_AND_MAPPED),
-        (False, 1, False, PORTABLE_AND_MAPPED | READ_ONLY),
-        (False, 0, False, PORTABLE_AND_MAPPED),
-        (True, 1, False, PORTABLE_AND_MAPPED),
-    ],
-)
-def test_memory_is_registered_read_only_where_it_is_mapped_so_and_the_device_can(
-    make: Make, hip: bool, supported: int, writeable: bool, flags: int
+@pytest.mark.parametrize(("hip", "supported", "tried"), [(False, 1, 2), (False, 0, 1), (True, 1, 1)])
+def test_memory_is_registered_read_only_where_the_driver_refuses_otherwise_and_the_device_can(
+    make: Make, hip: bool, supported: int, tried: int
 ) -> None:
     device, _, library = make(hip, supported)
-    memory = host()
-    memory.flags.writeable = writeable
+    memory, read_only = host(), host()
     device.register(memory)
-    assert library.named("HostRegister") == [(memory.ctypes.data, 64, flags)]
+    library.errors["HostRegister"] = 1
+    if tried == 2:
+        device.register(read_only)
+        assert device.address(read_only) == read_only.ctypes.data + OFFSET
+    else:
+        with pytest.raises(RegistrationError):
+            device.register(read_only)
+    assert library.named("HostRegister") == [
+        (memory.ctypes.data, 64, PORTABLE_AND_MAPPED),
+        *((read_only.ctypes.data, 64, PORTABLE_AND_MAPPED | READ_ONLY * number) for number in range(tried)),
+    ]
     assert [call[1:] for call in library.named("DeviceGetAttribute")] == ([] if hip else [(113, 1)])
 
 
@@ -228,7 +229,7 @@ def test_registered_memory_has_the_devices_address(make: Make) -> None:
 
 
 def test_a_refused_registration_is_told_in_the_drivers_words_and_its_error_cleared(make: Make) -> None:
-    device, _, library = make()
+    device, _, library = make(read_only=0)
     library.errors["HostRegister"] = 2
     with pytest.raises(RegistrationError, match=r"64 bytes .* cudaHostRegister: out of luck \(2\)"):
         device.register(host())

@@ -104,3 +104,16 @@ def test_copies_read_slots_of_registered_memory() -> None:
         device.copy(device.main, rows.view(-1)[: 3 * 4096], torch.from_numpy(array).view(-1)[: 3 * 4096])
     device.drain()
     assert torch.equal(rows, torch.from_numpy(array))
+
+
+@settings(max_examples=100, deadline=None)
+@given(SIZES, st.sampled_from([1, 4096, 20_000, 1 << 30]), st.data())
+def test_parts_of_slots_lie_in_one_chunk_each(size: tuple[int, int], chunk_bytes: int, data: st.DataObject) -> None:
+    device = VirtualDevice()
+    array = pages(*size)
+    array[:] = np.arange(size[0])[:, None] % 251
+    first = data.draw(st.integers(0, size[0] - 1))
+    last = data.draw(st.integers(first + 1, size[0]))
+    parts = RegisteredMemory(device, [array], chunk_bytes).parts(0, range(first, last))
+    assert (np.concatenate(parts) == array[first:last]).all()
+    assert all(device.address(part) == part.ctypes.data for part in parts)

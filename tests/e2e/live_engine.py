@@ -25,6 +25,7 @@ SMALL_ENGINE = {
     "gpu_memory_utilization": 0.2,
 }
 _FORKS = multiprocessing.get_context("forkserver")
+_FRESH = multiprocessing.get_context("spawn")
 _FORKS.set_forkserver_preload(["vllm", "vllm.entrypoints.llm", "tests.e2e.live_engine"])
 
 
@@ -41,14 +42,19 @@ class EngineError(Exception):
 
 
 class LiveEngine:
-    """The test's side. ``log`` collects whatever the process prints."""
+    """The test's side. ``log`` collects whatever the process prints.
 
-    def __init__(self, log: Path, **environment: str):
+    Args:
+        fresh: the process has not imported vLLM yet.
+    """
+
+    def __init__(self, log: Path, fresh: bool = False, **environment: str):
         self.log = log
-        self._connection, theirs = _FORKS.Pipe()
+        processes = _FRESH if fresh else _FORKS
+        self._connection, theirs = processes.Pipe()
         environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"} | environment
         inherited = {name: value for name, value in os.environ.items() if name.startswith(("VLLM", "HF_", "MOE_"))}
-        self.process = _FORKS.Process(target=_answer, args=(theirs, str(log), inherited | environment), daemon=True)
+        self.process = processes.Process(target=_answer, args=(theirs, str(log), inherited | environment), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -65,6 +71,11 @@ class LiveEngine:
         if not succeeded:
             raise EngineError(answer)
         return answer
+
+    def run(self, function: Callable[[], None]) -> None:
+        """Run ``function``, of a module of the tests, in the engine's process."""
+        self.begin("run", function)
+        self.end()
 
     def start(self, model: Path, arguments: dict[str, Any], **offload: Any) -> None:
         """Start the engine; ``offload`` are the plugin's settings."""
@@ -107,6 +118,9 @@ class LiveEngine:
 
 class _Session:
     """The engine's side: one method per command."""
+
+    def run(self, function: Callable[[], None]) -> None:
+        function()
 
     def start(self, model: str, arguments: dict[str, Any], offload: dict[str, Any]) -> None:
         from vllm import LLM

@@ -12,13 +12,16 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.e2e.asynchronous import in_force, schedule_asynchronously, use_v2_runner
 from tests.e2e.live_engine import Answer, EngineError, LiveEngine
 from tests.models.architectures import qwen3_moe
 from tests.models.recipe import Checkpoint, write
 from vllm_moe_offload.store import Store, StoreRoot
+from vllm_moe_offload.trace.trace_file import read_trace
 
 EXPERTS = 64
 Spawn = Callable[..., LiveEngine]
+V1_OR_V2 = "vllm.v1.worker.cpu_model_runner", "vllm.v1.worker.cpu.model_runner"
 
 
 def prompt(seed: int, length: int) -> list[int]:
@@ -44,8 +47,8 @@ def spawn(tmp_path: Path) -> Iterator[Spawn]:
     """Make engine processes; what still runs at the end is killed."""
     engines: list[LiveEngine] = []
 
-    def make(**environment: str) -> LiveEngine:
-        engines.append(LiveEngine(tmp_path / f"engine{len(engines)}.log", **environment))
+    def make(fresh: bool = False, **environment: str) -> LiveEngine:
+        engines.append(LiveEngine(tmp_path / f"engine{len(engines)}.log", fresh, **environment))
         return engines[-1]
 
     yield make
@@ -150,6 +153,44 @@ def test_a_record_flipped_under_a_running_engine(
     assert following.generate([LONG]) == [right[str(LONG)]]
     assert [info.state for info in disk.root.ls()] == ["complete"]
     following.close()
+
+
+@pytest.mark.parametrize("v2", [False, True])
+def test_two_steps_in_flight_when_the_first_fails(
+    checkpoint: Checkpoint, healthy: Healthy, disk: DiskStore, spawn: Spawn, tmp_path: Path, v2: bool
+) -> None:
+    """Asynchronous scheduling, by both of vLLM's model runners; the trace knows whose rows are whose."""
+    right = healthy.answers
+    record = only_in(healthy.routes[str(LONG)], healthy.routes[str(SHORT)], healthy.routes[str(OTHER)])
+    engine = spawn(fresh=v2)
+    if v2:
+        pytest.importorskip("triton")
+        engine.run(use_v2_runner)
+    engine.run(schedule_asynchronously)
+    trace = tmp_path / "asynchronous.trace"
+    settings = {"predictor": "none", "cache": "25%", "store": str(disk.root.path), "trace": str(trace)}
+    engine.start(checkpoint.path, checkpoint.engine_args | {"max_num_batched_tokens": 40}, **settings)
+    assert engine.call(in_force) == (True, V1_OR_V2[v2])
+    assert engine.generate([SHORT, LONG, OTHER]) == [right[str(SHORT)], right[str(LONG)], right[str(OTHER)]]
+    engine.stop()
+
+    engine.start(checkpoint.path, checkpoint.engine_args | {"max_num_batched_tokens": 40}, **settings)
+    disk.flip(*record)
+    short, long, other = engine.generate([SHORT, LONG, OTHER])
+    assert (short, other) == (right[str(SHORT)], right[str(OTHER)])
+    assert_failed(long, record)
+    assert long.tokens == []
+    disk.flip(*record)
+    assert engine.generate([LONG]) == [right[str(LONG)]], "the prefix cache kept void blocks"
+    engine.stop()
+    recorded = {tuple(request.tokens.tolist()): request for request in read_trace(trace).requests()}
+    for ids in (SHORT, LONG, OTHER):
+        request = recorded[*ids, *right[str(ids)].tokens[:-1]]
+        chosen = {
+            (layer, int(expert)) for layer in range(request.shape[0]) for expert in request.experts[:, layer].flat
+        }
+        assert chosen == healthy.routes[str(ids)]
+    engine.close()
 
 
 def test_a_pooling_model_gives_an_error_and_never_numbers(tiny_moe: Path, tmp_path: Path, spawn: Spawn) -> None:

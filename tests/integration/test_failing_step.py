@@ -42,6 +42,7 @@ class Worker:
         offload._models = [served]
         offload._failures = StepFailures(FailureBoard(mmap.mmap(-1, board_bytes(1, 8)), ranks=1, rank=0, requests=8))
         self.moe_offload = offload
+        self.use_v2_model_runner = False
         self.model_runner = SimpleNamespace(input_batch=SimpleNamespace(req_ids=["b", "a", "c"]))
 
     def compute(self) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vllm_moe_offload.integration.batch import StepBatch
+from vllm_moe_offload.integration.batch import V1Batch
 from vllm_moe_offload.integration.failure_board import FailureBoard, board_bytes
 from vllm_moe_offload.integration.failures import StepFailures
 from vllm_moe_offload.integration.report import ChunkReport
@@ -30,7 +30,7 @@ def test_a_lease_lost_within_a_step_fails_its_requests(lost: bool) -> None:
     scheduler_output = SimpleNamespace(
         num_scheduled_tokens=scheduled, total_num_scheduled_tokens=4, finished_req_ids=set()
     )
-    served._step = StepBatch(SimpleNamespace(), scheduler_output), failures
+    served._step = V1Batch(SimpleNamespace(), scheduler_output), failures
     served.end_step()
     output: Any = failures.attach(EMPTY_MODEL_RUNNER_OUTPUT)
     failed: dict[str, str] = getattr(output, "moe_offload_failed", {})

@@ -11,9 +11,12 @@ from vllm_moe_offload.config import OffloadConfig
 from vllm_moe_offload.errors import UnsupportedError
 
 
-def engine(v2: bool = False) -> Any:
-    """As much of vLLM's configuration as is looked at first. V2 itself does not start without Triton."""
-    return SimpleNamespace(use_v2_model_runner=v2)
+def engine(adaptive: bool = False, context_parallel: int = 1) -> Any:
+    """As much of vLLM's configuration as is looked at first; both of these want CUDA."""
+    return SimpleNamespace(
+        speculative_config=SimpleNamespace(enable_adaptive_verification=True) if adaptive else None,
+        parallel_config=SimpleNamespace(prefill_context_parallel_size=context_parallel),
+    )
 
 
 def layers(*experts: int) -> Any:
@@ -25,7 +28,8 @@ def layers(*experts: int) -> Any:
 
 CANNOT = [
     (engine(), layers(8, 16), r"MoE layers differ in experts and choices \(\[\(8, 2\), \(16, 2\)\]\)"),
-    (engine(v2=True), layers(8, 8), "V2 model runner .* start with VLLM_USE_V2_MODEL_RUNNER=0"),
+    (engine(adaptive=True), layers(8, 8), "adaptive verification, .* start without it"),
+    (engine(context_parallel=2), layers(8, 8), "prefill context parallelism, .* start without it"),
 ]
 
 

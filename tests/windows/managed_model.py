@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from vllm_moe_offload.device.base import Device
+from vllm_moe_offload.device.registered import RegisteredMemory
 from vllm_moe_offload.store.layout import Component, RecordLayout
 from vllm_moe_offload.windows.device_managed import DeviceManaged, ManagedLayer
 from vllm_moe_offload.windows.device_tables import Kernels
@@ -20,21 +20,14 @@ LAYOUT = RecordLayout((Component("w", "uint8", (4096,), 4096), Component("scale"
 Rows = list[tuple[torch.Tensor, ...]]
 
 
-class HostRecords:
-    """All bytes of a record are alike; what one copy may pass ends at every third record."""
+class HostRecords(RegisteredMemory):
+    """All bytes of a record are alike; what is registered in one call ends after a few records."""
 
     def __init__(self, device: Device, records: int, layout: RecordLayout = LAYOUT):
         self.arrays = [whole(records, part.nbytes) for part in layout.components]
         for array in self.arrays:
             array[:] = marks(records)[:, None]
-            device.register(array)
-
-    def address(self, component: int) -> int:
-        return self.arrays[component].ctypes.data
-
-    def runs(self, first: int, count: int) -> list[range]:
-        borders = [first, *(record for record in range(first + 1, first + count) if record % 3 == 0), first + count]
-        return [range(begin, end) for begin, end in pairwise(borders)]
+        super().__init__(device, self.arrays, chunk_bytes=3 * max(part.nbytes for part in layout.components))
 
 
 def marks(records: int) -> NDArray[np.uint8]:

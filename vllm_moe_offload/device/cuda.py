@@ -77,9 +77,8 @@ class CudaDevice(Device):
         assert memory.flags.c_contiguous and memory.nbytes, "contiguous memory is registered"
         self._check()
         start, nbytes = memory.ctypes.data, memory.nbytes
-        read_only = self._read_only and not memory.flags.writeable
         try:
-            self._runtime.host_register(start, nbytes, PORTABLE | MAPPED | (READ_ONLY if read_only else 0))
+            self._host_register(start, nbytes)
         except RuntimeCallError as error:
             raise RegistrationError(f"{nbytes} bytes of host memory could not be registered: {error}") from error
         try:
@@ -140,6 +139,15 @@ class CudaDevice(Device):
         assert isinstance(event, torch.cuda.Event)
         with self._calling("the wait for an event"):
             event.synchronize()
+
+    def _host_register(self, start: int, nbytes: int) -> None:
+        """Read-only where the driver refuses otherwise: an array does not tell how its memory is mapped."""
+        try:
+            self._runtime.host_register(start, nbytes, PORTABLE | MAPPED)
+        except RuntimeCallError:
+            if not self._read_only:
+                raise
+            self._runtime.host_register(start, nbytes, PORTABLE | MAPPED | READ_ONLY)
 
     def _place(self, memory: torch.Tensor) -> int:
         """The address at which the driver finds ``memory``, which may be copied."""

@@ -54,6 +54,16 @@ class RegisteredMemory:
                 raise RegistrationError("the device sees memory registered in several calls at addresses apart")
         return first
 
+    def parts(self, component: int, slots: range) -> list[NDArray[np.uint8]]:
+        """``slots`` of ``component`` in order, ``[count, nbytes]`` each, cut where a copy may not go on."""
+        memory, found, start = self._components[component], [], 0
+        for chunk in _chunks(memory, self._chunk_bytes):
+            part = chunk[max(0, slots.start - start) : max(0, slots.stop - start)]
+            if len(part):
+                found.append(part)
+            start += len(chunk)
+        return found
+
     def close(self) -> None:
         """Unregister everything, the last first. No work that reads it may be enqueued or under way."""
         while self._registered:

@@ -93,7 +93,8 @@ def token_rows(model: torch.nn.Module) -> tuple[TokenRows, int] | None:
 
 
 def _rows_of(weight: torch.Tensor) -> TokenRows:
-    """Plain numpy: it is also called from threads that must not use torch's."""
+    """Plain numpy: it is also called from threads that must not use torch's. Rows of a device are copied once."""
+    weight = weight.cpu()
     if weight.dtype != torch.bfloat16:
         table = weight.numpy()
         return lambda tokens: table[tokens].astype(np.float32)

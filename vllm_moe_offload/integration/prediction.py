@@ -151,11 +151,23 @@ def model_shape(layers: OffloadedLayers) -> ModelShape:
 
 
 def _refuse_unknown_rows(vllm_config: Any) -> None:
-    if vllm_config.use_v2_model_runner:
-        raise UnsupportedError(
-            "moe-offload cannot tell the requests of vLLM's V2 model runner apart, which prediction and traces need: "
-            "start with VLLM_USE_V2_MODEL_RUNNER=0, or with predictor 'none' and without a trace"
-        )
+    speculative, parallel = vllm_config.speculative_config, vllm_config.parallel_config
+    reasons = (
+        (
+            speculative is not None and speculative.enable_adaptive_verification,
+            "adaptive verification, which decides on the device how many guesses of a request are verified",
+        ),
+        (
+            parallel.prefill_context_parallel_size > 1,
+            "prefill context parallelism, which parts the rows of a request among ranks",
+        ),
+    )
+    for unknown, feature in reasons:
+        if unknown:
+            raise UnsupportedError(
+                f"moe-offload cannot tell whose the rows of a step are, which prediction and traces need, under "
+                f"{feature}: start without it, or with predictor 'none' and without a trace"
+            )
 
 
 def _gate_predictor(
@@ -175,6 +187,6 @@ def _held(layer: torch.nn.Module) -> NDArray[np.int64] | None:
     expert_map = layer._expert_map
     if expert_map is None:
         return None
-    own = expert_map.numpy()
+    own = expert_map.cpu().numpy()
     held = np.flatnonzero(own >= 0)
     return held[np.argsort(own[held])]

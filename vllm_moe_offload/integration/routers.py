@@ -58,6 +58,8 @@ def _gate(layer_name: str, block: torch.nn.Module, runner: Any) -> GateLinear:
 def _router(layer_name: str, runner: Any, gate: GateLinear) -> Router:
     chooses = runner.router
     scoring, bias = chooses.scoring_func, chooses.e_score_correction_bias
+    if gate.weight.device.type != "cpu":
+        raise _refusal(layer_name, f"its weights are in the memory of {gate.weight.device}")
     if scoring not in SCORINGS or chooses._hash_indices_table is not None:
         raise _refusal(layer_name, f"{type(chooses).__name__} does not choose by the logits alone")
     grouped = chooses.use_grouped_topk

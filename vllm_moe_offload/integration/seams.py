@@ -47,7 +47,7 @@ class Seam:
             missing = [name for name in self.parameters if name not in inspect.signature(target).parameters]
             if missing:
                 return f"{self.module}.{self.path} no longer takes {', '.join(missing)}"
-        if unknown := [name for name in self.names if name not in target.__code__.co_names]:
+        if unknown := [name for name in self.names if name not in inspect.unwrap(target).__code__.co_names]:
             return f"{self.module}.{self.path} no longer knows {', '.join(unknown)}"
         return None
 
@@ -108,6 +108,12 @@ LOAD_WEIGHTS = Seam(
 )
 EXECUTE_MODEL = Seam(
     "vllm.v1.worker.gpu_worker", "Worker.execute_model", "know where a step begins", ("self", "scheduler_output")
+)
+V2_INPUTS = Seam(
+    "vllm.v1.worker.gpu.model_runner",
+    "GPUModelRunner.prepare_inputs",
+    "know which rows of a step belong to which request, with the V2 model runner",
+    ("self", "scheduler_output"),
 )
 SAMPLE_TOKENS = Seam(
     "vllm.v1.worker.gpu_worker", "Worker.sample_tokens", "report requests whose experts could not be read", ("self",)
@@ -227,7 +233,6 @@ LEANED_ON = (
         feature=GATE_PREDICTOR,
     ),
     Seam("vllm.config", "ModelConfig.is_moe", "refuse early what cannot be served, and only where it matters"),
-    Seam("vllm.config", "VllmConfig.use_v2_model_runner", "know whether the rows of a step can be told apart"),
     Seam(
         "vllm.model_executor.model_loader.default_loader",
         "DefaultModelLoader._prepare_weights",
@@ -289,10 +294,41 @@ LEANED_ON = (
         "vllm.v1.worker.gpu_input_batch", "InputBatch", "read the batch: positions, prompts, tokens", ("max_num_reqs",)
     ),
     Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner.__init__",
+        "read the batch: positions, tokens",
+        names=("input_ids", "positions", "use_async_scheduling", "num_spec_tokens"),
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.__init__",
+        "read the batch of the V2 model runner",
+        names=("req_states", "pcp_manager", "num_speculative_steps"),
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.input_batch",
+        "InputBatch",
+        "read the batch of the V2 model runner: requests, positions, tokens",
+        ("req_ids", "idx_mapping_np", "num_scheduled_tokens", "num_tokens", "num_computed_tokens_np", "input_ids"),
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.states",
+        "RequestState.__init__",
+        "read the prompts of the V2 model runner",
+        names=("req_id_to_index", "prompt_len", "all_token_ids"),
+    ),
+    Seam("vllm.v1.worker.gpu_worker", "Worker.__init__", "know the model runner", names=("use_v2_model_runner",)),
+    Seam(
         "vllm.v1.core.sched.output",
         "SchedulerOutput",
         "know what was scheduled and what has ended",
-        ("num_scheduled_tokens", "finished_req_ids", "scheduled_spec_decode_tokens", "total_num_scheduled_tokens"),
+        (
+            "num_scheduled_tokens",
+            "finished_req_ids",
+            "scheduled_spec_decode_tokens",
+            "total_num_scheduled_tokens",
+            "scheduled_new_reqs",
+        ),
     ),
     Seam(
         "vllm.model_executor.layers.vocab_parallel_embedding",
@@ -317,6 +353,7 @@ SEAMS: tuple[Seam, ...] = (
     LOAD_MODEL,
     LOAD_WEIGHTS,
     EXECUTE_MODEL,
+    V2_INPUTS,
     SAMPLE_TOKENS,
     AVAILABLE_MEMORY,
     SHUTDOWN,

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from . import seams
-from .batch import StepBatch
+from .batch import V1Batch
+from .cuda.batch_v2 import V2Batch
 from .void_blocks import forget_released, remember_released, spread_over_shared_blocks
 from .worker import WorkerOffload
 
@@ -31,7 +32,7 @@ def _run_step(execute_model: Callable[..., Any]) -> Callable[..., Any]:
         offload = offload_of(self)
         if offload is None:
             return execute_model(self, scheduler_output)
-        batch = StepBatch(self.model_runner, scheduler_output)
+        batch = (V2Batch if self.use_v2_model_runner else V1Batch)(self.model_runner, scheduler_output)
         offload.begin_step(batch)
         output = execute_model(self, scheduler_output)
         if not batch.tokens:

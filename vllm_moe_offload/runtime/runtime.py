@@ -113,6 +113,8 @@ class OffloadRuntime:
         """Of a step whose forward pass has not started yet."""
         self._num_rows = 0
         """Of the running pass, where it is traced."""
+        self._traced: Batch | None = None
+        """Whose pass it is."""
         self._following: dict[str, PooledLayer] = {}
         self._failures: list[LoadError] = []
         self._failed_rows: set[int] = set()
@@ -163,8 +165,9 @@ class OffloadRuntime:
         rows = self.tracer.begin_step(batch)
         if not rows:
             return
-        self._num_rows = sum(len(part.tokens) for part in rows)
+        self._num_rows, self._traced = sum(len(part.tokens) for part in rows), batch
         if self.prefetcher is not None:
+            batch.wait_for_tokens()
             self.prefetcher.begin_step(rows, self.tracer.embeddings)
 
     def observe(self, layer: int, experts: NDArray[np.integer], weights: NDArray[np.floating]) -> None:
@@ -188,6 +191,9 @@ class OffloadRuntime:
     def end_step(self) -> None:
         """The forward pass is over. Without effect where none has begun."""
         self._batch, self._num_rows = None, 0
+        traced, self._traced = self._traced, None
+        if traced is not None:
+            traced.wait_for_tokens()
         maps = None if self.tracer is None else self.tracer.end_step()
         if maps is not None and self.prefetcher is not None:
             self.prefetcher.end_step(maps)

@@ -31,8 +31,14 @@ class Batch:
         self.tokens, self.ended = tokens, ended
 
     def rows(self) -> Sequence[ScheduledTokens]:
-        """The rows, request by request, in the order in which the pass computes them. Asked when it starts."""
+        """The rows, request by request, in the order in which the pass computes them. Asked when it starts.
+
+        Their tokens count from ``wait_for_tokens`` on.
+        """
         return ()
+
+    def wait_for_tokens(self) -> None:
+        """Returns when the tokens of ``rows`` have arrived: until then they are only where the pass reads them."""
 
     def prompt(self, request: str) -> NDArray[np.int32]:
         """The tokens of the prompt of a request in ``rows``."""

@@ -6,13 +6,14 @@ protection that slots and tables need.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ..device.base import Device, Event
+from ..device.registered import RegisteredMemory
 from .device_tables import DeviceTables, Kernels, Window, zeros
 from .memory import View, WindowMemory
 from .step_log import RoutedStep, StepLog
@@ -20,25 +21,12 @@ from .step_log import RoutedStep, StepLog
 _LANES = (16, 8, 1)
 
 
-class HostRecords(Protocol):
-    """Records in host memory that the device reads."""
-
-    arrays: Sequence[NDArray[np.uint8]]
-    """Per component ``[records, nbytes]``, contiguous."""
-
-    def address(self, component: int) -> int:
-        """Where kernels find record 0."""
-
-    def runs(self, first: int, count: int) -> Sequence[range]:
-        """``count`` records from ``first`` on, cut where one copy may not pass."""
-
-
 class ManagedLayer(NamedTuple):
     """Where one layer's records are and where they go."""
 
     memory: WindowMemory
     member: int
-    host: HostRecords
+    host: RegisteredMemory
     first: int
     """The record of its expert 0."""
     record_of: NDArray[np.int32] | None = None
@@ -197,11 +185,11 @@ class DeviceManaged:
         managed = self._layers[layer]
         self._device.wait(self._copies, self._device.record(self._device.main))
         targets = managed.memory.tensors(managed.member, managed.stage_view)
-        for rows in managed.host.runs(managed.first, managed.memory.plan.experts[managed.member]):
-            begin, end = rows.start - managed.first, rows.stop - managed.first
-            for target, source in zip(targets, managed.host.arrays, strict=True):
-                part = torch.from_numpy(source[rows.start : rows.stop].reshape(-1))
-                self._device.copy(self._copies, target[begin:end].reshape(-1), part)
+        records = range(managed.first, managed.first + managed.memory.plan.experts[managed.member])
+        for component, target in enumerate(targets):
+            parts = managed.host.parts(component, records)
+            for rows, part in zip(target.split([len(part) for part in parts]), parts, strict=True):
+                self._device.copy(self._copies, rows.reshape(-1), torch.from_numpy(part.reshape(-1)))
         self._fills[layer] = self._device.record(self._copies)
 
     def _settle(self) -> None:
