@@ -14,7 +14,7 @@ from vllm_moe_offload.integration.failure_board import FailureBoard, board_bytes
 from vllm_moe_offload.integration.failures import StepFailures
 from vllm_moe_offload.integration.report import ChunkReport, StatsReport
 from vllm_moe_offload.integration.serving import ServedModel
-from vllm_moe_offload.integration.step import _attach_failures, _run_step
+from vllm_moe_offload.integration.step import _attach_failures, _run_step, _warm_up_apart
 from vllm_moe_offload.integration.worker import WorkerOffload
 from vllm_moe_offload.pool import local_pools
 from vllm_moe_offload.runtime import OffloadRuntime
@@ -40,6 +40,7 @@ class Worker:
         self.served = served
         offload = WorkerOffload.__new__(WorkerOffload)
         offload._models = [served]
+        offload.warms_up = False
         offload._failures = StepFailures(FailureBoard(mmap.mmap(-1, board_bytes(1, 8)), ranks=1, rank=0, requests=8))
         self.moe_offload = offload
         self.use_v2_model_runner = False
@@ -104,3 +105,15 @@ def test_what_fails_outside_of_a_step_fails_nobody(worker: Worker) -> None:
     worker.compute()
     worker.made.flip(0, 3)
     assert worker.run_step(pools=False) == {}
+
+
+def test_steps_that_warm_up_serve_nobody(worker: Worker) -> None:
+    """They are scheduled like any other, of requests that the V2 model runner makes up."""
+    failed = []
+    worker.made.flip(0, 2)
+    _warm_up_apart(lambda self: failed.append(self.run_step(pools=False)))(worker)
+    assert failed == [{}]
+    stats = worker.served.runtime.stats
+    assert (stats.steps, stats.tokens) == (0, 0)
+    assert sorted(worker.run_step(pools=False)) == ["b", "c"]
+    assert stats.steps == 1

@@ -115,6 +115,12 @@ V2_INPUTS = Seam(
     "know which rows of a step belong to which request, with the V2 model runner",
     ("self", "scheduler_output"),
 )
+WARM_UP = Seam(
+    "vllm.v1.worker.gpu_worker",
+    "Worker.compile_or_warm_up_model",
+    "tell steps that only warm a GPU up from those that serve requests",
+    ("self",),
+)
 SAMPLE_TOKENS = Seam(
     "vllm.v1.worker.gpu_worker", "Worker.sample_tokens", "report requests whose experts could not be read", ("self",)
 )
@@ -354,6 +360,7 @@ SEAMS: tuple[Seam, ...] = (
     LOAD_WEIGHTS,
     EXECUTE_MODEL,
     V2_INPUTS,
+    WARM_UP,
     SAMPLE_TOKENS,
     AVAILABLE_MEMORY,
     SHUTDOWN,

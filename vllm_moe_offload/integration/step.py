@@ -11,6 +11,7 @@ from .worker import WorkerOffload
 
 
 def install() -> None:
+    seams.WARM_UP.wrap(_warm_up_apart)
     seams.EXECUTE_MODEL.wrap(_run_step)
     seams.SAMPLE_TOKENS.wrap(_attach_failures)
     seams.UPDATE_FROM_OUTPUT.wrap(_fail_requests)
@@ -27,10 +28,26 @@ def offload_of(worker: Any) -> WorkerOffload | None:
     return getattr(worker, "moe_offload", None)
 
 
+def _warm_up_apart(warm_up: Callable[..., Any]) -> Callable[..., Any]:
+    """The V2 model runner warms up by steps over requests of its own, which are no requests of anybody."""
+
+    def warm_up_and_begin(self: Any) -> Any:
+        offload = offload_of(self)
+        if offload is None:
+            return warm_up(self)
+        offload.warms_up = True
+        try:
+            return warm_up(self)
+        finally:
+            offload.warms_up = False
+
+    return warm_up_and_begin
+
+
 def _run_step(execute_model: Callable[..., Any]) -> Callable[..., Any]:
     def begin_execute_end(self: Any, scheduler_output: Any) -> Any:
         offload = offload_of(self)
-        if offload is None:
+        if offload is None or offload.warms_up:
             return execute_model(self, scheduler_output)
         batch = (V2Batch if self.use_v2_model_runner else V1Batch)(self.model_runner, scheduler_output)
         offload.begin_step(batch)
@@ -46,7 +63,9 @@ def _run_step(execute_model: Callable[..., Any]) -> Callable[..., Any]:
 def _attach_failures(sample_tokens: Callable[..., Any]) -> Callable[..., Any]:
     def sample_and_attach(self: Any, *args: Any, **kwargs: Any) -> Any:
         output, offload = sample_tokens(self, *args, **kwargs), offload_of(self)
-        return output if output is None or offload is None else offload.with_failures(output)
+        if output is None or offload is None or offload.warms_up:
+            return output
+        return offload.with_failures(output)
 
     return sample_and_attach
 

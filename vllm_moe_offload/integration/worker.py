@@ -119,6 +119,8 @@ class WorkerOffload:
 
     def __init__(self, worker: Any, config: OffloadConfig, models: Sequence[LoadedModel], failures: StepFailures):
         self._failures = failures
+        self.warms_up = False
+        """Whether the passes that run serve nobody."""
         cpus = processors_for_reading()
         budget = worker_budget(worker.vllm_config, config, sum(model.expert_bytes for model in models))
         slots = slots_of_models(worker.vllm_config, config, models, budget, cpus)
