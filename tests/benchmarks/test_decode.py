@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 
 DECODE = Path(__file__).parents[2] / "benchmarks" / "decode.py"
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""Per engine: importing vLLM takes longer than what these engines do."""
 
 
-def _decode(tmp_path: Path, *arguments: str) -> tuple[int, dict]:
+def _decode(tmp_path: Path, *arguments: str, **environment: str) -> tuple[int, dict]:
     out = tmp_path / "out.json"
     command = [sys.executable, str(DECODE), "--eager", "--max-model-len", "256", "--tokens", "4", "--json", str(out)]
-    done = subprocess.run([*command, *arguments], env=os.environ, capture_output=True, text=True, timeout=900)
+    environment = {**os.environ, **environment}
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=900)
     assert out.exists(), done.stdout + done.stderr
     return done.returncode, json.loads(out.read_text())
 
@@ -35,8 +38,8 @@ def test_plain_and_ours_take_turns_and_agree_and_who_fails_is_named(tmp_path: Pa
 
 def test_arms_start_with_copies_of_a_warm_history_and_leave_it_as_it_was(tmp_path: Path, tiny_moe: Path) -> None:
     warm = tmp_path / "warm"
-    command = [sys.executable, str(DECODE.with_name("warm.py")), str(warm), "--stored-tokens", "1500", "--tokens", "32"]
-    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=900)
+    command = [sys.executable, str(DECODE.with_name("warm.py")), str(warm), "--stored-tokens", "600", "--tokens", "24"]
+    done = subprocess.run(command, env={**os.environ, **ONE_PROCESS}, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     files = sorted(path.name for path in warm.rglob("*") if path.is_file())
     assert files == ["engine.trace", "heads.npz", "held_out.jsonl", "history.lock", "history.npz"]
@@ -44,7 +47,7 @@ def test_arms_start_with_copies_of_a_warm_history_and_leave_it_as_it_was(tmp_pat
 
     arms = ["--arm", 'off={"predictor": "none"}', "--arm", 'on={"predictor": "history"}', "--reference", "off"]
     options = ["--budgets", "25%", "--batch", "1", "--rounds", "1", "--no-plain", "--tokens", "24", *arms]
-    code, result = _decode(tmp_path, *options, "--warm", str(warm))
+    code, result = _decode(tmp_path, *options, "--warm", str(warm), **ONE_PROCESS)
     (comparison,) = result["comparisons"]
     assert code == 0, comparison["failures"]
     summary = comparison["batches"]["1"]["summary"]

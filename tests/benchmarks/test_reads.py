@@ -3,22 +3,16 @@
 from pathlib import Path
 
 import pytest
-from engines import Engine, Variant
 from reads import measure
 
+from tests.runtime.record_stores import build_store, layout
 from vllm_moe_offload.errors import LoadError
 from vllm_moe_offload.store.reader import Store
 
 
-@pytest.fixture(scope="module")
-def store_folder(tmp_path_factory: pytest.TempPathFactory, tiny_moe: Path) -> Path:
-    stores = tmp_path_factory.mktemp("stores")
-    arguments = {"model": str(tiny_moe), "enforce_eager": True, "max_model_len": 256}
-    engine = Engine.start(Variant("25%", {"cache": "25%", "store": str(stores)}, arguments))
-    assert engine.loaded["model_seconds"] <= engine.loaded["load_seconds"]
-    engine.stop()
-    (manifest,) = stores.glob("*/manifest.json")
-    return manifest.parent
+@pytest.fixture
+def store_folder(tmp_path: Path) -> Path:
+    return build_store(tmp_path, [(layout(49152, 24576), 64)] * 8).store.path
 
 
 def test_disk_and_plugin_are_measured_round_by_round(store_folder: Path) -> None:

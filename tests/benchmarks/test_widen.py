@@ -1,30 +1,17 @@
 """widen.py: every weight is kept, every added one is zero, and plain vLLM says the same as before."""
 
 import json
-import os
-import subprocess
-import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
+from tokenizers import Tokenizer
 from widen import WideModel, make_wide
 
-GENERATE = """
-import json, sys
-from vllm import LLM, SamplingParams
-if __name__ == "__main__":
-    prompts = ["def add(a, b):", "Question: Tom has 3 apples and buys 4.", "Shall I compare thee", "impl Iterator for"]
-    parameters = SamplingParams(temperature=0, max_tokens=32, logprobs=1, ignore_eos=True)
-    results = []
-    for model in sys.argv[1:]:
-        llm = LLM(model, enforce_eager=True, max_model_len=256, max_num_seqs=4, gpu_memory_utilization=0.2)
-        outputs = [request.outputs[0] for request in llm.generate(prompts, parameters)]
-        logprobs = [[entry[token].logprob for token, entry in zip(o.token_ids, o.logprobs)] for o in outputs]
-        results.append([[list(o.token_ids) for o in outputs], logprobs])
-        llm.llm_engine.engine_core.shutdown()
-    print("RESULT", json.dumps(results))
-"""
+from tests.e2e.engines import PlainServer
+
+TEXTS = ["def add(a, b):", "Question: Tom has 3 apples and buys 4.", "Shall I compare thee", "impl Iterator for"]
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +55,10 @@ def test_impossible_widths_are_refused_and_leave_nothing(tmp_path: Path, tiny_mo
 
 
 def test_plain_vllm_gives_the_same_tokens_and_logprobs(wide: WideModel, tiny_moe: Path, tmp_path: Path) -> None:
-    script = tmp_path / "generate.py"
-    script.write_text(GENERATE)
-    done = subprocess.run(
-        [sys.executable, str(script), str(tiny_moe), str(wide.path)],
-        env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    tiny, widened = json.loads(done.stdout.split("RESULT ")[1].splitlines()[0])
+    tokenizer = Tokenizer.from_file(str(tiny_moe / "tokenizer.json"))
+    rounds = [{"prompts": [tokenizer.encode(text).ids for text in TEXTS], "tokens": 32}]
+    with closing(PlainServer(tmp_path / "log")) as server:
+        tiny, widened = (
+            server.run(model, {"enforce_eager": True}, rounds)["rounds"] for model in (tiny_moe, wide.path)
+        )
     assert tiny == widened

@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.e2e.compiler_cache import use_compiler_cache
 from tests.models import Checkpoint, build
 
 ENGINE = Path(__file__).with_name("inert_engine.py")
 
 
 def run(model: Checkpoint, folder: Path, plugin: str) -> dict[str, Any]:
-    """A compiled engine with caches of its own."""
+    """A compiled engine with caches of its own, but for what ``g++`` makes of the same input."""
+    compiled = folder.parent / "compiled"
+    compiled.mkdir(exist_ok=True)
     environment = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "OMP_NUM_THREADS": "1",
@@ -22,7 +25,9 @@ def run(model: Checkpoint, folder: Path, plugin: str) -> dict[str, Any]:
     }
     result = subprocess.run(
         [sys.executable, str(ENGINE), str(model.path), json.dumps(model.engine_args), plugin],
-        env={name: value for name, value in os.environ.items() if name != "VLLM_MOE_OFFLOAD"} | environment,
+        env={name: value for name, value in os.environ.items() if name != "VLLM_MOE_OFFLOAD"}
+        | environment
+        | use_compiler_cache(compiled),
         capture_output=True,
         text=True,
         timeout=580,
