@@ -19,6 +19,7 @@ from ..errors import OffloadError
 from ..extensions import is_reference
 from ..predict.registry import predictor_class
 from . import seams
+from .cuda.graphs import split_at_experts
 from .support import refuse_unsupported
 
 FROM_ENVIRONMENT = "moe_offload_from_environment"
@@ -99,6 +100,7 @@ def _resolve_first(create: Callable[..., Any]) -> Callable[..., Any]:
             if asked or vllm_config.model_config.is_moe:
                 refuse_unsupported(vllm_config)
                 _refuse_missing_classes(config)
+                split_at_experts(vllm_config)
             return vllm_config
 
     return create_engine_config

@@ -26,6 +26,7 @@ from ..store.checkpoint import FileDigests
 from ..store.identity import StoreIdentity, digest
 from ..store.manifest import FORMAT_VERSION
 from ..store.root import StoreRoot
+from .cuda.allow_list import OWN_LAYOUT
 from .method import OffloadedLayers, OffloadedMoEMethod
 
 COPIED_TO_MEMORY = ("eager", "torchao")
@@ -36,6 +37,8 @@ _INSTALLED = frozenset({"transformers_version", "_name_or_path", "name_or_path",
 """Names in a configuration that say who wrote it or where it lies."""
 _CHOOSING = ("VLLM_CPU_INT4_W4A8",)
 """Environment variables by which vLLM's CPU kernels choose how they keep weights."""
+_CHOOSING_ON_GPU = ("VLLM_MARLIN_INPUT_DTYPE", "VLLM_ROCM_MOE_PADDING", "VLLM_ROCM_FP8_PADDING")
+"""Those by which kernels for GPUs do."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +125,7 @@ def store_identity(
         "method": type(method.real).__name__,
         "kernel": _kernel(method),
         "backend": str(vllm_config.kernel_config.moe_backend),
-        "platform": str(current_platform.device_type),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "amx": bool(torch.cpu._is_amx_tile_supported()),
-        "environment": {name: os.environ.get(name) for name in _CHOOSING},
+        **machine_facts(_kernel(method)),
         "dtype": str(model_config.dtype),
         "tensor_parallel": [get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()],
         "pipeline_parallel": [get_pp_group().rank_in_group, get_pp_group().world_size],
@@ -133,6 +133,25 @@ def store_identity(
         "placement": str(vllm_config.parallel_config.expert_placement_strategy),
     }
     return StoreIdentity(facts, str(folder))
+
+
+def machine_facts(kernel: str) -> dict[str, Any]:
+    """What the bytes of a record depend on of the machine, given the class of the kernel that reads them.
+
+    Records of kernels that read weights as checkpoints have them serve on every GPU of CUDA's.
+    """
+    if current_platform.is_cpu():
+        return {
+            "platform": str(current_platform.device_type),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "amx": bool(torch.cpu._is_amx_tile_supported()),
+            "environment": {name: os.environ.get(name) for name in _CHOOSING},
+        }
+    facts: dict[str, Any] = {"platform": str(current_platform.device_name)}
+    if kernel not in OWN_LAYOUT or current_platform.is_rocm():
+        facts["capability"] = list(current_platform.get_device_capability() or ())
+        facts["environment"] = {name: os.environ.get(name) for name in _CHOOSING_ON_GPU}
+    return facts
 
 
 def _kernel(method: OffloadedMoEMethod) -> str:

@@ -15,6 +15,7 @@ import torch
 from tqdm.auto import tqdm
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from ..config import OffloadConfig
 from ..errors import StoreError
@@ -22,13 +23,14 @@ from ..store.reader import Store
 from ..store.root import StoreRoot
 from ..store.writer import StoreWriter
 from . import seams
+from .cuda.allow_list import choosing_kernel
 from .engine_config import offload_config, only_environment_asks
 from .identity import checkpoint_read, store_identity
 from .method import OffloadedMoEMethod, register_op
 from .placement import LoadedModel
 from .streaming import DIRECT_WRITERS, DirectlyWrittenLayers, StreamedLayer, refuse_late_loads
-from .support import refuse_loading, refuse_method, refuse_unsupported
-from .tensors import NOT_EXPERT_WEIGHTS, as_bytes, expert_tensors, record_layout
+from .support import refuse_layer, refuse_loading, refuse_method, refuse_unsupported
+from .tensors import NOT_EXPERT_WEIGHTS, as_bytes, expert_tensors, move, record_layout
 
 logger = init_logger(__name__)
 
@@ -44,10 +46,12 @@ def install() -> None:
 
 def _take_over(get_quant_method: Callable[..., Any]) -> Callable[..., Any]:
     def _get_quant_method(self: Any, prefix: str, quant_config: Any, moe_config: Any) -> Any:
-        method = get_quant_method(self, prefix, quant_config, moe_config)
         offload = loading_offload()
         if offload is None:
-            return method
+            return get_quant_method(self, prefix, quant_config, moe_config)
+        refuse_layer(prefix, type(self))
+        with choosing_kernel(prefix):
+            method = get_quant_method(self, prefix, quant_config, moe_config)
         refuse_method(prefix, method)
         return OffloadedMoEMethod(method, offload.take_layer, offload.record)
 
@@ -128,6 +132,8 @@ class ModelOffload:
         self._load_format = load_format
         self._prefix = f"{prefix}." if prefix else ""
         self._config = config
+        self._device = torch.device(current_platform.device_type)
+        """Where vLLM's kernels are, and where it processes the weights of a layer: one layer at a time."""
         self.layers: dict[str, tuple[torch.nn.Module, OffloadedMoEMethod]] = {}
         """By their names in the store."""
         self._store: Store | None = None
@@ -176,13 +182,17 @@ class ModelOffload:
             return
         logger.info("building store %s", root.path / identity.fingerprint)
         self._writer = found
-        directly_written = DirectlyWrittenLayers(self._receive(checkpoint.mapped))
+        by_model = self._receive(checkpoint.mapped)
+        directly_written = DirectlyWrittenLayers([layer for layer, _ in by_model])
         with directly_written:
             yield
         directly_written.refuse_incomplete()
+        # vLLM would move them to the device for its processing and expect them to be there afterwards
+        for layer, method in by_model:
+            self.record(layer, method)
 
-    def _receive(self, mapped: bool) -> list[torch.nn.Module]:
-        """Make every layer ready to be loaded into the store; returns those whose model writes by itself.
+    def _receive(self, mapped: bool) -> list[tuple[torch.nn.Module, OffloadedMoEMethod]]:
+        """Make every layer ready to be loaded into the store; returns those whose model writes by itself, on the host.
 
         Args:
             mapped: the checkpoint's tensors are views of mapped files, so that keeping them back takes no memory. Then
@@ -192,7 +202,7 @@ class ModelOffload:
         for name, (layer, method) in self.layers.items():
             if type(layer).__name__ in DIRECT_WRITERS:
                 method.create_real_weights(layer)
-                directly_written.append(layer)
+                directly_written.append((layer, method))
                 continue
             self._arriving[name] = StreamedLayer(
                 layer,
@@ -206,9 +216,12 @@ class ModelOffload:
         name = self._name(layer)
         if self._writer is None or name in self._recorded:
             return
-        if arriving := self._arriving.pop(name, None):
-            arriving.materialize()
-        method.real.process_weights_after_loading(layer)
+        with self._device:
+            if arriving := self._arriving.pop(name, None):
+                arriving.materialize()
+            else:
+                move(layer, self._device)
+            method.real.process_weights_after_loading(layer)
         tensors = expert_tensors(layer)
         layout = record_layout(tensors)
         self._recorded[name] = layout.record_bytes * layer.local_num_experts

@@ -9,9 +9,11 @@ import torch
 from numpy.typing import NDArray
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import LayerName, direct_register_custom_op
 
 from ..runtime import OffloadRuntime, PooledLayer
+from .cuda.graphs import KeptOutputs
 from .routing import experts_on_host, floats_on_host, on_device, own_experts_on_host
 from .tensors import remove
 
@@ -44,6 +46,8 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
         """What observes the router's choices, and the layer's number among the MoE layers, in running order."""
         self.show: Callable[[Callable[[], NDArray[np.float32]]], None] | None = None
         """Called with a function that returns the router's input ``[rows, D]``, before its choices are observed."""
+        self.kept_outputs: KeptOutputs | None = None
+        """Where the layer's outputs lie between CUDA graphs, if they end at MoE layers."""
 
     def create_weights(self, layer: torch.nn.Module, **kwargs: Any) -> None:
         self._create_arguments = kwargs
@@ -80,6 +84,8 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
     ) -> torch.Tensor:
         if self.pooled is None and self.traced is None:
             return self.real.apply(layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input)
+        if not current_platform.is_cpu():  # vLLM's own opaque op is around this
+            return self.compute(layer, x, topk_weights, topk_ids)
         return torch.ops.vllm.moe_offload_experts(x, topk_weights, topk_ids, LayerName(layer.layer_name))
 
     def compute(

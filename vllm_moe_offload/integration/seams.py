@@ -91,6 +91,18 @@ QUANT_METHOD = Seam(
     "take over the MoE layers, subclasses included",
     ("self", "prefix", "quant_config", "moe_config"),
 )
+SUPPORTED_KERNEL = Seam(
+    f"{_FUSED_MOE}.modular_kernel",
+    "FusedMoEExperts.is_supported_config",
+    "keep vLLM's choice among the GPU kernels that compute over slots",
+    ("cls", "moe_config", "weight_key", "activation_key", "activation_format"),
+)
+RUN_EXPERTS = Seam(
+    f"{_FUSED_MOE}.runner.moe_runner",
+    "MoERunner._forward_impl",
+    "give the graphs between MoE layers outputs that stay in their places",
+    ("self", "hidden_states", "router_logits"),
+)
 LOAD_WORKER_MODEL = Seam(
     "vllm.v1.worker.gpu_worker", "Worker.load_model", "know when a worker has loaded all of its models", ("self",)
 )
@@ -128,6 +140,12 @@ AVAILABLE_MEMORY = Seam(
     "vllm.v1.worker.cpu_worker",
     "CPUWorker.determine_available_memory",
     "keep slot memory out of the KV cache",
+    ("self",),
+)
+GPU_MEMORY = Seam(
+    "vllm.v1.worker.gpu_worker",
+    "Worker.determine_available_memory",
+    "say which cache leaves room for the KV cache of a GPU",
     ("self",),
 )
 SHUTDOWN = Seam(
@@ -239,6 +257,27 @@ LEANED_ON = (
         feature=GATE_PREDICTOR,
     ),
     Seam("vllm.config", "ModelConfig.is_moe", "refuse early what cannot be served, and only where it matters"),
+    Seam(
+        "vllm.config",
+        "CompilationConfig",
+        "end CUDA graphs at MoE layers",
+        ("mode", "splitting_ops", "cudagraph_mode"),
+    ),
+    Seam(f"{_FUSED_MOE}.runner.moe_runner", "_moe_forward", "know the operation of a MoE layer"),
+    Seam(f"{_FUSED_MOE}.runner.moe_runner", "_moe_forward_shared", "know the operation of a MoE layer"),
+    Seam(
+        "vllm.v1.kv_cache_interface",
+        "KVCacheSpec.max_memory_usage_bytes",
+        "know what KV cache a sequence takes",
+        ("vllm_config",),
+    ),
+    Seam("vllm.v1.worker.gpu_worker", "Worker.get_kv_cache_spec", "know what KV cache a sequence takes", ("self",)),
+    Seam(
+        "vllm.v1.worker.gpu_worker",
+        "Worker.init_device",
+        "know what memory a GPU has for vLLM",
+        names=("requested_memory", "init_snapshot"),
+    ),
     Seam(
         "vllm.model_executor.model_loader.default_loader",
         "DefaultModelLoader._prepare_weights",
@@ -355,6 +394,8 @@ SEAMS: tuple[Seam, ...] = (
     CLI_ARGUMENTS,
     CLI_VALUES,
     QUANT_METHOD,
+    SUPPORTED_KERNEL,
+    RUN_EXPERTS,
     LOAD_WORKER_MODEL,
     LOAD_MODEL,
     LOAD_WEIGHTS,
@@ -363,6 +404,7 @@ SEAMS: tuple[Seam, ...] = (
     WARM_UP,
     SAMPLE_TOKENS,
     AVAILABLE_MEMORY,
+    GPU_MEMORY,
     SHUTDOWN,
     UPDATE_FROM_OUTPUT,
     FREE_BLOCKS,

@@ -1,13 +1,20 @@
 """What cannot be offloaded correctly, refused at start-up by name and with the way out."""
 
+from collections.abc import Iterator
 from typing import Any
 
+import vllm.envs as envs
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from ..errors import UnsupportedError
+from .cuda.allow_list import COVERED, is_covered
 from .machine import modular_cpu_experts
 
 logger = init_logger(__name__)
+
+Refusal = tuple[bool, str, str]
+"""Whether to refuse, what, and the way out."""
 
 LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "mistral")
 
@@ -18,16 +25,15 @@ def refuse_unsupported(vllm_config: Any) -> None:
     Raises:
         UnsupportedError: naming the feature and what to do instead.
     """
-    from vllm.platforms import current_platform
+    for unsupported, feature, way_out in (*_features(vllm_config), *_features_of_gpus(vllm_config), *_platforms()):
+        if unsupported:
+            raise UnsupportedError(f"moe-offload does not work with {feature}: {way_out}, or switch moe-offload off")
 
+
+def _features(vllm_config: Any) -> Iterator[Refusal]:
     model, parallel, load = vllm_config.model_config, vllm_config.parallel_config, vllm_config.load_config
     offload = vllm_config.offload_config
-    refusals = (
-        (
-            not current_platform.is_cpu(),
-            f"the {current_platform.device_name} platform",
-            "run it on vLLM's CPU platform",
-        ),
+    yield from (
         (
             parallel.data_parallel_size > 1,
             "data parallelism (--data-parallel-size)",
@@ -52,9 +58,49 @@ def refuse_unsupported(vllm_config: Any) -> None:
             f"use one of {', '.join(LOAD_FORMATS)}",
         ),
     )
-    for unsupported, feature, way_out in refusals:
-        if unsupported:
-            raise UnsupportedError(f"moe-offload does not work with {feature}: {way_out}, or switch moe-offload off")
+
+
+def _features_of_gpus(vllm_config: Any) -> Iterator[Refusal]:
+    """What vLLM has on GPUs only, or what works on a CPU and not there."""
+    if not current_platform.is_cuda_alike():
+        return
+    parallel = vllm_config.parallel_config
+    yield (
+        parallel.use_ubatching,
+        "microbatches that run at the same time (--enable-dbo, --ubatch-size)",
+        "start without them",
+    )
+    yield (
+        parallel.enable_expert_parallel,
+        "expert parallelism on GPUs (--enable-expert-parallel)",
+        "split experts by tensor parallelism alone",
+    )
+    yield (
+        current_platform.is_rocm() and envs.VLLM_ROCM_USE_AITER and envs.VLLM_ROCM_USE_AITER_MOE,
+        "AITER's expert kernels (VLLM_ROCM_USE_AITER_MOE)",
+        "set VLLM_ROCM_USE_AITER_MOE=0",
+    )
+
+
+def _platforms() -> Iterator[Refusal]:
+    yield (
+        not current_platform.is_cpu(),
+        f"the {current_platform.device_name} platform",
+        "run it on vLLM's CPU platform",
+    )
+
+
+def refuse_layer(layer_name: str, kind: type) -> None:
+    """Refuse kinds of MoE layers that compute some experts without weights of a checkpoint.
+
+    Raises:
+        UnsupportedError: naming the layer and its class.
+    """
+    if any(base.__name__ in CONSTANT_EXPERTS for base in kind.__mro__):
+        raise UnsupportedError(
+            f"moe-offload cannot serve {layer_name}: its checkpoint replaces experts by constants ({kind.__name__}); "
+            "serve the unpruned checkpoint, or switch moe-offload off"
+        )
 
 
 def refuse_loading(model: str, load_format: object, by_worker: bool) -> None:
@@ -77,6 +123,9 @@ def refuse_loading(model: str, load_format: object, by_worker: bool) -> None:
         )
 
 
+CONSTANT_EXPERTS = frozenset({"SubstitutedRoutedExperts"})
+"""Layers in which some experts are constants beside the routed ones."""
+
 ROUND_BY_BATCH = frozenset({"CPUExpertsFp8"})
 """Kernels whose results depend, in the last bits, on how many tokens an expert gets in one call."""
 
@@ -90,7 +139,8 @@ def refuse_method(layer_name: str, method: Any) -> None:
     Raises:
         UnsupportedError: naming the layer and the method.
     """
-    kernel = _kernel_name(method)
+    chosen = _kernel(method)
+    kernel = None if chosen is None else chosen.__name__
     refusals = (
         (
             kernel is None,
@@ -104,6 +154,11 @@ def refuse_method(layer_name: str, method: Any) -> None:
             kernel in WHOLE_LAYER_KERNELS,
             f"whose kernel {kernel} cannot compute over slots: choose another quantization",
         ),
+        (
+            current_platform.is_cuda_alike() and chosen is not None and not is_covered(chosen),
+            f"whose kernel {kernel} is none of {', '.join(COVERED)}, the GPU kernels that compute over slots: choose "
+            "another quantization or --moe-backend",
+        ),
     )
     for unsupported, why in refusals:
         if unsupported:
@@ -115,6 +170,11 @@ def refuse_method(layer_name: str, method: Any) -> None:
             f"moe-offload cannot serve {layer_name}: {method.method_name} routes inside its kernel (monolithic), so "
             f"its experts are not known in time to be loaded; {_other_kernels()}, or switch moe-offload off"
         )
+    if kernel in COVERED and not COVERED[kernel].same_bits:
+        logger.warning_once(
+            "%s rounds by where among the others an expert lies: results may differ from plain vLLM's in the last bits",
+            kernel,
+        )
     if kernel in ROUND_BY_BATCH:
         logger.warning_once(
             "%s rounds by how many tokens an expert gets at once: a step that needs more experts than "
@@ -123,11 +183,12 @@ def refuse_method(layer_name: str, method: Any) -> None:
         )
 
 
-def _kernel_name(method: Any) -> str | None:
+def _kernel(method: Any) -> type | None:
     """The class of the kernel that ``method`` has chosen; its own where it does not tell; None if there is none."""
     if method.moe_kernel is None and hasattr(method, "experts_cls"):
-        return None if method.experts_cls is None else method.experts_cls.__name__
-    return type(method if method.moe_kernel is None else method.moe_kernel.fused_experts).__name__
+        kernel: type | None = method.experts_cls
+        return kernel
+    return type(method if method.moe_kernel is None else method.moe_kernel.fused_experts)
 
 
 def _other_kernels() -> str:

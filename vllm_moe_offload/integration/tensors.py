@@ -59,7 +59,7 @@ def record_layout(tensors: dict[str, torch.Tensor]) -> RecordLayout:
 
 
 def as_bytes(layer_name: str, tensors: dict[str, torch.Tensor]) -> list[NDArray[np.uint8]]:
-    """Each tensor ``[experts, …]`` as uint8 ``[experts, nbytes]``, without a copy.
+    """Each tensor ``[experts, …]`` as uint8 ``[experts, nbytes]`` on the host, copied only from a device.
 
     Raises:
         UnsupportedError: a kernel reads a strided tensor, which slots could not reproduce.
@@ -70,7 +70,7 @@ def as_bytes(layer_name: str, tensors: dict[str, torch.Tensor]) -> list[NDArray[
                 f"moe-offload cannot serve {layer_name}: its kernel reads {name} with strides {tensor.stride()}; "
                 "use another quantization or --moe-backend, or switch moe-offload off"
             )
-    return [tensor.detach().view(tensor.shape[0], -1).view(torch.uint8).numpy() for tensor in tensors.values()]
+    return [tensor.detach().view(tensor.shape[0], -1).view(torch.uint8).cpu().numpy() for tensor in tensors.values()]
 
 
 def place_in_pool(layer: torch.nn.Module, memory: SlotMemory, first: int, count: int) -> None:
@@ -79,6 +79,12 @@ def place_in_pool(layer: torch.nn.Module, memory: SlotMemory, first: int, count:
         dtype = getattr(torch, component.dtype)
         slots = tensor[first : first + count].view(dtype).view(count, *component.shape)
         _replace(layer, component.name, slots)
+
+
+def move(layer: torch.nn.Module, device: torch.device) -> None:
+    """Bring the layer's parameters to ``device``, the same objects with all that vLLM has noted on them."""
+    for parameter in layer.parameters(recurse=False):
+        parameter.data = parameter.data.to(device)
 
 
 def remove(layer: torch.nn.Module) -> None:

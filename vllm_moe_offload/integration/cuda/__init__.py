@@ -1,0 +1,1 @@
+"""What vLLM on CUDA (or ROCm) needs besides: covered kernels, graphs, device memory, rows of a step."""
