@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -23,6 +24,7 @@ TEXTS = [[DRAW.randrange(1, 8192) for _ in range(DRAW.randint(5, 50))] for _ in 
 SHORT_TEXTS = {"prompts": [[7 * i + 1, 90 * i + 2] for i in range(12)], "tokens": 3}
 LONG_ROUNDS = [{"prompts": TEXTS[:8], "tokens": 24}] + [{"prompts": [text], "tokens": 30} for text in TEXTS[8:]]
 """Requests to remember, then some to predict for."""
+SERVED = [*LONG_ROUNDS, SHORT_TEXTS]
 
 
 @pytest.fixture(scope="module")
@@ -35,21 +37,40 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[EngineSe
     offloaded.close()
 
 
-def test_tensor_parallel(servers: tuple[EngineServer, EngineServer], tmp_path: Path) -> None:
+class Ranks(NamedTuple):
+    """Two ranks that have served with prediction, from stores of their own."""
+
+    arguments: dict[str, Any]
+    stores: Path
+    histories: Path
+    expected: list[Any]
+    """Plain vLLM's answers to ``SERVED``."""
+    answer: dict[str, Any]
+
+    def check(self) -> None:
+        assert self.answer["rounds"] == self.expected
+        assert len(self.answer["stats"]) == 2
+        assert all(rank["misses"] > 0 for rank in self.answer["stats"])
+        assert len([path for path in self.stores.iterdir() if path.is_dir()]) == 2, "the ranks shared a store"
+
+
+def serve(servers: tuple[EngineServer, EngineServer], model: Path, folder: Path, predictor: str, **ranks: Any) -> Ranks:
     plain, offloaded = servers
-    checkpoint = build("qwen3-moe", tmp_path)
-    arguments = checkpoint.engine_args | ENGINE
-    expected = plain.run(checkpoint.path, arguments, ROUNDS)["rounds"]
-    answer = offloaded.run(
-        checkpoint.path,
-        arguments | {"additional_config": {"moe_offload": {"cache": "25%", "store": str(tmp_path / "stores")}}},
-        ROUNDS,
-    )
-    assert answer["rounds"] == expected
-    assert len([path for path in (tmp_path / "stores").iterdir() if path.is_dir()]) == 2, "the ranks shared a store"
-    assert len(answer["stats"]) == 2
-    for rank in answer["stats"]:
-        assert rank["layers"] == checkpoint.routed_layers and rank["misses"] > 0
+    stores, histories, arguments = folder / "stores", folder / "histories", ranks | {"dtype": "bfloat16"}
+    settings = {"cache": "25%", "predictor": predictor, "history": str(histories), "store": str(stores)}
+    answer = offloaded.run(model, arguments | {"additional_config": {"moe_offload": settings}}, SERVED)
+    return Ranks(arguments, stores, histories, plain.run(model, arguments, SERVED)["rounds"], answer)
+
+
+@pytest.fixture(scope="module")
+def tensor(servers: Any, tiny_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    return serve(servers, tiny_moe, tmp_path_factory.mktemp("tensor"), "history", **ENGINE)
+
+
+@pytest.fixture(scope="module")
+def pipeline(servers: Any, tiny_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    """Compiled, because the eager CPU build of vLLM 0.32 fails by itself with pipeline stages."""
+    return serve(servers, tiny_moe, tmp_path_factory.mktemp("pipeline"), "history", pipeline_parallel_size=2)
 
 
 @pytest.mark.parametrize("share", [0.5, 1])
@@ -73,20 +94,20 @@ def test_expert_parallel(servers: tuple[EngineServer, EngineServer], tmp_path: P
         assert rank["slots"] == int(experts // 2 * share) and rank["loads"] > 0
 
 
-def test_prediction_under_tensor_parallelism(
-    tiny_moe: Path, servers: tuple[EngineServer, EngineServer], tmp_path: Path
+@pytest.mark.parametrize("predictor", ["history", "gate"])
+def test_tensor_parallel(
+    predictor: str, servers: tuple[EngineServer, EngineServer], request: Any, tiny_moe: Path, tmp_path: Path
 ) -> None:
-    plain, offloaded = servers
-    arguments = ENGINE | {"dtype": "bfloat16"}
-    expected = plain.run(tiny_moe, arguments, LONG_ROUNDS)["rounds"]
-    for predictor in ("history", "gate"):
-        settings = {"cache": "25%", "predictor": predictor, "history": str(tmp_path / predictor)}
-        answer = offloaded.run(tiny_moe, arguments | {"additional_config": {"moe_offload": settings}}, LONG_ROUNDS)
-        assert answer["rounds"] == expected
-        for rank in answer["stats"]:
-            assert rank["prefetches"] > 0 and rank["prefetch_useful"] + rank["prefetch_late"] > 0
-            assert rank["history_requests"] >= len(TEXTS) - 1
-        assert len(list((tmp_path / predictor).glob("*/history.npz"))) == 1, "one rank writes for all"
+    if predictor == "history":
+        ranks = request.getfixturevalue("tensor")
+    else:
+        ranks = serve(servers, tiny_moe, tmp_path, predictor, **ENGINE)
+    ranks.check()
+    for rank in ranks.answer["stats"]:
+        assert rank["layers"] == 8
+        assert rank["prefetches"] > 0 and rank["prefetch_useful"] + rank["prefetch_late"] > 0
+        assert rank["history_requests"] >= len(TEXTS) - 1
+    assert len(list(ranks.histories.glob("*/history.npz"))) == 1, "one rank writes for all"
 
 
 def test_prediction_under_expert_parallelism(
@@ -103,38 +124,29 @@ def test_prediction_under_expert_parallelism(
     assert sum(rank["prefetch_useful"] + rank["prefetch_late"] for rank in answer["stats"]) > 0
 
 
-def test_prediction_under_pipeline_parallelism(
-    tiny_moe: Path, servers: tuple[EngineServer, EngineServer], tmp_path: Path
-) -> None:
-    """Compiled, because the eager CPU build of vLLM 0.32 fails by itself with pipeline stages."""
-    plain, offloaded = servers
-    arguments = {"pipeline_parallel_size": 2, "dtype": "bfloat16"}
-    settings = {"cache": "25%", "predictor": "history", "history": str(tmp_path)}
-    expected = plain.run(tiny_moe, arguments, LONG_ROUNDS)["rounds"]
-    answer = offloaded.run(tiny_moe, arguments | {"additional_config": {"moe_offload": settings}}, LONG_ROUNDS)
-    assert answer["rounds"] == expected
-    assert [rank["layers"] for rank in answer["stats"]] == [4, 4]
-    assert len(list(tmp_path.glob("*/history.npz"))) == 2, "a history for each stage's layers"
+def test_pipeline_parallel(pipeline: Ranks) -> None:
+    pipeline.check()
+    assert [rank["layers"] for rank in pipeline.answer["stats"]] == [4, 4]
+    assert len(list(pipeline.histories.glob("*/history.npz"))) == 2, "a history for each stage's layers"
 
 
 @pytest.mark.parametrize("topology", ["tensor", "pipeline"])
 def test_requests_fail_whichever_rank_cannot_read_what_they_need(
-    tiny_moe: Path, servers: tuple[EngineServer, EngineServer], tmp_path: Path, topology: str
+    tiny_moe: Path, servers: tuple[EngineServer, EngineServer], request: Any, topology: str
 ) -> None:
     """Every rank has damaged records of its own; vLLM returns the output of one rank only."""
     _, offloaded = servers
-    settings = {"moe_offload": {"cache": "25%", "predictor": "none", "store": str(tmp_path)}}
-    ranks = {"tensor": ENGINE, "pipeline": {"pipeline_parallel_size": 2}}[topology]
-    arguments = ranks | {"dtype": "bfloat16", "additional_config": settings}
-    (sound,) = offloaded.run(tiny_moe, arguments, [SHORT_TEXTS])["rounds"]
-    stores = [info.path for info in StoreRoot(tmp_path).ls()]
+    ranks: Ranks = request.getfixturevalue(topology)
+    stores = [info.path for info in StoreRoot(ranks.stores).ls()]
     assert len(stores) == 2
     for number, path in enumerate(stores):
         damage(path, range(3 * number, 3 * number + 3))
-    rounds = offloaded.run(tiny_moe, arguments, [SHORT_TEXTS, SHORT_TEXTS])["rounds"]
+    settings = {"moe_offload": {"cache": "25%", "predictor": "none", "store": str(ranks.stores)}}
+    arguments = ranks.arguments | {"additional_config": settings}
     failed: set[str] = set()
-    for answers in rounds:
-        whole = [(answer, right) for answer, right in zip(answers, sound, strict=True) if answer["stop_reason"] is None]
+    for answers in offloaded.run(tiny_moe, arguments, [SHORT_TEXTS, SHORT_TEXTS])["rounds"]:
+        pairs = list(zip(answers, ranks.expected[-1], strict=True))
+        whole = [(answer, right) for answer, right in pairs if answer["stop_reason"] is None]
         assert whole and all(answer["tokens"] == right["tokens"] for answer, right in whole)
         errors = [answer for answer in answers if answer["stop_reason"] is not None]
         assert {answer["finish_reason"] for answer in errors} == {"error"}
