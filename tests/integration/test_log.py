@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.log_lines import PACKAGE
+from vllm_moe_offload.integration import report
 from vllm_moe_offload.integration.log import VllmHandler, log_through_vllm
 from vllm_moe_offload.integration.log import logger as vllm_logger
 
@@ -29,11 +30,16 @@ def shown() -> Iterator[list[logging.LogRecord]]:
     vllm_logger.removeHandler(collector)
 
 
-def test_a_record_keeps_its_place_and_level_and_gets_the_prefix(shown: list[logging.LogRecord]) -> None:
+@pytest.mark.parametrize(
+    "logger", [logging.getLogger(f"{PACKAGE}.daemon.client"), report.logger], ids=lambda it: it.name
+)
+def test_a_record_keeps_its_place_and_level_and_gets_the_prefix(
+    logger: logging.Logger, shown: list[logging.LogRecord]
+) -> None:
     log_through_vllm()
     log_through_vllm()
     assert [type(handler) for handler in logging.getLogger(PACKAGE).handlers] == [VllmHandler]
-    logging.getLogger(f"{PACKAGE}.daemon.client").warning("%d%% of %s", 25, "it")
+    logger.warning("%d%% of %s", 25, "it")
     (record,) = shown
     assert record.getMessage() == "moe-offload: 25% of it" and record.levelname == "WARNING"
     assert record.name == "vllm.moe_offload" and record.filename == "test_log.py"
