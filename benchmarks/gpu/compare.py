@@ -15,11 +15,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
+from forecast import forecast_of, measured_profile
 from random_model import FORMATS, SHAPES, Shape, make
 
+Results: TypeAlias = dict[tuple[str, int], dict[str, Any]]
+"""What was measured, by the arm's name and share."""
 WORKER = Path(__file__).parent / "measured_engine.py"
+RECORDING = "recording"
+"""Device-managed once more, for the trace that the forecast is made from; its times are not compared."""
 _EACH_SECONDS = 150
 _LEAST_SECONDS = 20
 _GROUP = 4
@@ -67,6 +72,7 @@ def arms(shape: Shape, fmt: str, shares: list[int]) -> Iterator[Arm]:
         yield Arm("vllm-uva", share, experts_only)
         groups = {"offload_group_size": _GROUP, "offload_num_in_group": max(1, round(_GROUP * (100 - share) / 100))}
         yield Arm("vllm-prefetch", share, {"offload_backend": "prefetch", "offload_params": ["experts"]} | groups)
+        yield Arm(RECORDING, share, {}, cache | {"predictor": "none"})
 
 
 def engine_arguments(model: Path, arm: Arm, batches: list[int], prefill: int, extra: dict[str, Any]) -> dict[str, Any]:
@@ -97,6 +103,21 @@ def engine_arguments(model: Path, arm: Arm, batches: list[int], prefill: int, ex
     return arguments
 
 
+def forecasts(results: Results, shape: Shape, options: argparse.Namespace) -> Iterator[Wanted]:
+    """Device-managed decoding of one request beside what the replay makes of the same routing."""
+    if ("plain", 100) not in results or "1" not in results["plain", 100]["tpot"] or options.rates is None:
+        return
+    plain = results["plain", 100]["tpot"]["1"]
+    profile = measured_profile(plain, shape.layers, options.rates, options.rates.with_name("manager.json"))
+    record_bytes = shape.expert_bytes(options.format)
+    for name, share in results:
+        if name == "device-managed":
+            trace = options.out / f"{RECORDING}-{share}.trace"
+            expected = forecast_of(trace, share, profile, record_bytes)
+            ratio = None if expected is None else results[name, share]["tpot"]["1"] / expected
+            yield Wanted(f"{share} %: device-managed / its forecast", ratio, 1.15, False)
+
+
 def measure(arm: Arm, arguments: dict[str, Any], options: argparse.Namespace, seconds: float) -> dict[str, Any] | None:
     """Run one engine; its result, or None with the end of its log printed."""
     name = f"{arm.name}-{arm.share}"
@@ -104,6 +125,8 @@ def measure(arm: Arm, arguments: dict[str, Any], options: argparse.Namespace, se
     if result.exists():
         found: dict[str, Any] = json.loads(result.read_text())
         return found
+    if arm.name == RECORDING:
+        arguments["additional_config"]["moe_offload"]["trace"] = str(options.out / f"{name}.trace")
     job = {"engine": arguments, "batches": options.batches, "tokens": options.tokens, "prefill": options.prefill}
     surroundings = {
         "VLLM_PLUGINS": "" if arm.offload is None else "moe-offload",
@@ -131,7 +154,7 @@ def measure(arm: Arm, arguments: dict[str, Any], options: argparse.Namespace, se
     return None
 
 
-def wanted(results: dict[tuple[str, int], dict[str, Any]], batches: list[int], link: float | None) -> Iterator[Wanted]:
+def wanted(results: Results, batches: list[int], link: float | None) -> Iterator[Wanted]:
     """What the ratios should be. ``link`` is what the link alone takes for all experts, seconds; None: not known."""
 
     def ratio(of: tuple[str, int], to: tuple[str, int], batch: int) -> float | None:
@@ -162,7 +185,7 @@ def wanted(results: dict[tuple[str, int], dict[str, Any]], batches: list[int], l
         yield Wanted(f"{share} %: prefill, share of the link's speed", reached, 0.85, True)
 
 
-def same_tokens(results: dict[tuple[str, int], dict[str, Any]]) -> Iterator[str]:
+def same_tokens(results: Results) -> Iterator[str]:
     """For each arm, whether it gave the tokens of the plain engine, batch by batch."""
     plain = results.get(("plain", 100))
     for (name, share), found in results.items():
@@ -172,7 +195,7 @@ def same_tokens(results: dict[tuple[str, int], dict[str, Any]]) -> Iterator[str]
             yield f"{name}-{share}: tokens of the plain engine at batch {', '.join(same) or 'none'} of {of_all}"
 
 
-def report(results: dict[tuple[str, int], dict[str, Any]], options: argparse.Namespace, link: float | None) -> None:
+def report(results: Results, shape: Shape, options: argparse.Namespace) -> None:
     """Times, ratios, and what was wanted of them."""
     columns = "".join(f"{f'ms/token, batch {batch}':>20}" for batch in options.batches)
     print(f"\n{'':<22}{columns}{'prefill s':>12}{'GiB':>8}")
@@ -181,7 +204,8 @@ def report(results: dict[tuple[str, int], dict[str, Any]], options: argparse.Nam
         memory = f"{found['device_bytes'] / 2**30:>8.1f}" if "device_bytes" in found else f"{'-':>8}"
         print(f"{f'{name}-{share}':<22}{times}{found['prefill_seconds']:>12.3f}{memory}")
     print()
-    for one in wanted(results, options.batches, link):
+    link = link_seconds(options.rates, shape, options.format)
+    for one in (*wanted(results, options.batches, link), *forecasts(results, shape, options)):
         bound = f"{'>=' if one.at_least else '<='} {one.bound:g}"
         print(f"{one.what:<58}{'-' if one.ratio is None else f'{one.ratio:.3f}':>8}  {bound:<8} {one.state}")
     print(*same_tokens(results), sep="\n")
@@ -219,7 +243,7 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     model = options.models / f"{options.shape}-{options.format}-{options.layers or 'all'}"
     shape = make(model, options.shape, options.format, options.layers)
-    results: dict[tuple[str, int], dict[str, Any]] = {}
+    results: Results = {}
     for arm in arms(shape, options.format, options.shares):
         seconds = min(_EACH_SECONDS, deadline - time.monotonic())
         done = (options.out / f"{arm.name}-{arm.share}.json").exists()
@@ -232,7 +256,7 @@ def main() -> int:
         found = measure(arm, arguments, options, seconds)
         if found is not None:
             results[arm.name, arm.share] = found
-    report(results, options, link_seconds(options.rates, shape, options.format))
+    report(results, shape, options)
     return 0 if results else 1
 
 

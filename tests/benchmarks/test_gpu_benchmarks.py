@@ -7,11 +7,16 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from compare import Arm, Wanted, arms, engine_arguments, link_seconds, measure, same_tokens, wanted
+from compare import Arm, Wanted, arms, engine_arguments, forecasts, link_seconds, measure, same_tokens, wanted
+from forecast import measured_profile
 from random_model import SHAPES, make
 from safetensors import safe_open
+
+from vllm_moe_offload.trace.trace import Trace
+from vllm_moe_offload.trace.trace_file import write_trace
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
@@ -109,6 +114,25 @@ def test_the_link_is_what_was_measured(tmp_path: Path) -> None:
     (tmp_path / "rates.json").write_text(json.dumps({"copies_together": {"1": 1e9, "2": 2e9}}))
     whole = TINY.layers * TINY.experts * TINY.expert_bytes("bf16")
     assert link_seconds(tmp_path / "rates.json", TINY, "bf16") == pytest.approx(whole / 2e9)
+
+
+def test_device_managed_decoding_is_compared_with_its_forecast(tmp_path: Path) -> None:
+    (tmp_path / "rates.json").write_text(json.dumps({"gather": {"4": 1e9, "64": 2e9}}))
+    (tmp_path / "manager.json").write_text(json.dumps([{"hit_us_per_layer": 5.0}, {"hit_us_per_layer": 7.0}]))
+    profile = measured_profile(0.002, 2, tmp_path / "rates.json", tmp_path / "manager.json")
+    assert profile is not None and profile.bytes_per_second == 2e9 and profile.layer_overhead_seconds == 0.001
+    assert profile.manager is not None and profile.manager.device_seconds == pytest.approx(7e-6)
+    rng = np.random.default_rng(0)
+    chosen = rng.random((40, TINY.layers, TINY.experts)).argsort(axis=2)[:, :, : TINY.top_k].astype(np.uint8)
+    weights = np.full(chosen.shape, 1 / TINY.top_k, np.float16)
+    write_trace(tmp_path / "recording-50.trace", Trace(chosen, weights, np.array([0, 40]), TINY.experts))
+    results = {("plain", 100): result(0.002), ("device-managed", 50): result(0.0025)}
+    (one,) = forecasts(results, TINY, Namespace(out=tmp_path, rates=tmp_path / "rates.json", format="bf16"))
+    load = TINY.expert_bytes("bf16") / 2e9
+    assert one.ratio is not None and 0.0025 / (0.00202 + 4 * load) < one.ratio < 0.0025 / 0.002014
+    (tmp_path / "recording-50.trace").unlink()
+    (one,) = forecasts(results, TINY, Namespace(out=tmp_path, rates=tmp_path / "rates.json", format="bf16"))
+    assert one.state == "not measured"
 
 
 def test_what_was_measured_is_not_measured_again(tmp_path: Path) -> None:
