@@ -46,8 +46,10 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
         """What observes the router's choices, and the layer's number among the MoE layers, in running order."""
         self.show: Callable[[Callable[[], NDArray[np.float32]]], None] | None = None
         """Called with a function that returns the router's input ``[rows, D]``, before its choices are observed."""
-        self.kept_outputs: KeptOutputs | None = None
-        """Where the layer's outputs lie between CUDA graphs, if they end at MoE layers."""
+        self._within_op = not current_platform.is_cpu()
+        """vLLM's own opaque op is around ``apply``."""
+        self.kept_outputs = KeptOutputs() if current_platform.is_cuda_alike() else None
+        """Where the layer's outputs lie for CUDA graphs that end at MoE layers."""
 
     def create_weights(self, layer: torch.nn.Module, **kwargs: Any) -> None:
         self._create_arguments = kwargs
@@ -84,7 +86,7 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
     ) -> torch.Tensor:
         if self.pooled is None and self.traced is None:
             return self.real.apply(layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input)
-        if not current_platform.is_cpu():  # vLLM's own opaque op is around this
+        if self._within_op:
             return self.compute(layer, x, topk_weights, topk_ids)
         return torch.ops.vllm.moe_offload_experts(x, topk_weights, topk_ids, LayerName(layer.layer_name))
 
