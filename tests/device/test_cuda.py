@@ -5,6 +5,7 @@ Both are stand-ins here: this says nothing about a GPU. ``test_cuda_device.py`` 
 
 import ctypes
 import gc
+import shutil
 import subprocess
 import sys
 import weakref
@@ -382,9 +383,13 @@ for call in (lambda: runtime.host_unregister(4096), lambda: runtime.device_addre
 
 
 @pytest.mark.skipif(CUDART is None, reason="no CUDA runtime is installed")
-def test_the_loaded_runtime_is_found_and_says_its_errors_in_words() -> None:
+def test_the_loaded_runtime_is_found_and_says_its_errors_in_words(tmp_path: Path) -> None:
+    assert CUDART is not None
+    library = tmp_path / "with a blank" / CUDART.name
+    library.parent.mkdir()
+    shutil.copy(CUDART, library)
     said = subprocess.run(
-        [sys.executable, "-c", ASK_REAL_RUNTIME, str(CUDART)], check=True, capture_output=True, text=True
+        [sys.executable, "-c", ASK_REAL_RUNTIME, str(library)], check=True, capture_output=True, text=True
     ).stdout.splitlines()
     assert len(said) == 2 and said[0].startswith("cudaHostUnregister: ") and said[1].startswith("cudaHostGetDevice")
     assert all(line.rstrip(")").rpartition("(")[2].isdigit() and len(line) > 40 for line in said)

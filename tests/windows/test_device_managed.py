@@ -214,3 +214,47 @@ def test_records_that_were_not_copied_end_the_worker() -> None:
     device.drain()
     with pytest.raises(DeviceError, match="copied 0 bytes"):
         model.managed._log.finished()
+
+
+def test_a_step_without_rows_ends_like_any_other() -> None:
+    device = VirtualDevice(0)
+    model = managed_model(device, ReferenceKernels(device), checked(device))
+    model.real_rows.fill_(1)
+    seen = model.managed.read_back(0)
+    model.step([np.array([[1]], np.int32)] * LAYERS)
+    seen += model.managed.read_back(1)
+    device.drain()
+    seen += model.managed._log.finished()
+    assert [step.number for step in seen] == [2] and (seen[0].ids == 1).all()
+
+
+def test_warming_again_and_again_takes_no_more_pinned_memory() -> None:
+    class CountingDevice(VirtualDevice):
+        pinned = 0
+
+        def allocate_pinned(self, nbytes: int) -> torch.Tensor:
+            self.pinned += 1
+            return super().allocate_pinned(nbytes)
+
+    device = CountingDevice(0)
+    model = managed_model(device, ReferenceKernels(device), checked(device), most_rows=1, slots=3)
+    model.real_rows.fill_(1)
+    pinned = []
+    for step in range(6):
+        for layer in range(LAYERS):
+            model.managed.warm(layer, np.array([step % 4, (step + 1) % 4, (step + 2) % 4]))
+        model.step([np.array([[step % 4]], np.int32)] * LAYERS)
+        seen = model.managed.read_back(1)
+        device.drain()
+        seen += model.managed._log.finished()
+        assert [routed.misses.sum() for routed in seen] == [0], "what was warmed is there"
+        pinned.append(device.pinned)
+    assert len(set(pinned)) == 1
+
+
+@pytest.mark.parametrize("ids", [torch.zeros((9, 1), dtype=torch.int32), torch.zeros((5, 2), dtype=torch.int32)[:, :1]])
+def test_ids_that_kernels_would_read_or_write_elsewhere_are_refused(ids: torch.Tensor) -> None:
+    device = VirtualDevice(0)
+    model = managed_model(device, ReferenceKernels(device), checked(device), most_rows=8)
+    with pytest.raises(AssertionError, match="one after the other"):
+        model.managed.launch_wide(0, ids, model.real_rows)

@@ -64,7 +64,8 @@ class CudaRuntime:
             DeviceError: it has loaded none as a library of its own.
         """
         name, prefix = ("libamdhip64", "hip") if hip else ("libcudart", "cuda")
-        found = re.search(rf"(/\S*/{name}[^/\s]*\.so\S*)$", Path("/proc/self/maps").read_text(), re.MULTILINE)
+        maps = Path("/proc/self/maps").read_text()
+        found = re.search(rf"^(?:\S+ +){{5}}(/.*/{name}[^/]*\.so[^/]*)$", maps, re.MULTILINE)
         if found is None:
             raise DeviceError(f"no {name} is loaded in this process: torch was built in a way that is not supported")
         return cls(ctypes.CDLL(found[1]), prefix)

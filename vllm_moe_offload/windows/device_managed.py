@@ -5,6 +5,7 @@ the copies of a wide step too large for a graph and what comes back to the host,
 protection that slots and tables need.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -78,15 +79,18 @@ class DeviceManaged:
     ):
         self._device, self._layers, self._kernels = device, layers, kernels
         self._gathered_rows = gathered_rows
+        most_slots = max(layer.window.slots for layer in layers)
+        self._most_rows = max(most_rows, -(-most_slots // top_k))
+        """That the log has room for: ``warm`` writes a window's slots there."""
         self.tables = DeviceTables(device, [layer.window for layer in layers])
         self._into_window = [_components(device, layer, View.WINDOW) for layer in layers]
         self._into_stage = [_components(device, layer, layer.stage_view) for layer in layers]
         record_bytes = [sum(part.nbytes for part in layer.memory.layout.components) for layer in layers]
-        self._log = StepLog(device, kernels, record_bytes, top_k, most_rows)
+        self._log = StepLog(device, kernels, record_bytes, top_k, self._most_rows)
         self.narrow_rows = min(layer.window.slots for layer in layers) // top_k
         """Steps of more rows are wide."""
         self._misses = zeros(device, (1 + 3 * self.tables.most_experts,), torch.int32)
-        most_ids = max(self.narrow_rows * top_k, *(layer.window.slots for layer in layers))
+        most_ids = max(self.narrow_rows * top_k, most_slots)
         self._out = {dtype: zeros(device, (most_ids,), dtype) for dtype in (torch.int32, torch.int64, torch.uint32)}
         self._copies = device.stream("stages")
         self._fills: dict[int, Event] = {}
@@ -94,8 +98,8 @@ class DeviceManaged:
         self._warm_ids = zeros(device, (most_ids,), torch.int32)
         self._warm_rows = zeros(device, (1,), torch.int32)
         self._warm_rows.fill_(1)
-        self._warmed: list[tuple[Event, torch.Tensor]] = []
-        """Ids on their way to the device."""
+        self._warmed: deque[tuple[Event, torch.Tensor]] = deque()
+        """Pinned ids, in the order in which they go to the device, and the events behind them."""
 
     def launch(self, layer: int, topk_ids: torch.Tensor, real_rows: torch.Tensor) -> torch.Tensor:
         """Bring a narrow step's experts into the window of ``layer``.
@@ -109,12 +113,14 @@ class DeviceManaged:
             of the experts, rows of padding as row 0.
         """
         assert len(topk_ids) <= self.narrow_rows, "a wide step is served through stages"
+        assert topk_ids.is_contiguous()
         out = self._out[topk_ids.dtype][: topk_ids.numel()].view(topk_ids.shape)
         self._serve(layer, topk_ids, real_rows, out)
         return out
 
     def launch_wide(self, layer: int, topk_ids: torch.Tensor, real_rows: torch.Tensor) -> View:
         """Bring a wide step's experts into a stage; the kernel is shown the view returned, and ``topk_ids``."""
+        assert topk_ids.is_contiguous() and len(topk_ids) <= self._most_rows, "kernels write them one after the other"
         if layer == 0:
             self._begin_wide()
         managed, tables, ring = self._layers[layer], self.tables.layers[layer], self._log.ring
@@ -142,12 +148,11 @@ class DeviceManaged:
         Between ``read_back`` and the next step.
         """
         assert 0 < len(experts) <= self.tables.layers[layer].window.slots
-        self._warmed = [(event, ids) for event, ids in self._warmed if not self._device.finished(event)]
-        ids = self._device.allocate_pinned(4 * len(experts))
-        ids.view(torch.int32).copy_(torch.from_numpy(experts.astype(np.int32)))
-        given = self._warm_ids[: len(experts)]
-        self._device.copy(self._device.main, given.view(torch.uint8), ids)
-        self._warmed.append((self._device.record(self._device.main), ids))
+        pinned, given = self._pinned_ids(), self._warm_ids[: len(experts)]
+        ids = pinned[: len(experts)]
+        ids.copy_(torch.from_numpy(experts.astype(np.int32)))
+        self._device.copy(self._device.main, given.view(torch.uint8), ids.view(torch.uint8))
+        self._warmed.append((self._device.record(self._device.main), pinned))
         one_row = given.view(1, -1)
         self._serve(layer, one_row, self._warm_rows, self._out[torch.int32][: len(experts)].view(one_row.shape))
 
@@ -164,6 +169,12 @@ class DeviceManaged:
     def reset(self) -> None:
         """Nobody is in any window: what was routed so far, to warm up, served nobody."""
         self._kernels.reset(self.tables)
+
+    def _pinned_ids(self) -> torch.Tensor:
+        """Room for the ids of ``warm``: what has been copied, or else new memory, which is never given back."""
+        if self._warmed and self._device.finished(self._warmed[0][0]):
+            return self._warmed.popleft()[1]
+        return self._device.allocate_pinned(self._warm_ids.nbytes).view(torch.int32)
 
     def _serve(self, layer: int, ids: torch.Tensor, real_rows: torch.Tensor, out: torch.Tensor) -> None:
         tables, ring = self.tables.layers[layer], self._log.ring

@@ -66,7 +66,8 @@ class StepLog:
         self._device.wait(self._stream, self._device.record(self._device.main))
         ids = self.ring.ids[entry, : self._layers * rows * self._top_k]
         for target, source in ((self._ids[entry], ids), (self._notes[entry], self.ring.notes[entry].reshape(-1))):
-            self._device.copy(self._stream, target[: len(source)].view(torch.uint8), source.view(torch.uint8))
+            if len(source):  # memory of no bytes has no address
+                self._device.copy(self._stream, target[: len(source)].view(torch.uint8), source.view(torch.uint8))
         self._reads.append(_Read(self._step, rows, self._device.record(self._stream)))
         self._step += 1
         for read in self._reads:
