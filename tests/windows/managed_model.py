@@ -48,6 +48,8 @@ class ManagedModel:
     layers: list[ManagedLayer]
     real_rows: torch.Tensor
     check: Callable[[str, Callable[[], Rows], NDArray[np.uint8]], None]
+    weighted: bool = False
+    """Layers are launched with routing weights."""
 
     def step(self, ids: Sequence[NDArray[np.int32]], padding: int = 0) -> None:
         """One forward pass, ``ids[layer]`` ``[rows, top_k]`` with so many rows of padding at the end."""
@@ -55,7 +57,8 @@ class ManagedModel:
         for layer, chosen in enumerate(ids):
             given = torch.from_numpy(chosen.copy())
             if narrow:
-                view, rows = View.WINDOW, self.managed.launch(layer, given, self.real_rows)
+                weights = torch.full(given.shape, 1 / given.shape[1]) if self.weighted else None
+                view, rows = View.WINDOW, self.managed.launch(layer, given, self.real_rows, weights)
             else:
                 view, rows = self.managed.launch_wide(layer, given, self.real_rows), given
             self._run_kernel(layer, view, rows[: len(chosen) - padding], chosen[: len(chosen) - padding])

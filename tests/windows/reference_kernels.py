@@ -1,14 +1,17 @@
 """``WindowTables`` as work of a virtual device, in place of kernels."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tests.device.virtual import Memory, VirtualDevice
+from tests.device.virtual import Memory, VirtualDevice, VirtualStream
+from vllm_moe_offload.predict import kernels
 from vllm_moe_offload.windows.device_tables import DeviceTables, Kernels, LayerTables, Ring
+from vllm_moe_offload.windows.guesses import GuessKernels, Head
 from vllm_moe_offload.windows.tables import ABSENT, WindowTables
 
 
@@ -17,6 +20,7 @@ class ReferenceKernels(Kernels):
 
     def __init__(self, device: VirtualDevice):
         self.device = device
+        self.stream = device.main
 
     def manage(
         self,
@@ -36,10 +40,7 @@ class ReferenceKernels(Kernels):
             out.copy_(torch.from_numpy(np.where(slots >= 0, slots + window.base, ABSENT)))
             missing[:, 0] = tables[3][missing[:, 0]]
             write_misses(misses, missing, np.full(len(missing), ABSENT))
-            tables[0, : window.experts] = np.where(policy.slot_of >= 0, policy.slot_of + window.base, ABSENT)
-            tables[1, : window.experts], tables[2, : window.experts] = policy.heat, policy.epoch
-            tables[4, : window.slots] = policy.expert_of
-            layer.tables.copy_(torch.from_numpy(tables))
+            write_residents(layer, policy, tables)
             write_ring(ring, layer, given, int(real[0]), len(used_of(given, real)), len(missing))
 
         def writes() -> Sequence[Memory]:
@@ -94,7 +95,7 @@ class ReferenceKernels(Kernels):
         def writes() -> Sequence[Memory]:
             return [copied(), *(target for target, _ in moves())]
 
-        self.device.kernel(self.device.main, reads, compute, writes, "gather")
+        self.device.kernel(self.stream, reads, compute, writes, "gather")
 
     def note(self, layer: LayerTables, ids: torch.Tensor, real_rows: torch.Tensor, ring: Ring) -> None:
         def compute(values: list[Memory]) -> None:
@@ -128,6 +129,55 @@ class ReferenceKernels(Kernels):
         self.device.kernel(self.device.main, lambda: [], compute, lambda: rows, "fill")
 
 
+class ReferenceGuessKernels(ReferenceKernels, GuessKernels):
+    """The predictor's arithmetic, and ``WindowTables.guess``."""
+
+    @contextmanager
+    def on(self, stream: VirtualStream) -> Iterator[None]:
+        self.stream = stream
+        yield
+        self.stream = self.device.main
+
+    def observe(
+        self, head: Head, ids: torch.Tensor, weights: torch.Tensor, before: torch.Tensor, after: torch.Tensor
+    ) -> None:
+        def compute(values: list[Memory]) -> None:
+            chosen, shares, state = values
+            after.copy_(state)
+            kernels.add_map(*kernels.as_map(chosen.numpy(), shares.numpy()), head.added.numpy(), after.numpy())
+
+        self.device.kernel(self.stream, lambda: [ids, weights, before], compute, lambda: [after], "observe")
+
+    def evaluate(self, head: Head, state: torch.Tensor, known: torch.Tensor, scores: torch.Tensor) -> None:
+        def compute(values: list[Memory]) -> None:
+            scores.copy_(torch.relu(values[0] @ head.inner.T + values[1]) @ head.outer.T + head.bias)
+
+        self.device.kernel(self.stream, lambda: [state, known], compute, lambda: [scores], "evaluate")
+
+    def select_guess(
+        self,
+        layer: LayerTables,
+        scores: torch.Tensor,
+        n_rows: torch.Tensor,
+        threshold: float,
+        misses: torch.Tensor,
+        ring: Ring,
+    ) -> None:
+        def compute(values: list[Memory]) -> None:
+            given, rows, tables, header = (np.asarray(value) for value in values)
+            policy = policy_of(layer, tables)
+            best = given[: rows[0]].max(axis=0, initial=-np.inf)
+            guessed = policy.guess(best, int(header[0]), threshold)
+            write_misses(misses, np.column_stack([tables[3][guessed[:, 0]], guessed[:, 1]]), np.full(len(guessed), -1))
+            write_residents(layer, policy, tables)
+            self.guessed += len(guessed)
+
+        reads = [scores, n_rows, layer.tables, ring.header]
+        self.device.kernel(self.stream, lambda: reads, compute, lambda: [layer.tables, misses], "select guess")
+
+    guessed = 0
+
+
 def policy_of(layer: LayerTables, tables: NDArray[np.int32]) -> WindowTables:
     """The policy in the state that the device's tables say."""
     window = layer.window
@@ -137,6 +187,15 @@ def policy_of(layer: LayerTables, tables: NDArray[np.int32]) -> WindowTables:
     policy.heat[:], policy.epoch[:] = tables[1, : window.experts], tables[2, : window.experts]
     policy.expert_of[:] = tables[4, : window.slots]
     return policy
+
+
+def write_residents(layer: LayerTables, policy: WindowTables, tables: NDArray[np.int32]) -> None:
+    """The tables as they were, but for what the policy has decided."""
+    window = layer.window
+    tables[0, : window.experts] = np.where(policy.slot_of >= 0, policy.slot_of + window.base, ABSENT)
+    tables[1, : window.experts], tables[2, : window.experts] = policy.heat, policy.epoch
+    tables[4, : window.slots] = policy.expert_of
+    layer.tables.copy_(torch.from_numpy(tables))
 
 
 def used_of(ids: NDArray[np.integer], real_rows: NDArray[np.int32]) -> NDArray[np.integer]:

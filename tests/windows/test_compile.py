@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from vllm_moe_offload.windows import kernels
+from vllm_moe_offload.windows import guess_kernels, kernels
 from vllm_moe_offload.windows.launches import COMPILE_OPTIONS
 
 CAPABILITIES = [80, 89, 90, 100, 120]
@@ -30,14 +30,23 @@ SCALARS = {
     "layer",
     "n_components",
     "programs",
+    "most_rows",
+    "hidden",
 }
 LONG = {"ring", "components"}
+SINGLE = {"scores", "state", "known", "inner", "outer", "bias", "weights", "added", "before", "after"}
+
+
+def type_of(name: str) -> str:
+    if name == "threshold":
+        return "fp32"
+    return "i32" if name in SCALARS else "*i64" if name in LONG else "*fp32" if name in SINGLE else "*i32"
 
 
 def compiled(kernel: Any, capability: int, warps: int, **constants: int) -> Any:
     """As for arguments that start on multiples of 16, but for the ids."""
     names = [parameter.name for parameter in kernel.params]
-    types = {name: "i32" if name in SCALARS else "*i64" if name in LONG else "*i32" for name in names}
+    types = {name: type_of(name) for name in names}
     types |= dict.fromkeys(constants, "constexpr")
     aligned = [i for i, name in enumerate(names) if types[name].startswith("*") and name != "ids"]
     source = ASTSource(
@@ -81,6 +90,9 @@ def test_no_kernel_spills(capability: int, tmp_path: Path, pytestconfig: pytest.
         ),
         (kernels.gather, 4, {"BLOCK": 1024}),
         (kernels.note, 4, {"CHUNK": 1024}),
+        (guess_kernels.observe, 4, {"S": 256}),
+        *((guess_kernels.evaluate, lanes // 32, {"P": lanes, "BLOCK": 16}) for lanes, _ in LANES),
+        (guess_kernels.select_guess, 1, {"P": 128}),
     ]
     for kernel, warps, constants in jobs:
         ptx = compiled(kernel, capability, warps, **constants).asm["ptx"]

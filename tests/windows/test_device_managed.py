@@ -22,7 +22,7 @@ from vllm_moe_offload.windows import launches
 from vllm_moe_offload.windows.device_tables import DeviceTables
 from vllm_moe_offload.windows.step_log import AHEAD
 
-ORDERS, ALL_ORDERS = 250, 1000
+ORDERS, ALL_ORDERS = 120, 1000
 ORDERS_WITH_A_BUG = 400
 LAYERS, EXPERTS = 4, 3
 SLOTS = [1, 2]

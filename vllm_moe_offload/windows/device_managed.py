@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from ..device.base import Device, Event
 from ..device.registered import RegisteredMemory
+from ..predict.heads import HeadWeights
 from .device_tables import DeviceTables, Kernels, Window, zeros
+from .guesses import MOST_ROWS, Guesses, GuessKernels
 from .memory import View, WindowMemory
 from .step_log import RoutedStep, StepLog
 
@@ -92,6 +94,7 @@ class DeviceManaged:
         self._misses = zeros(device, (1 + 3 * self.tables.most_experts,), torch.int32)
         most_ids = max(self.narrow_rows * top_k, most_slots)
         self._out = {dtype: zeros(device, (most_ids,), dtype) for dtype in (torch.int32, torch.int64, torch.uint32)}
+        self._guesses: Guesses | None = None
         self._copies = device.stream("stages")
         self._fills: dict[int, Event] = {}
         """By layer, behind the copies of all its experts to its stage that main has not waited for."""
@@ -101,12 +104,33 @@ class DeviceManaged:
         self._warmed: deque[tuple[Event, torch.Tensor]] = deque()
         """Pinned ids, in the order in which they go to the device, and the events behind them."""
 
-    def launch(self, layer: int, topk_ids: torch.Tensor, real_rows: torch.Tensor) -> torch.Tensor:
+    def guess(self, weights: HeadWeights, kernels: GuessKernels, *, distance: int, threshold: float) -> Guesses:
+        """From now on narrow steps of few rows guess; the caller says what is known before each of them."""
+        self._guesses = Guesses(
+            self._device,
+            weights,
+            self.tables,
+            self._into_window,
+            kernels,
+            self._log.ring,
+            distance=distance,
+            threshold=threshold,
+        )
+        return self._guesses
+
+    def launch(
+        self,
+        layer: int,
+        topk_ids: torch.Tensor,
+        real_rows: torch.Tensor,
+        topk_weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Bring a narrow step's experts into the window of ``layer``.
 
         Args:
             topk_ids: ``[rows, top_k]`` on the device, contiguous.
             real_rows: int32 ``[1]`` on the device; rows behind them are padding.
+            topk_weights: ``[rows, top_k]`` on the device, contiguous; guesses need them.
 
         Returns:
             ids for the layer's kernel over ``View.WINDOW``, good until the next launch; with an ``expert_map``, those
@@ -115,7 +139,11 @@ class DeviceManaged:
         assert len(topk_ids) <= self.narrow_rows, "a wide step is served through stages"
         assert topk_ids.is_contiguous()
         out = self._out[topk_ids.dtype][: topk_ids.numel()].view(topk_ids.shape)
+        if self._guesses is not None:
+            self._guesses.join(layer)
         self._serve(layer, topk_ids, real_rows, out)
+        if self._guesses is not None and topk_weights is not None and len(topk_ids) <= MOST_ROWS:
+            self._guesses.follow(layer, topk_ids, topk_weights)
         return out
 
     def launch_wide(self, layer: int, topk_ids: torch.Tensor, real_rows: torch.Tensor) -> View:
@@ -204,7 +232,9 @@ class DeviceManaged:
         self._fills[layer] = self._device.record(self._copies)
 
     def _settle(self) -> None:
-        """Main waits for copies to stages of a step that was left early."""
+        """Main waits for copies to stages, and guesses, of a step that was left early."""
+        if self._guesses is not None:
+            self._guesses.settle()
         for event in self._fills.values():
             self._device.wait(self._device.main, event)
         self._fills.clear()

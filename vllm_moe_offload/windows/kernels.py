@@ -113,14 +113,8 @@ def _used(ids, n_real, lane, CHUNK: tl.constexpr):
 @triton.jit
 def _make_room(missing, n_missing, used, cooled, row, who, record, base, slots, lane, misses):
     """Give slots to the missing experts if all fit, and list them: who is in which row and slot now, and how many."""
-    whom = tl.maximum(who, 0)
-    spared = (who >= 0) & (tl.gather(used.to(tl.int32), whom, 0) == 1)
-    spare = (lane < slots) & (spared == 0)
-    worth = tl.where(who < 0, 0, tl.gather(cooled, whom, 0) + 1).to(tl.int64)
-    # Heat before slot before expert: the smallest key is the victim, and names the expert it had.
-    key = (worth << 32) | (lane.to(tl.int64) << 16) | (who.to(tl.int64) & _NOBODY)
-    key = tl.where(spare, key, _NEVER)
-    n_loaded = tl.where(n_missing <= tl.sum(spare.to(tl.int32), axis=0), n_missing, 0)
+    key = _keys(used, cooled, who, slots, lane)
+    n_loaded = tl.where(n_missing <= tl.sum((key != _NEVER).to(tl.int32), axis=0), n_missing, 0)
     for i in range(0, n_loaded):
         victim = tl.min(key, axis=0)
         slot = ((victim >> 16) & _NOBODY).to(tl.int32)
@@ -134,6 +128,16 @@ def _make_room(missing, n_missing, used, cooled, row, who, record, base, slots, 
         tl.store(misses + 2 + 3 * i, slot)
         tl.store(misses + 3 + 3 * i, -1)
     return row, who, n_loaded
+
+
+@triton.jit
+def _keys(spared, cooled, who, slots, lane):
+    """By slot heat before slot before expert: the smallest is the victim, and names the expert it has."""
+    whom = tl.maximum(who, 0)
+    kept = (who >= 0) & (tl.gather(spared.to(tl.int32), whom, 0) == 1)
+    worth = tl.where(who < 0, 0, tl.gather(cooled, whom, 0) + 1).to(tl.int64)
+    key = (worth << 32) | (lane.to(tl.int64) << 16) | (who.to(tl.int64) & _NOBODY)
+    return tl.where((lane < slots) & (kept == 0), key, _NEVER)
 
 
 @triton.jit

@@ -1,10 +1,14 @@
-"""The kernels of ``kernels.py`` launched on torch's current stream."""
+"""The kernels of ``kernels.py`` and ``guess_kernels.py`` launched on torch's current stream."""
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
 
-from . import kernels
+from ..device.base import Stream
+from . import guess_kernels, kernels
 from .device_tables import DeviceTables, LayerTables, Ring
+from .guesses import Head
 from .tables import ABSENT
 
 COMPILE_OPTIONS = {} if torch.version.hip else {"maxnreg": 128}
@@ -15,12 +19,14 @@ _PROGRAMS = 64
 _COPY_WORDS = 1024
 """Copied by one program at a time."""
 _NOTE_IDS = 1024
+_HEAD_UNITS = 16
+_HEAD_LANES_PER_WARP = 32
 _IDS_AT_ONCE = 8
 _LANES_PER_WARP = 128
 
 
 class TritonKernels:
-    """``device_tables.Kernels`` of one engine; nothing here allocates or looks at results.
+    """``guesses.GuessKernels`` of one engine; nothing here allocates or looks at results.
 
     Args:
         most_experts: of any layer.
@@ -75,6 +81,49 @@ class TritonKernels:
     def note(self, layer: LayerTables, ids: torch.Tensor, real_rows: torch.Tensor, ring: Ring) -> None:
         kernels.note[(triton.cdiv(ids.numel(), _NOTE_IDS),)](
             *(ids, ids.numel(), ids.shape[1], real_rows, ring.header, layer.number), CHUNK=_NOTE_IDS, **COMPILE_OPTIONS
+        )
+
+    def on(self, stream: Stream) -> AbstractContextManager[None]:
+        """A device whose kernels run on this processor has streams without one of torch."""
+        torch_stream = getattr(stream, "stream", None)
+        return nullcontext() if torch_stream is None else torch.cuda.stream(torch_stream)
+
+    def observe(
+        self, head: Head, ids: torch.Tensor, weights: torch.Tensor, before: torch.Tensor, after: torch.Tensor
+    ) -> None:
+        rows, width = before.shape
+        guess_kernels.observe[(rows,)](
+            *(ids, weights, ids.shape[1], head.added, before, after, width),
+            S=triton.next_power_of_2(width),
+            **COMPILE_OPTIONS,
+        )
+
+    def evaluate(self, head: Head, state: torch.Tensor, known: torch.Tensor, scores: torch.Tensor) -> None:
+        rows, width = state.shape
+        guess_kernels.evaluate[(rows,)](
+            *(state, known, head.inner, head.outer, head.bias, scores, scores.shape[1], width, known.shape[1]),
+            P=self._lanes,
+            BLOCK=_HEAD_UNITS,
+            num_warps=min(max(4, self._lanes // _HEAD_LANES_PER_WARP), 16),
+            **COMPILE_OPTIONS,
+        )
+
+    def select_guess(
+        self,
+        layer: LayerTables,
+        scores: torch.Tensor,
+        n_rows: torch.Tensor,
+        threshold: float,
+        misses: torch.Tensor,
+        ring: Ring,
+    ) -> None:
+        window, tables = layer.window, layer.tables
+        guess_kernels.select_guess[(1,)](
+            *(scores, n_rows, len(scores), threshold, tables, tables.shape[1]),
+            *(window.base, window.experts, window.slots, misses, ring.header),
+            P=self._lanes,
+            num_warps=self._warps,
+            **COMPILE_OPTIONS,
         )
 
     def forget(self, tables: DeviceTables) -> None:

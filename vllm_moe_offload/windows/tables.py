@@ -97,6 +97,27 @@ class WindowTables:
         self.slot_of[expert], self.expert_of[slot] = slot, expert
         return slot
 
+    def guess(self, scores: NDArray[np.float32], step: int, threshold: float) -> NDArray[np.int32]:
+        """Give a slot to the absent expert that most likely is used next, if it is likely: ``[0 or 1, 2]`` as misses.
+
+        It counts as no use. Experts that are likely themselves keep their slots.
+
+        Args:
+            scores: ``[experts]``; above ``threshold`` an expert is likely.
+        """
+        likely = scores > threshold
+        wanted = np.flatnonzero(likely & self.owned & (self.slot_of == ABSENT))
+        kept = np.flatnonzero(likely & (self.slot_of != ABSENT))
+        if not len(wanted) or len(kept) == len(self.expert_of):
+            return np.empty((0, 2), dtype=np.int32)
+        expert = wanted[np.argmax(scores[wanted])]
+        slot = self._victims(kept, 1, np.int32(step // HALF_LIFE))[0]
+        left = self.expert_of[slot]
+        if left != ABSENT:
+            self.slot_of[left] = ABSENT
+        self.slot_of[expert], self.expert_of[slot] = slot, expert
+        return np.array([[expert, slot]], dtype=np.int32)
+
     def heat_at(self, experts: NDArray[np.integer], epoch: np.int32) -> NDArray[np.int32]:
         """What is left of the heat of ``experts``."""
         return self.heat[experts] >> np.minimum(epoch - self.epoch[experts], 31)

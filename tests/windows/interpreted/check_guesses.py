@@ -1,0 +1,79 @@
+"""Heads and guesses in Triton's interpreter: the predictor's probabilities, and ``WindowTables.guess``."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.device.virtual import VirtualDevice
+from vllm_moe_offload.predict.heads import HeadsStep, HeadWeights, KnownBefore
+from vllm_moe_offload.predict.network import NetworkSize, Parameters
+from vllm_moe_offload.windows import guess_kernels
+from vllm_moe_offload.windows.device_tables import DeviceTables, Ring, Window
+from vllm_moe_offload.windows.tables import ABSENT, WindowTables
+
+
+@pytest.mark.parametrize(("experts", "slots"), [(24, 6), (8, 1), (40, 40)])
+def test_a_guess_is_that_of_the_policy(experts: int, slots: int) -> None:
+    rng = np.random.default_rng(experts)
+    device = VirtualDevice(0)
+    record_of = np.where(np.arange(experts) % 5 == 4, -1, np.arange(experts)).astype(np.int32)
+    layer = DeviceTables(device, [Window(experts, slots, 3, False, record_of)]).layers[0]
+    ring = Ring(device, 2, 1, 8)
+    policy = WindowTables(experts, slots, record_of >= 0)
+    misses, n_rows = torch.zeros(4, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    guessed = 0
+    for step in range(1, 500, 8):
+        policy.serve(rng.integers(0, experts, (1, 1 + slots // 4)), step)
+        layer.row_of.copy_(torch.from_numpy(np.where(policy.slot_of >= 0, policy.slot_of + 3, ABSENT)))
+        for table, values in ((layer.heat, policy.heat), (layer.epoch, policy.epoch)):
+            table.copy_(torch.from_numpy(values))
+        layer.expert_of.copy_(torch.from_numpy(policy.expert_of))
+        n_real = int(rng.integers(4))
+        ring.step[0], n_rows[0] = step, n_real
+        scores = rng.normal(-1, 1, (3, experts)).astype(np.float32).round(1)
+        guess_kernels.select_guess[(1,)](
+            *(torch.from_numpy(scores), n_rows, 3, 0.8, layer.tables, layer.tables.shape[1], 3, experts, slots),
+            *(misses, ring.header),
+            P=64,
+        )
+        best = scores[:n_real].max(axis=0, initial=-np.inf)
+        expected = policy.guess(best, step, np.float32(0.8))
+        policy.check_integrity()
+        found = misses[1 : 1 + 3 * int(misses[0])].reshape(-1, 3).tolist()
+        assert found == [[record_of[expert], slot, -1] for expert, slot in expected]
+        assert layer.expert_of.tolist() == policy.expert_of.tolist()
+        assert layer.row_of.tolist() == np.where(policy.slot_of >= 0, policy.slot_of + 3, ABSENT).tolist()
+        guessed += len(expected)
+    assert guessed > 5 or slots in (1, experts)
+
+
+def test_heads_give_the_predictor_s_probabilities() -> None:
+    rng = np.random.default_rng(0)
+    layers, experts, rows, top_k, width, hidden = 3, 12, 2, 3, 40, 24
+    parameters = Parameters.random(NetworkSize(layers, experts, 8, width, hidden), rng)
+    weights = HeadWeights(parameters)
+    state = rng.standard_normal((rows, width), np.float32)
+    none = np.full((rows, layers, top_k), -1), np.zeros((rows, layers, top_k), np.float32)
+    frequency = rng.random((rows, layers, experts), np.float32)
+    known = KnownBefore(*none, *none, frequency)
+    predictor = HeadsStep(weights, state.copy(), known)
+    before = torch.from_numpy(state)
+    for layer in range(layers - 1):
+        ids = np.stack([rng.permutation(experts)[:top_k] for _ in range(rows)])
+        shares = rng.random((rows, top_k), np.float32)
+        predictor.observe(layer, ids, shares)
+        after, scores = torch.zeros_like(before), torch.zeros(rows, experts)
+        guess_kernels.observe[(rows,)](
+            *(torch.from_numpy(ids.astype(np.int32)), torch.from_numpy(shares), top_k),
+            *(torch.from_numpy(weights.maps[layer]), before, after, width),
+            S=64,
+        )
+        guess_kernels.evaluate[(rows,)](
+            *(after, torch.from_numpy(weights.hidden_before(layer + 1, known))),
+            *(torch.from_numpy(part[layer + 1]) for part in (weights.heads, weights.outputs, weights.output_bias)),
+            *(scores, experts, width, hidden),
+            P=16,
+            BLOCK=16,
+        )
+        assert np.allclose(torch.sigmoid(scores).numpy(), predictor.predict(layer + 1), atol=1e-5)
+        before = after
