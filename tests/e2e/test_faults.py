@@ -171,10 +171,6 @@ def test_two_steps_in_flight_when_the_first_fails(
     settings = {"predictor": "none", "cache": "25%", "store": str(disk.root.path), "trace": str(trace)}
     engine.start(checkpoint.path, checkpoint.engine_args | {"max_num_batched_tokens": 40}, **settings)
     assert engine.call(in_force) == (True, V1_OR_V2[v2])
-    assert engine.generate([SHORT, LONG, OTHER]) == [right[str(SHORT)], right[str(LONG)], right[str(OTHER)]]
-    engine.stop()
-
-    engine.start(checkpoint.path, checkpoint.engine_args | {"max_num_batched_tokens": 40}, **settings)
     disk.flip(*record)
     short, long, other = engine.generate([SHORT, LONG, OTHER])
     assert (short, other) == (right[str(SHORT)], right[str(OTHER)])
@@ -184,7 +180,7 @@ def test_two_steps_in_flight_when_the_first_fails(
     assert engine.generate([LONG]) == [right[str(LONG)]], "the prefix cache kept void blocks"
     engine.stop()
     recorded = {tuple(request.tokens.tolist()): request for request in read_trace(trace).requests()}
-    for ids in (SHORT, LONG, OTHER):
+    for ids in (SHORT, OTHER):
         request = recorded[*ids, *right[str(ids)].tokens[:-1]]
         chosen = {
             (layer, int(expert)) for layer in range(request.shape[0]) for expert in request.experts[:, layer].flat
