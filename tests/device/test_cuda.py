@@ -127,7 +127,7 @@ class FakeTorch(SimpleNamespace):
             raise self.failing
         self.calls.append(call)
 
-    def zeros(self, nbytes: int, dtype: torch.dtype, device: str = "cpu", pin_memory: bool = False) -> torch.Tensor:
+    def zeros(self, nbytes: int, dtype: torch.dtype, device: str, pin_memory: bool = False) -> torch.Tensor:
         self._call("zeros", nbytes, dtype, device, pin_memory)
         whole = torch.zeros(nbytes + 256, dtype=dtype)
         memory = whole[-whole.data_ptr() % 256 :][:nbytes]

@@ -66,7 +66,7 @@ class CudaDevice(Device):
     def allocate_pinned(self, nbytes: int) -> torch.Tensor:
         self._check()
         try:
-            memory = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True)
+            memory = torch.zeros(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
         except RuntimeError as error:
             raise RegistrationError(f"there are no {nbytes} pinned bytes: {_first_line(error)}") from error
         self._pinned.append(memory)
