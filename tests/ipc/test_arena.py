@@ -158,16 +158,14 @@ def test_memory_for_other_records_is_refused() -> None:
 
 def test_kernels_tensors_lie_in_shared_memory() -> None:
     torch = pytest.importorskip("torch")
-    from vllm_moe_offload.integration.tensors import place_in_pool, record_layout
+    from vllm_moe_offload.integration.tensors import as_weights, record_layout
 
-    layer = torch.nn.Module()
-    layer.register_parameter("w13", torch.nn.Parameter(torch.zeros(4, 8, 16, dtype=torch.bfloat16), False))
-    arena = Arena.create("test", record_layout(dict(layer.named_parameters())), 10)
+    arena = Arena.create("test", record_layout({"w13": torch.zeros(4, 8, 16, dtype=torch.bfloat16)}), 10)
     seen = reader_of(arena)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        place_in_pool(layer, seen, 2, 4)
+        w13 = as_weights(seen.layout, [tensor[2:6] for tensor in seen.tensors()])["w13"]
     arena.components[0].view(np.int16).reshape(10, 8, 16)[2:6] = np.arange(4)[:, None, None]
-    assert layer.w13.shape == (4, 8, 16)
-    assert layer.w13.data_ptr() == seen.components[0][2].ctypes.data
-    assert (layer.w13.view(torch.int16)[3] == 3).all()
+    assert w13.shape == (4, 8, 16)
+    assert w13.data_ptr() == seen.components[0][2].ctypes.data
+    assert (w13.view(torch.int16)[3] == 3).all()

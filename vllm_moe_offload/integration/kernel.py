@@ -1,46 +1,138 @@
-"""Gives a layer's kernel slots to read from instead of the weights it was built for."""
+"""Builds a layer's kernel without the layer's weights, and finds what it keeps of those it was built on."""
 
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import StoreError, UnsupportedError
-from ..pool.memory import SlotMemory
+from ..store.layout import RecordLayout
 from .method import OffloadedMoEMethod
-from .tensors import expert_tensors, place_in_pool, record_layout, remove
+from .tensors import expert_tensors, names_of_tensors, record_layout, remove
+
+_VLLM_LAYERS = "vllm.model_executor.layers."
 
 
-def attach_slots(
-    layer: torch.nn.Module, method: OffloadedMoEMethod, memory: SlotMemory, first: int, count: int
-) -> None:
-    """Make slots ``first … first + count - 1`` the experts that ``method``'s kernel computes with.
+class Template(NamedTuple):
+    """The kernel of a layer, built on a few experts that are zero: kernels take formats from weights, not values."""
 
-    vLLM's own processing builds the kernel on one expert full of zeros: kernels take formats from weights, not
-    values. Scales and biases that the kernel's configuration captured are then taken from the slots.
+    names: dict[str, list[str]]
+    """By component of the layer's records: the names under which the layer has the tensor."""
+    storages: frozenset[int]
+    """Addresses of the tensors that the kernel was built on."""
+    per_expert: frozenset[str]
+    """Paths of all tensors that the kernel or its configuration held with one part per expert."""
+    holders: list[tuple[Any, str]]
+    """Objects, and their attributes, that hold the configuration in which a kernel finds scales and biases."""
+
+
+class Held(NamedTuple):
+    """What an object that the kernel consists of holds."""
+
+    path: str
+    holder: Any
+    attribute: str
+    value: Any
+
+
+def build_template(layer: torch.nn.Module, method: OffloadedMoEMethod, layout: RecordLayout) -> Template:
+    """Build ``method``'s kernel for records of ``layout``, by vLLM's own processing.
 
     Raises:
         StoreError: the records are not what this kernel reads.
-        UnsupportedError: the kernel keeps a tensor of its own that slots cannot replace.
     """
     real = method.real
-    template = _build_on_one_expert(layer, method)
-    if record_layout(template) != memory.layout:
+    tensors = _build(layer, method, 3 if layer.local_num_experts == 2 else 2)
+    if record_layout(tensors) != layout:
         raise StoreError(
-            f"{layer.layer_name}: the store holds {memory.layout.components}, but the kernel reads "
-            f"{record_layout(template).components}; remove it with 'vllm-moe-offload store prune --all'"
+            f"{layer.layer_name}: the store holds {layout.components}, but the kernel reads "
+            f"{record_layout(tensors).components}; remove it with 'vllm-moe-offload store prune --all'"
         )
-    place_in_pool(layer, memory, first, count)
-    real.moe_quant_config = real.get_fused_moe_quant_config(layer)
-    real.moe_kernel.fused_experts.quant_config = real.moe_quant_config
-    _refuse_captured(layer, real, {tensor.untyped_storage().data_ptr() for tensor in template.values()})
+    experts = real.moe_kernel.fused_experts
+    configs = [config for config in (real.moe_quant_config, experts.quant_config) if config is not None]
+    held = list(held_by(real))
+    holders = {(id(real), "moe_quant_config"): real, (id(experts), "quant_config"): experts}
+    for one in held:
+        if hasattr(one.holder, one.attribute) and any(one.value is config for config in configs):
+            holders[id(one.holder), one.attribute] = one.holder
+    count = len(next(iter(tensors.values())))
+    return Template(
+        names={names[0]: names for names in names_of_tensors(layer) if names[0] in tensors},
+        storages=frozenset(_storage(tensor) for tensor in tensors.values()),
+        per_expert=frozenset(one.path for one in held if _is_tensor(one.value) and one.value.shape[:1] == (count,)),
+        holders=[(holder, attribute) for (_, attribute), holder in holders.items()],
+    )
 
 
-def _build_on_one_expert(layer: torch.nn.Module, method: OffloadedMoEMethod) -> dict[str, torch.Tensor]:
+def refuse_kept(layer: torch.nn.Module, real: Any, template: Template, slots: Mapping[str, torch.Tensor]) -> None:
+    """Every tensor that the kernel reads per expert must lie in slots.
+
+    One that it was built on would stay zero; one computed from slots would stay as the slots were then.
+
+    Args:
+        slots: the tensors that the layer has now.
+
+    Raises:
+        UnsupportedError: the kernel or its configuration keeps one of its own; names it.
+    """
+    in_slots = {_storage(tensor) for tensor in slots.values()}
+    for path, holder, _, value in held_by(real):
+        if not _is_tensor(value) or not value.numel() or _storage(value) in in_slots:
+            continue
+        if path in template.per_expert or _storage(value) in template.storages:
+            raise UnsupportedError(
+                f"moe-offload cannot serve {layer.layer_name}: {type(holder).__name__} keeps expert weights of its own "
+                f"in {path}; use another --moe-backend, or switch moe-offload off"
+            )
+
+
+def held_by(real: Any) -> Iterator[Held]:
+    """All that a quantization method, its kernel and what these consist of hold, each object once."""
+    seen: set[int] = set()
+
+    def walk(path: str, holder: Any) -> Iterator[Held]:
+        for attribute, value in _parts(holder):
+            place = f"{path}.{attribute}" if path else attribute
+            yield Held(place, holder, attribute, value)
+            if _consists_of_parts(value) and id(value) not in seen:
+                seen.add(id(value))
+                yield from walk(place, value)
+
+    return walk("", real)
+
+
+def _parts(holder: Any) -> list[tuple[str, Any]]:
+    if isinstance(holder, dict):
+        return [(str(key), value) for key, value in holder.items()]
+    if isinstance(holder, list | tuple):
+        return [(str(number), value) for number, value in enumerate(holder)]
+    return list(vars(holder).items())
+
+
+def _consists_of_parts(value: Any) -> bool:
+    """Whether it is a container, or an object of a class of vLLM's layers or derived from one, other than a module."""
+    if isinstance(value, dict | list | tuple):
+        return True
+    if isinstance(value, type | torch.nn.Module) or not hasattr(value, "__dict__"):
+        return False
+    return any(parent.__module__.startswith(_VLLM_LAYERS) for parent in type(value).__mro__)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _build(layer: torch.nn.Module, method: OffloadedMoEMethod, count: int) -> dict[str, torch.Tensor]:
+    """Build on ``count`` experts: not one, as tensors of one element are not per expert, nor as many as there are."""
     remove(layer)
     experts = layer.local_num_experts
-    layer.local_num_experts = 1
+    layer.local_num_experts = count
     try:
-        method.create_real_weights(layer, num_experts=1)
+        method.create_real_weights(layer, num_experts=count)
         for name, tensor in expert_tensors(layer).items():
             zeros = torch.zeros(tensor.shape, dtype=tensor.dtype)
             zeros.__class__ = tensor.__class__
@@ -50,15 +142,3 @@ def _build_on_one_expert(layer: torch.nn.Module, method: OffloadedMoEMethod) -> 
         return expert_tensors(layer)
     finally:
         layer.local_num_experts = experts
-
-
-def _refuse_captured(layer: torch.nn.Module, real: Any, template: set[int]) -> None:
-    kernel = real.moe_kernel
-    for holder in (real, kernel, kernel.fused_experts, kernel.prepare_finalize, real.moe_quant_config):
-        for name, value in getattr(holder, "__dict__", {}).items():
-            for inner_name, tensor in ((name, value), *getattr(value, "__dict__", {}).items()):
-                if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() in template:
-                    raise UnsupportedError(
-                        f"moe-offload cannot serve {layer.layer_name}: {type(holder).__name__} keeps expert weights "
-                        f"of its own in {inner_name}; use another --moe-backend, or switch moe-offload off"
-                    )

@@ -16,8 +16,8 @@ from ..stats import WORKER_STATISTICS
 from ..store.root import StoreRoot
 from ..threads import failed_threads
 from .batch import StepBatch
+from .faces import attach_slots
 from .failures import StepFailures
-from .kernel import attach_slots
 from .method import OffloadedMoEMethod
 from .placement import LoadedModel, ModelSlots, daemon_socket, predicts_on_other_rank
 from .report import ChunkReport, StatsReport

@@ -1,11 +1,12 @@
 """A layer's tensors seen as records, and records seen as a layer's tensors."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ..errors import UnsupportedError
-from ..pool.memory import SlotMemory
 from ..store.layout import Component, RecordLayout
 
 NOT_EXPERT_WEIGHTS = frozenset(
@@ -29,10 +30,10 @@ def expert_tensors(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
     """
     experts = layer.local_num_experts
     found: dict[str, torch.Tensor] = {}
-    plain = {name: value for name, value in vars(layer).items() if isinstance(value, torch.Tensor)}
-    for name, tensor in (dict(layer.named_parameters(recurse=False)) | layer._buffers | plain).items():
-        if name in NOT_EXPERT_WEIGHTS or tensor is None:
-            continue
+    for name, *_ in names_of_tensors(layer):
+        tensor = getattr(layer, name)
+        if not tensor.numel() and tensor.shape[:1] != (experts,):
+            continue  # stands for what this checkpoint does not have
         if tensor.dim() == 0 or tensor.shape[0] != experts or name.endswith("input_scale"):
             raise UnsupportedError(
                 f"moe-offload cannot serve {layer.layer_name}: {layer.quant_method.method_name} keeps {name} "
@@ -41,6 +42,18 @@ def expert_tensors(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
             )
         found[name] = tensor
     return found
+
+
+def names_of_tensors(layer: torch.nn.Module) -> list[list[str]]:
+    """All names of each tensor that may hold experts' weights, the one it got first before its aliases.
+
+    Some methods give a tensor a second name, by which the kernel is handed it.
+    """
+    names: dict[int, list[str]] = {}
+    for name, value in (layer._parameters | layer._buffers | vars(layer)).items():
+        if isinstance(value, torch.Tensor) and name not in NOT_EXPERT_WEIGHTS:
+            names.setdefault(id(value), []).append(name)
+    return list(names.values())
 
 
 def record_layout(tensors: dict[str, torch.Tensor]) -> RecordLayout:
@@ -73,12 +86,12 @@ def as_bytes(layer_name: str, tensors: dict[str, torch.Tensor]) -> list[NDArray[
     return [tensor.detach().view(tensor.shape[0], -1).view(torch.uint8).cpu().numpy() for tensor in tensors.values()]
 
 
-def place_in_pool(layer: torch.nn.Module, memory: SlotMemory, first: int, count: int) -> None:
-    """Make slots ``first … first + count - 1`` the layer's expert tensors."""
-    for component, tensor in zip(memory.layout.components, memory.tensors(), strict=True):
-        dtype = getattr(torch, component.dtype)
-        slots = tensor[first : first + count].view(dtype).view(count, *component.shape)
-        _replace(layer, component.name, slots)
+def as_weights(layout: RecordLayout, rows: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Bytes of experts, per component ``[rows, nbytes]``, as the tensors ``[rows, …]`` that a kernel reads."""
+    return {
+        component.name: tensor.view(getattr(torch, component.dtype)).view(len(tensor), *component.shape)
+        for component, tensor in zip(layout.components, rows, strict=True)
+    }
 
 
 def move(layer: torch.nn.Module, device: torch.device) -> None:
@@ -88,13 +101,7 @@ def move(layer: torch.nn.Module, device: torch.device) -> None:
 
 
 def remove(layer: torch.nn.Module) -> None:
-    """Take a layer's expert tensors off it."""
-    for name in expert_tensors(layer):
-        delattr(layer, name)
-
-
-def _replace(layer: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
-    if name in layer._parameters:
-        layer._parameters[name] = torch.nn.Parameter(tensor, requires_grad=False)
-    else:
-        setattr(layer, name, tensor)
+    """Take a layer's expert tensors off it, whatever their names."""
+    for names in names_of_tensors(layer):
+        for name in names:
+            delattr(layer, name)
