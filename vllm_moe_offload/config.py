@@ -71,7 +71,14 @@ class OffloadConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     cache: str = Field(
-        "auto", description=f"fast memory for routed experts, per worker, a drafter's included: {_CACHE_EXAMPLES}"
+        "auto",
+        description="fast memory for routed experts, a GPU's where there is one, per worker, a drafter's included: "
+        f"{_CACHE_EXAMPLES}",
+    )
+    host_cache: str = Field(
+        "auto",
+        description="host memory for routed experts behind slots in the memory of a GPU, per worker: "
+        f"{_CACHE_EXAMPLES} (room for all of them, or what the machine can spare)",
     )
     policy: str = Field(
         "lfu",
@@ -158,7 +165,7 @@ class OffloadConfig(BaseModel):
             raise ValueError(f"{value!r} is neither 'model' nor like 'package.module:function'")
         return value
 
-    @field_validator("cache", mode="before")
+    @field_validator("cache", "host_cache", mode="before")
     @classmethod
     def _check_cache(cls, value: object) -> str:
         if not isinstance(value, str):
@@ -174,6 +181,10 @@ class OffloadConfig(BaseModel):
     @property
     def budget(self) -> CacheBudget:
         return CacheBudget.parse(self.cache)
+
+    @property
+    def host_budget(self) -> CacheBudget:
+        return CacheBudget.parse(self.host_cache)
 
     @classmethod
     def complaint(cls, name: str, value: Any) -> str | None:

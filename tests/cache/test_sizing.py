@@ -83,7 +83,7 @@ def test_a_budget_of_so_many_records_gives_so_many_slots(experts: int, data: st.
 @given(models())
 def test_what_the_error_advises_works(needs: dict[str, LayoutNeeds]) -> None:
     with pytest.raises(ConfigError, match=r"cache = '1B' gives 1 B, too little to hold") as caught:
-        slots_for_budget(needs | {"small": LayoutNeeds(2, 2, 1)}, 1, "'1B'")
+        slots_for_budget(needs | {"small": LayoutNeeds(2, 2, 1)}, 1, "cache = '1B'")
     advised = re.search(r"is '(\d+[KM]iB)' \(([\d.]+%)\)", str(caught.value))
     assert advised is not None
     needs = needs | {"small": LayoutNeeds(2, 2, 1)}

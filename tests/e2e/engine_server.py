@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import traceback
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -33,8 +33,19 @@ def run_predicting(job: dict[str, Any]) -> dict[str, Any]:
     """As ``run``; predicts in every step if the job says so: too few steps for the governor to tell what pays."""
     from vllm_moe_offload.prefetch.governor import PredictionGovernor
 
-    with patch.object(PredictionGovernor, "begin_step", lambda *_: True) if job.get("every_step") else nullcontext():
+    with (
+        patch.object(PredictionGovernor, "begin_step", lambda *_: True) if job.get("every_step") else nullcontext(),
+        virtual_device(order=job["order"]) if job.get("order") is not None else nullcontext(),
+    ):
         return run(job)
+
+
+def virtual_device(**device: Any) -> AbstractContextManager[Any]:
+    """Slots are in the memory of such a ``VirtualDevice``, whose copies run late; kernels run on the host."""
+    from tests.device.virtual import VirtualDevice
+    from vllm_moe_offload.integration import machine
+
+    return patch.object(machine, "device", lambda: VirtualDevice(main_is_host=True, **device))
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,8 @@ def test_help_has_a_group_with_one_flag_per_setting(
     group = capsys.readouterr().out.partition("\nMoE offloading:\n")[2]
     assert end.value.code == 0
     assert "Serve MoE models larger than fast memory" in group
-    for flag in ("--plugin NAME", *(f"--moe-offload-{name} {name.upper()}" for name in OffloadConfig.model_fields)):
+    settings = (f"--moe-offload-{name.replace('_', '-')} {name.upper()}" for name in OffloadConfig.model_fields)
+    for flag in ("--plugin NAME", *settings):
         assert f"  {flag} " in group or f"  {flag}\n" in group
     assert "like '25%'" in group
 

@@ -9,15 +9,16 @@ from vllm_moe_offload.integration.routing import (  # noqa: E402 - needs torch
     experts_on_host,
     floats_on_host,
     on_device,
-    own_experts_on_host,
+    own_experts,
 )
 
 
 def test_experts_are_the_models_or_those_of_this_worker() -> None:
     topk_ids = torch.tensor([[3, 1], [0, 2]], dtype=torch.int32)
     assert experts_on_host(topk_ids).tolist() == [[3, 1], [0, 2]]
-    assert own_experts_on_host(topk_ids, None).tolist() == [[3, 1], [0, 2]]
-    assert own_experts_on_host(topk_ids, torch.tensor([-1, 0, -1, 1])).tolist() == [[1, 0], [-1, -1]]
+    experts = experts_on_host(topk_ids)
+    assert own_experts(experts, None).tolist() == [[3, 1], [0, 2]]
+    assert own_experts(experts, torch.tensor([-1, 0, -1, 1])).tolist() == [[1, 0], [-1, -1]]
 
 
 def test_on_the_cpu_nothing_is_copied() -> None:

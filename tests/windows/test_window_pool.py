@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +19,7 @@ from vllm_moe_offload.windows.stage import Stage, Stages
 
 RECORD = layout(4096, 12)
 EXPERTS, LAYERS, TOP_K = 6, 4, 2
-ORDERS = 300
+ORDERS = 200
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +140,21 @@ def test_a_rule_that_is_dropped_shows(whole: Host, few: Host, bug: Callable[[pyt
         with pytest.raises(CorruptionError):
             for order in range(ORDERS):
                 run(host, order)
+
+
+def test_windows_of_one_slot_and_layers_that_differ(tmp_path: Path) -> None:
+    """Two layouts, whose layers lie between each other, and other numbers of experts."""
+    other = layout(100, 8192, 4096)
+    made = build_store(tmp_path, [(RECORD, 6), (other, 5), (RECORD, 4), (RECORD, 6), (other, 5), (RECORD, 6)])
+    host = Host(made, slots=8)
+    for order in range(30):
+        draw = random.Random(order)
+        slots = {entry.name: draw.randint(1, entry.experts) for entry in host.store.layers}
+        windows = WindowRuntime(host, VirtualDevice(order), slots, seed=order)
+        windows.guess()
+        for _ in range(4):
+            windows.step(windows.order.choice((1, 1, 2, 20)), top_k=1)
+        windows.drain()
+        windows.check_contents()
+        windows.close()
+    host.close()

@@ -173,7 +173,7 @@ def lines(made: RecordStore) -> int:
     return count
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(share=st.floats(0, 1, exclude_min=True), order=st.integers(0, 1000))
 def test_an_exception_at_any_line(made: RecordStore, lines: int, share: float, order: int) -> None:
     host = Host(made, slots=2 * EXPERTS)

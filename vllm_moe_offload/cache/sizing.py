@@ -36,7 +36,7 @@ def slots_for_budget(needs: Mapping[Layout, LayoutNeeds], budget_bytes: int, set
     Args:
         needs: by layout, or whatever stands for it.
         budget_bytes: fast memory for all of them together.
-        setting: what the user wrote, for the error.
+        setting: the key and what the user wrote, for the error.
 
     Raises:
         ConfigError: the budget cannot hold one token's experts of every layout; names the smallest that works.
@@ -66,6 +66,6 @@ def _too_little(needs: Collection[LayoutNeeds], budget_bytes: int, setting: str)
     smallest = sum(need.minimum_bytes for need in needs)
     per_mille = -(-1000 * smallest // sum(need.total_bytes for need in needs))
     return ConfigError(
-        f"cache = {setting} gives {size_text(budget_bytes)}, too little to hold the experts of one token; "
+        f"{setting} gives {size_text(budget_bytes)}, too little to hold the experts of one token; "
         f"the smallest that works is '{size_setting(smallest)}' ({per_mille / 10:.1f}%)"
     )

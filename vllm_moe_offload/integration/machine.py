@@ -8,10 +8,21 @@ import torch
 import vllm
 from vllm.platforms import current_platform
 
+from ..device import Device
+
 
 def platform() -> tuple[str, bool]:
     """The name of vLLM's platform, and whether it is one that offloading works on."""
     return str(current_platform.device_type), current_platform.is_cpu()
+
+
+def device() -> Device | None:
+    """What kernels of this worker run on, if that is not this processor."""
+    if current_platform.is_cpu():
+        return None
+    from ..device.cuda import CudaDevice
+
+    return CudaDevice()
 
 
 def cpu_features() -> list[str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,11 +13,19 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import LayerName, direct_register_custom_op
 
 from ..runtime import OffloadRuntime, PooledLayer
+from ..windows.memory import View
 from .cuda.graphs import KeptOutputs
-from .routing import experts_on_host, floats_on_host, on_device, own_experts_on_host
+from .routing import experts_on_host, floats_on_host, on_device, own_experts
 from .tensors import remove
 
 LayerConsumer = Callable[[torch.nn.Module, "OffloadedMoEMethod"], None]
+
+
+class Faces(Protocol):
+    """What the kernel of a layer can be shown, where its slots are in the memory of a device."""
+
+    def show(self, view: View) -> None:
+        """The layer's parameters are the rows of ``view`` from now on."""
 
 
 class OffloadedMoEMethod(FusedMoEMethodBase):
@@ -40,6 +48,7 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
         self._create_arguments: dict[str, Any] = {}
         self._default_dtype = torch.float32
         self.pooled: tuple[OffloadRuntime, PooledLayer] | None = None
+        self.faces: Faces | None = None
         self.report_failures: Callable[[], None] | None = None
         """Called when records of this layer could not be read, before its output is returned."""
         self.traced: tuple[OffloadRuntime, int] | None = None
@@ -94,18 +103,23 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
         self, layer: torch.nn.Module, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
     ) -> torch.Tensor:
         """``apply`` where Python has to look at the routing: what the opaque op runs."""
+        if self.faces is not None and get_forward_context().attn_metadata is None:
+            return self._compute_with_nothing(layer, x, topk_weights, topk_ids)
         if self.show is not None:
             self.show(lambda: floats_on_host(x))
+        experts = experts_on_host(topk_ids)
         if self.traced is not None:
             runtime, number = self.traced
-            runtime.observe(number, experts_on_host(topk_ids), floats_on_host(topk_weights))
+            runtime.observe(number, experts, floats_on_host(topk_weights))
         if self.pooled is None:
             return self.real.apply(layer, x, topk_weights, topk_ids, None, None)
         runtime, pooled_layer = self.pooled
-        chosen = own_experts_on_host(topk_ids, layer._expert_map)
+        chosen = own_experts(experts, layer._expert_map)
         output: torch.Tensor | None = None
         with closing(runtime.serve(pooled_layer, chosen)) as waves:
             for wave in waves:
+                if self.faces is not None:
+                    self.faces.show(View(wave.view))
                 slots = on_device(wave.slots, topk_ids).to(topk_ids.dtype)
                 if wave.rows is None:
                     output = self._compute_wave(layer, x, topk_weights, slots)
@@ -118,6 +132,15 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
         if runtime.has_failures and self.report_failures is not None:
             self.report_failures()
         return output
+
+    def _compute_with_nothing(
+        self, layer: torch.nn.Module, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """A pass that only measures time and memory: its experts are whatever the window holds, zeros at first."""
+        assert self.faces is not None
+        self.faces.show(View.WINDOW)
+        own = topk_ids if layer._expert_map is None else layer._expert_map[topk_ids.long()].to(topk_ids.dtype)
+        return self._compute_wave(layer, x, topk_weights, own)
 
     def _compute_wave(
         self, layer: torch.nn.Module, x: torch.Tensor, topk_weights: torch.Tensor, slots: torch.Tensor

@@ -18,12 +18,13 @@ from ..client.client import DaemonClient
 from ..client.joining import bytes_with_pages, join_daemon, socket_of
 from ..config import OffloadConfig
 from ..ipc.protocol import Attach
-from ..pool import HostPool, local_pools
+from ..pool import SlotPool, local_pools
 from ..pool.memory_limits import Limits, equal_share, memory_limits
 from ..sizes import size_text
 from ..stats import Stats
 from ..store.layout import RecordLayout
 from ..store.reader import Store
+from ..windows.host_managed import HostManaged
 from .method import OffloadedLayers
 
 logger = init_logger(__name__)
@@ -66,13 +67,15 @@ class LoadedModel(NamedTuple):
 class ModelSlots(NamedTuple):
     """The pools of one model."""
 
-    pools: Mapping[str, HostPool]
+    pools: Mapping[str, SlotPool]
     """By layer."""
     stats: Stats
     resident: bool
     """Whether every expert is to stay in the slot of its own number."""
     daemon: DaemonClient | None
-    """What keeps the slots, if not this process."""
+    """What keeps the slots in host memory, if not this process."""
+    windows: HostManaged | None = None
+    """The pools, where slots are in the memory of a device."""
 
 
 class Budget(NamedTuple):
@@ -93,9 +96,7 @@ def worker_budget(vllm_config: Any, config: OffloadConfig, expert_bytes: int) ->
         return Budget(math.ceil(expert_bytes * config.budget.share))
     if config.budget.size is not None:
         return Budget(config.budget.size)
-    workers = _limits_of_all_workers()
-    free = equal_share(workers, get_world_group().rank_in_group)
-    return auto_budget(free, vllm_config.cache_config.kv_cache_memory_bytes)
+    return auto_budget(free_share(), vllm_config.cache_config.kv_cache_memory_bytes)
 
 
 def auto_budget(free: int, kv_cache: int | None) -> Budget:
@@ -112,12 +113,18 @@ def auto_budget(free: int, kv_cache: int | None) -> Budget:
 
 
 def slots_of_models(
-    vllm_config: Any, config: OffloadConfig, models: Sequence[LoadedModel], budget: Budget, io_cpus: set[int]
+    vllm_config: Any,
+    config: OffloadConfig,
+    models: Sequence[LoadedModel],
+    budget: Budget,
+    io_cpus: set[int],
+    setting: str,
 ) -> list[ModelSlots]:
-    """Slots for every model: the daemon's, or those of this process where it uses none.
+    """Slots in host memory for every model: the daemon's, or those of this process where it uses none.
 
     Args:
         vllm_config: the worker's.
+        setting: where the budget comes from, for the error.
 
     Raises:
         ConfigError: the budget is too small, or the daemon that was named cannot be used.
@@ -144,7 +151,7 @@ def slots_of_models(
     ]
     own = [number for number, daemon in enumerate(daemons) if daemon is None]
     needs = {(number, layout): need for number in own for layout, need in models[number].needs().items()}
-    slots = slots_for_budget(needs, sum(shares[number] for number in own), f"{config.cache!r}{budget.reason}")
+    slots = slots_for_budget(needs, sum(shares[number] for number in own), f"{setting}{budget.reason}")
     found = []
     for number, (model, daemon) in enumerate(zip(models, daemons, strict=True)):
         if daemon is not None:
@@ -157,8 +164,13 @@ def slots_of_models(
     return found
 
 
+def free_share() -> int:
+    """Bytes of host memory this worker may take. Returns when every worker has asked, before any of them takes some."""
+    return equal_share(_limits_of_all_workers(), get_world_group().rank_in_group)
+
+
 def _limits_of_all_workers() -> list[Limits]:
-    """By rank. Returns when every worker has looked, so that none has begun to fill what it takes."""
+    """By rank."""
     group = get_world_group()
     limits: list[Any] = [None] * group.world_size
     torch.distributed.all_gather_object(limits, memory_limits(), group=group.cpu_group)

@@ -26,6 +26,8 @@ from ..runtime import OffloadRuntime, RoutingTracer
 from ..stats import Stats
 from ..threads import keep_blas_on_one_thread
 from ..trace.recorder import Recorder
+from ..windows.host_tier import LINK_BYTES_PER_SECOND
+from ..windows.pool import WindowPool
 from . import seams
 from .embedding import prompt_embedder, token_rows
 from .history import RoutingHistory, history_fingerprint, persistent_history, trace_recording
@@ -117,7 +119,8 @@ def _prefetch(predictor: Predictor, layers: OffloadedLayers, runtime: OffloadRun
         for layer, (module, _) in zip(pooled, layers.values(), strict=True)
     ]
     record = max(layer.pool.layout.record_bytes for layer in pooled)
-    load_seconds = 1e-4 + record / 2e9
+    in_windows = any(isinstance(layer.pool, WindowPool) for layer in pooled)
+    load_seconds = 1e-4 + record / (LINK_BYTES_PER_SECOND if in_windows else 2e9)
     in_the_way = load_seconds * min(1.0, CHUNK_BYTES / record)
     estimates = Estimates(load_seconds, layer_seconds=1e-3, chunk_seconds=in_the_way)
     runtime.prefetcher = Prefetcher(predictor, prefetched, estimates, time.perf_counter, runtime.stats, switch)

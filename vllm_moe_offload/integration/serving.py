@@ -15,8 +15,9 @@ from ..sizes import size_text
 from ..stats import WORKER_STATISTICS
 from ..store.root import StoreRoot
 from ..threads import failed_threads
+from ..windows.pool import WindowPool
 from .batch import StepBatch
-from .faces import attach_slots
+from .faces import attach_slots, attach_windows
 from .failures import StepFailures
 from .method import OffloadedMoEMethod
 from .placement import LoadedModel, ModelSlots, daemon_socket, predicts_on_other_rank
@@ -45,13 +46,13 @@ class ServedModel:
         self._expert_bytes = model.expert_bytes
         self._daemon = slots.daemon
         self._resident = slots.resident
-        self.runtime = OffloadRuntime(model.store, slots.pools, slots.stats, slots.daemon)
+        self._windows = slots.windows
+        self.runtime = OffloadRuntime(model.store, slots.pools, slots.stats, slots.windows or slots.daemon)
         for name, (layer, method) in model.layers.items():
             self._attach(name, layer, method)
         if self._resident:
             self._load_everything()
-        slots_of_pools = [pool.memory.slots for pool in dict.fromkeys(slots.pools.values())]
-        mark_graph(self._vllm_config, self._resident, slots_of_pools)
+        mark_graph(self._vllm_config, self._resident, self._slots_of_pools())
         self._step: tuple[StepBatch, StepFailures] | None = None
         """The step whose forward pass is running."""
         self._closed = False
@@ -68,15 +69,16 @@ class ServedModel:
     def summary(self) -> str:
         """Its experts in slots, for the log."""
         resident, every = size_text(self.runtime.slot_bytes), size_text(self._expert_bytes)
-        return (
-            f"{resident} of {every} of experts in {self.runtime.slots} slots"
-            f"{' (all resident)' if self._resident else ''}, store {self.runtime.store.path}"
-        )
+        where = " (all resident)" if self._resident else ""
+        if self._windows is not None:
+            behind = "" if self._resident else f", over {size_text(self._windows.host_bytes)} of host memory"
+            where = f" of the device{behind}{where}"
+        return f"{resident} of {every} of experts in {self.runtime.slots} slots{where}, store {self.runtime.store.path}"
 
     @property
     def leased(self) -> bool:
         """Whether layers compute on slots that a daemon has promised to leave alone, without looking."""
-        return self._daemon is not None and self._daemon.lease
+        return self._daemon is not None and self._daemon.lease and self._windows is None
 
     def begin_step(self, batch: StepBatch, failures: StepFailures) -> None:
         """A step has been scheduled. Where it has no tokens, it only says which requests have ended."""
@@ -108,6 +110,8 @@ class ServedModel:
         if self._history is not None:
             self._history.close()
             self._history = None
+        if self._windows is not None:
+            self._windows.close()
         if self._daemon is not None:
             self._daemon.close()
         self.runtime.close()
@@ -131,8 +135,8 @@ class ServedModel:
             step_failures.add(requests, str(failures[0]))
 
     def untouched_bytes(self) -> int:
-        """Slot memory that has not been taken from the system yet by this process."""
-        if self._daemon is not None:
+        """Slot memory that has not been taken from the system yet by this process. A device's is taken at once."""
+        if self._daemon is not None or self._windows is not None:
             return 0
         return max(0, self.runtime.slot_bytes - self.runtime.stats.loaded_bytes)
 
@@ -160,6 +164,15 @@ class ServedModel:
         except DamagedRecordError as damage:
             self._set_aside(str(damage))
             raise
+        if self._windows is not None:
+            self._windows.close()
+
+    def _slots_of_pools(self) -> list[int]:
+        """What the shapes of layers follow from: of host memory, or of each layer's window."""
+        return [
+            pool.memory.slots if isinstance(pool, HostPool) else pool.capacity
+            for pool in dict.fromkeys(layer.pool for layer in self.runtime.layers.values())
+        ]
 
     def _set_aside(self, reason: str) -> None:
         """Make the next start build a store found damaged again."""
@@ -187,18 +200,21 @@ class ServedModel:
         return build_prediction(model.vllm_config, config, model.module, model.layers, self.runtime, io_cpus, socket)
 
     def _attach(self, name: str, layer: torch.nn.Module, method: OffloadedMoEMethod) -> None:
-        """Put slots in place of the layer's experts: its own window if all are resident, else the whole pool.
+        """Put slots in place of the layer's experts: its own part of the pool if all are resident, else the whole.
 
         Expert-parallel layers take the pool even then: CPU kernels crash on the choices of other ranks, which only
         ``compute`` takes out.
         """
         pooled = self.runtime.layers[name]
-        assert isinstance(pooled.pool, HostPool)
-        memory = pooled.pool.memory
-        if self._resident and layer._expert_map is None:
-            attach_slots(layer, method, memory, pooled.first, pooled.experts)
+        resident = self._resident and layer._expert_map is None
+        if isinstance(pooled.pool, WindowPool):
+            method.faces = attach_windows(layer, method, pooled.pool.memory, pooled.pool.member)
         else:
-            attach_slots(layer, method, memory, 0, memory.slots)
+            assert isinstance(pooled.pool, HostPool)
+            memory = pooled.pool.memory
+            first, count = (pooled.first, pooled.experts) if resident else (0, memory.slots)
+            attach_slots(layer, method, memory, first, count)
+        if not resident:
             method.pooled = (self.runtime, pooled)
             method.report_failures = self.report_failures
 

@@ -7,16 +7,18 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
 from ..config import ENVIRONMENT_VARIABLE, OffloadConfig
-from ..errors import UnsupportedError
+from ..errors import ConfigError, UnsupportedError
 from ..threads import processors_for_reading
-from . import seams
+from . import machine, seams
 from .batch import StepBatch
+from .cuda.graphs import leave_experts_out_of_graphs
 from .engine_config import offload_config, only_environment_asks, switch_off
 from .failures import StepFailures, connect_ranks
 from .loading import WorkerLoading
-from .placement import LoadedModel, slots_of_models, worker_budget
+from .placement import Budget, LoadedModel, ModelSlots, slots_of_models, worker_budget
 from .serving import ServedModel
 from .weights import protect_weights
+from .windows import windows_of_worker
 
 logger = init_logger(__name__)
 
@@ -122,8 +124,7 @@ class WorkerOffload:
         self.warms_up = False
         """Whether the passes that run serve nobody."""
         cpus = processors_for_reading()
-        budget = worker_budget(worker.vllm_config, config, sum(model.expert_bytes for model in models))
-        slots = slots_of_models(worker.vllm_config, config, models, budget, cpus)
+        budget, slots = slots_for_worker(worker, config, models, cpus)
         target = worker.model_runner.get_model()
         if models and all(model.module is not target for model in models):
             refuse_to_predict(config)
@@ -181,6 +182,30 @@ class WorkerOffload:
         if len(summaries) > 1:
             summaries = [f"{model.name} {summary}" for model, summary in zip(self._models, summaries, strict=True)]
         logger.info("offloading %d of %d MoE layers: %s%s", offloaded, moe_layers, "; ".join(summaries), budget)
+
+
+def slots_for_worker(
+    worker: Any, config: OffloadConfig, models: Sequence[LoadedModel], cpus: set[int]
+) -> tuple[Budget, list[ModelSlots]]:
+    """Slots for every model, in the memory that kernels of this worker compute on.
+
+    Raises:
+        ConfigError: the budget is too small, or the daemon that was named cannot be used.
+    """
+    device = machine.device()
+    if device is not None:
+        budget, slots = windows_of_worker(device, worker, config, models, cpus)
+        if not all(of_model.resident for of_model in slots):
+            leave_experts_out_of_graphs(worker.vllm_config)
+        return budget, slots
+    if "host_cache" in config.model_fields_set:
+        raise ConfigError(
+            "host_cache is memory behind slots of a GPU, and this engine computes on the CPU, whose slots are host "
+            "memory: leave host_cache out; cache says how much there is"
+        )
+    vllm_config = worker.vllm_config
+    budget = worker_budget(vllm_config, config, sum(model.expert_bytes for model in models))
+    return budget, slots_of_models(vllm_config, config, models, budget, cpus, f"cache = {config.cache!r}")
 
 
 def refuse_to_predict(config: OffloadConfig) -> None:

@@ -102,7 +102,7 @@ class OffloadRuntime:
         source: PoolSource | None = None,
     ):
         self.store = store
-        self.pools = _distinct(pools)
+        self.pools = list(dict.fromkeys(pools.values()))
         self.layers: dict[str, PooledLayer] = {}
         self.stats = stats
         self.tracer: RoutingTracer | None = None
@@ -364,7 +364,7 @@ class OffloadRuntime:
         if self.prefetcher is not None:
             for old, new in replaced.items():
                 self.prefetcher.replace_pool(old, new)
-        self.pools = _distinct(pools)
+        self.pools = list(dict.fromkeys(pools.values()))
 
     def _look_ahead(self) -> None:
         """The experts of a layer are there: prefetch for the next ones while it computes."""
@@ -390,10 +390,6 @@ class OffloadRuntime:
         self._slot_of[experts - layer.first] = slots
         chosen_slots = self._slot_of[chosen]
         return np.where(chosen < 0, np.int32(-1), chosen_slots) if chosen.min(initial=0) < 0 else chosen_slots
-
-
-def _distinct(pools: Mapping[str, SlotPool]) -> list[SlotPool]:
-    return list(dict.fromkeys(pools.values()))
 
 
 def _needed(layer: PooledLayer, chosen: NDArray[np.integer]) -> NDArray[np.int64]:

@@ -15,10 +15,11 @@ from ..pool.operations import Operations
 from ..store.layout import RecordLayout
 from ..store.manifest import LayerEntry
 from ..store.pools import pools_of
+from .clock import KernelClock
 from .host_tier import HostReads, HostTier
 from .memory import WindowMemory
 from .plan import WindowPlan
-from .pool import KernelClock, WindowPool
+from .pool import WindowPool
 from .stage import Stages
 
 
@@ -96,6 +97,12 @@ class HostManaged:
             )
             first += experts
         return windows
+
+    @property
+    def host_bytes(self) -> int:
+        """Of experts, that the host pools can hold."""
+        sources = [tier.source for tier in self._tiers.values()]
+        return sum(source.capacity * source.layout.payload_bytes for source in sources)
 
     @property
     def unregistered(self) -> str:

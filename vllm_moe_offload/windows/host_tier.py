@@ -22,6 +22,9 @@ from ..pool.operations import Operations
 Parts = tuple[torch.Tensor, ...]
 """A record: per component uint8 ``[nbytes]``."""
 
+LINK_BYTES_PER_SECOND = 2e10
+"""Assumed of copies, whose time the host does not see."""
+
 _BOUNCE_RECORDS = 8
 
 
@@ -181,9 +184,7 @@ class HostTier:
             ask = self.source.hold_streaming if streaming else self.source.hold
             hold, report = ask(layer, chunk)
             event, failures = self._copy(hold, targets[start : start + part], after)
-            copied = len(chunk) - len(failures)
-            report = report._replace(hits=0, misses=0, host_hits=report.hits) + LoadReport(waited=waited)
-            report += self.copied(copied)
+            report = self._of_misses(report, len(chunk) - len(failures)) + LoadReport(waited=waited)
             done = Carried(done.event if event is None else event, done.failures + failures, done.report + report)
         return done
 
@@ -218,6 +219,15 @@ class HostTier:
     def copied(self, records: int) -> LoadReport:
         """So many records have been copied."""
         return LoadReport(copied=records, copied_bytes=records * self._memory.layout.payload_bytes)
+
+    def _of_misses(self, report: LoadReport, copied: int) -> LoadReport:
+        """What a host pool reports of experts that a window lacks, of which so many are copied: all are demanded."""
+        demands = LoadReport(
+            host_hits=report.hits,
+            demanded=report.hits,
+            demand_seconds=copied * self._memory.layout.payload_bytes / LINK_BYTES_PER_SECOND,
+        )
+        return report._replace(hits=0, misses=0) + demands + self.copied(copied)
 
     def _records_at_a_time(self, streaming: bool) -> int:
         most = max(1, self.source.capacity // 2) if streaming else self.source.capacity

@@ -14,13 +14,14 @@ from ..cache.base import IntArray
 from ..cache.cache import ABSENT
 from ..cache.outcomes import SpeculativeLoads
 from ..cache.policies import PredictionAwarePolicy
-from ..device.base import Device, Event
+from ..device.base import Event
 from ..device.transfer import Guess
 from ..load_report import NOTHING, LoadReport
 from ..pool.base import Hold, SlotPool, Span
 from ..pool.operations import Operations
 from ..pool.waves import streams
 from ..store.layout import RecordLayout
+from .clock import KernelClock
 from .host_tier import Carried, HostReads, HostTier, Parts, copies
 from .memory import View, WindowMemory
 from .stage import Stage, Stages
@@ -47,24 +48,6 @@ class _Guessed(NamedTuple):
     hold: Hold
     """In host memory."""
     copy: Guess
-
-
-class KernelClock:
-    """Counts steps, and marks in the order of kernels where they begin."""
-
-    def __init__(self, device: Device):
-        self._device = device
-        self.step = 0
-        self.step_began = self.now()
-
-    def begin_step(self) -> None:
-        """Kernels enqueued from now on belong to another step."""
-        self.step += 1
-        self.step_began = self.now()
-
-    def now(self) -> Event:
-        """Behind all kernels enqueued so far."""
-        return self._device.record(self._device.main)
 
 
 class WindowPool(SlotPool):
