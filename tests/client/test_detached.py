@@ -50,7 +50,7 @@ class Direct:
 
 def attach(it: Pool) -> RemotePool:
     it.pool.admit(ENTRY)
-    return RemotePool(Direct(it), 0, it.pool.arena, it.pool.table, ENTRY, itertools.count(1), Stats())  # type: ignore[arg-type]
+    return RemotePool(Direct(it), 0, it.pool.arena, it.pool.table, ENTRY, itertools.count(1), Stats(), lease=False)  # type: ignore[arg-type]
 
 
 def test_only_who_waits_for_a_daemon_learns_that_it_is_gone(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_it_reads_nothing_more(tmp_path: Path) -> None:
         attached.release(attached.hold(LAYER, ASKED)[0])
         it.pool.dismiss(ENTRY)
         with pytest.raises(PoolGoneError, match="detached"):
-            RemotePool(Direct(it), 0, it.pool.arena, it.pool.table, ENTRY, itertools.count(1), Stats())  # type: ignore[arg-type]
+            RemotePool(Direct(it), 0, it.pool.arena, it.pool.table, ENTRY, itertools.count(1), Stats(), lease=False)  # type: ignore[arg-type]
         Worker(it, ENTRY).reader.enter()
         overwrite(it, ENTRY + 1)
         entry = it.pool.table.entries[ENTRY].copy()

@@ -90,7 +90,7 @@ class Attachment:
         """
         tickets = itertools.count(1)
         return [
-            RemotePool(self.connection, number, arena, table, self._worker, tickets, stats)
+            RemotePool(self.connection, number, arena, table, self._worker, tickets, stats, self.lease)
             for number, (arena, table) in enumerate(zip(arenas, self.tables, strict=True))
         ]
 

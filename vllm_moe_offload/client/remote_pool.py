@@ -47,6 +47,7 @@ class RemotePool(HostPool):
         worker: this worker's entry in the table.
         tickets: rising, for all pools of this worker.
         stats: this worker's, for everybody to see.
+        lease: the daemon has promised to leave all slots alone.
     """
 
     holds_overlap = False
@@ -60,12 +61,14 @@ class RemotePool(HostPool):
         worker: int,
         tickets: Iterator[int],
         stats: Stats,
+        lease: bool,
     ):
         self.memory = arena
         self.experts = table.experts
         self.table = table
         self._connection = connection
         self._number = number
+        self._lease = lease
         self._counted = stats
         self._record_bytes = arena.layout.payload_bytes
         self._reader = Reader(table, worker)
@@ -90,6 +93,11 @@ class RemotePool(HostPool):
     @property
     def capacity(self) -> int:
         return self.table.limit
+
+    @property
+    def pages_stay(self) -> bool:
+        """Without a lease the daemon gives the pages of emptied slots back, and fills other pages later."""
+        return self._lease
 
     def begin_step(self) -> LoadReport:
         self._uses.note(_STEP)

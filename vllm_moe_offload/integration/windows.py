@@ -138,7 +138,7 @@ def _over_host_memory(
         ) from error
     if windows.unregistered:
         logger.warning(
-            "the driver does not let the GPU read host memory where it lies (%s): every record is copied "
+            "the GPU cannot read host memory where it lies (%s): every record is copied "
             "once more on its way, and none is copied ahead",
             windows.unregistered,
         )

@@ -179,6 +179,11 @@ class HostPool(SlotPool):
         """
 
     @property
+    def pages_stay(self) -> bool:
+        """Whether a device may read slots of this pool by pages that its driver has looked up once."""
+        return self.memory.pages_stay
+
+    @property
     def layout(self) -> RecordLayout:
         return self.memory.layout
 

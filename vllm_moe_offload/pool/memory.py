@@ -45,6 +45,8 @@ class SlotMemory(ABC):
 
     layout: RecordLayout
     slots: int
+    pages_stay: bool = False
+    """Whether its addresses stand for the same pages of memory as long as it exists, once these have been written."""
 
     @abstractmethod
     def targets(self, slot: int) -> Sequence[NDArray[np.uint8]]:
@@ -100,6 +102,8 @@ class HostMemory(HostArrays):
     Pages are taken from the system when a slot is first written: huge ones where the system has them, since an
     O_DIRECT read pins the pages it writes to one by one.
     """
+
+    pages_stay = True
 
     def __init__(self, layout: RecordLayout, slots: int):
         self.layout = layout

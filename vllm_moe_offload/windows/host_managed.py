@@ -106,7 +106,7 @@ class HostManaged:
 
     @property
     def unregistered(self) -> str:
-        """Why the driver does not let the device read host memory where it lies; empty where it does."""
+        """Why the device cannot read host memory where it lies; empty where it can."""
         return next((tier.refused for tier in self._tiers.values() if tier.refused), "")
 
     def begin_step(self) -> bool:

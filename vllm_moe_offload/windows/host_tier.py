@@ -113,7 +113,7 @@ class HostReads:
 class HostTier:
     """One host pool, and the way from its slots to the device.
 
-    Where the driver refuses to register its memory, records go through a buffer that the device can read.
+    Where its memory cannot be registered, records go through a buffer that the device can read.
 
     Args:
         operations: of all windows of the engine.
@@ -134,13 +134,24 @@ class HostTier:
         self.register()
 
     def register(self) -> None:
-        """Let the device read the pool's memory: at first, and after ``unregister``."""
+        """Let the device read the pool's memory: at first, and after ``unregister``.
+
+        A driver looks pages up once: where others may come to lie at the addresses, the device would go on reading
+        the first ones.
+        """
         self._registered: RegisteredMemory | None = None
-        try:
-            self._registered = RegisteredMemory(self._device, [tensor.numpy() for tensor in self._components])
-        except RegistrationError as error:
-            self.refused = str(error)
-            self._bounce = self._bounce or tuple(
+        self.refused = ""
+        if not self.source.pages_stay:
+            self.refused = (
+                "pages of it may be exchanged, as a daemon does where it has not promised to keep all experts"
+            )
+        else:
+            try:
+                self._registered = RegisteredMemory(self._device, [tensor.numpy() for tensor in self._components])
+            except RegistrationError as error:
+                self.refused = f"the driver refuses: {error}"
+        if self.refused and not self._bounce:
+            self._bounce = tuple(
                 self._device.allocate_pinned(_BOUNCE_RECORDS * tensor.shape[1]).view(_BOUNCE_RECORDS, -1)
                 for tensor in self._components
             )
@@ -155,8 +166,9 @@ class HostTier:
         """Another pool of the same memory takes this one's place. Nothing is copied."""
         assert source.memory is self._memory, "copies are made from the memory that was registered"
         self.source = source
-        if self._registered is None and not self.refused:
+        if self._registered is None:
             self.register()
+        assert self._registered is None or source.pages_stay
         if self._predicts:
             source.enable_predictions()
 

@@ -21,7 +21,7 @@ def test_experts_that_host_memory_does_not_hold_are_what_is_named_first(unregist
 def test_the_drivers_reason_is_passed_on(monkeypatch: pytest.MonkeyPatch, wsl: bool) -> None:
     monkeypatch.setattr(mode, "in_wsl", lambda: wsl)
     said = mode.obstacle(64, 64, GIB, "out of memory")
-    assert "the driver does not let the GPU read host memory: out of memory" in said
+    assert "the GPU cannot read host memory where it lies: out of memory" in said
     assert ("VLLM_WSL2_ENABLE_PIN_MEMORY" in said) == wsl
 
 

@@ -25,7 +25,7 @@ def obstacle(host_slots: int, experts: int, record_bytes: int, unregistered: str
         host_slots: records that host memory holds at a time.
         experts: of all layers.
         record_bytes: mean size of a record.
-        unregistered: why the driver does not let the GPU read host memory; empty where it does.
+        unregistered: why the GPU cannot read host memory where it lies; empty where it can.
     """
     if host_slots < experts:
         return (
@@ -34,7 +34,7 @@ def obstacle(host_slots: int, experts: int, record_bytes: int, unregistered: str
         )
     if unregistered:
         wsl = "; under WSL set VLLM_WSL2_ENABLE_PIN_MEMORY=1" if in_wsl() else ""
-        return f"the driver does not let the GPU read host memory: {unregistered}{wsl}"
+        return f"the GPU cannot read host memory where it lies: {unregistered}{wsl}"
     return ""
 
 
