@@ -19,7 +19,8 @@ from vllm_moe_offload.cli.checks import (
     check_vllm,
 )
 from vllm_moe_offload.errors import UnsupportedError
-from vllm_moe_offload.integration.seams import SEAMS, Seam, refuse_where_moved
+from vllm_moe_offload.integration.seam import Seam
+from vllm_moe_offload.integration.seams import SEAMS, refuse_where_moved
 
 MOVE = """
 import importlib

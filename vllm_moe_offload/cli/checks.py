@@ -24,7 +24,7 @@ from .installed import INSTALL_HINT, SUPPORTED, installed_version, is_supported
 from .memory_check import private_memory, shared_memory
 
 if TYPE_CHECKING:
-    from ..integration.seams import Seam
+    from ..integration.seam import Seam
 
 _RANGE = f">= {SUPPORTED[0]}, < {SUPPORTED[1]}"
 
