@@ -136,6 +136,7 @@ class Stats:
     )
 
     layers: int = _gauge("MoE layers of the model.", "layers", WORKER)
+    device_managed_layers: int = _gauge("MoE layers whose slots a device manages by itself.", "layers", WORKER)
     experts: int = _gauge("Experts of the model, of all its layers.", "experts", WORKER | DAEMON)
     expert_bytes: int = _gauge("Bytes of all experts together.", "bytes", WORKER | DAEMON)
     slots: int = _gauge("Slots that may be occupied at present.", "slots", WORKER | DAEMON)

@@ -24,7 +24,7 @@ Results: TypeAlias = dict[tuple[str, int], dict[str, Any]]
 """What was measured, by the arm's name and share."""
 WORKER = Path(__file__).parent / "measured_engine.py"
 RECORDING = "recording"
-"""Device-managed once more, for the trace that the forecast is made from; its times are not compared."""
+"""Host-managed once more, for the trace that the forecast is made from; its times are not compared."""
 _EACH_SECONDS = 150
 _LEAST_SECONDS = 20
 _GROUP = 4
@@ -72,7 +72,7 @@ def arms(shape: Shape, fmt: str, shares: list[int]) -> Iterator[Arm]:
         yield Arm("vllm-uva", share, experts_only)
         groups = {"offload_group_size": _GROUP, "offload_num_in_group": max(1, round(_GROUP * (100 - share) / 100))}
         yield Arm("vllm-prefetch", share, {"offload_backend": "prefetch", "offload_params": ["experts"]} | groups)
-        yield Arm(RECORDING, share, {}, cache | {"predictor": "none"})
+        yield Arm(RECORDING, share, {}, cache | {"predictor": "none", "host_cache": "95%"})
 
 
 def engine_arguments(model: Path, arm: Arm, batches: list[int], prefill: int, extra: dict[str, Any]) -> dict[str, Any]:

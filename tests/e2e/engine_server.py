@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import traceback
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -35,17 +35,30 @@ def run_predicting(job: dict[str, Any]) -> dict[str, Any]:
 
     with (
         patch.object(PredictionGovernor, "begin_step", lambda *_: True) if job.get("every_step") else nullcontext(),
-        virtual_device(order=job["order"]) if job.get("order") is not None else nullcontext(),
+        nullcontext() if job.get("order") is None else virtual_device(job["by_itself"], order=job["order"]),
     ):
         return run(job)
 
 
-def virtual_device(**device: Any) -> AbstractContextManager[Any]:
-    """Slots are in the memory of such a ``VirtualDevice``, whose copies run late; kernels run on the host."""
-    from tests.device.virtual import VirtualDevice
-    from vllm_moe_offload.integration import machine
+def virtual_device(by_itself: bool = False, **device: Any) -> ExitStack:
+    """Slots are in the memory of such a ``VirtualDevice``, whose copies run late; kernels run on the host.
 
-    return patch.object(machine, "device", lambda: VirtualDevice(main_is_host=True, **device))
+    From now on, until what is returned is left.
+
+    Args:
+        by_itself: the device manages them where it can, else the host.
+    """
+    from tests.device.virtual import VirtualDevice
+    from tests.windows.reference_kernels import ReferenceKernels
+    from vllm_moe_offload.integration import machine
+    from vllm_moe_offload.integration.cuda import mode
+
+    obstacle = mode.obstacle if by_itself else lambda *_: "a test looks at the host"
+    patches = ExitStack()
+    patches.enter_context(patch.object(machine, "device", lambda: VirtualDevice(main_is_host=True, **device)))
+    patches.enter_context(patch.object(machine, "managing_kernels", lambda device, _: ReferenceKernels(device)))
+    patches.enter_context(patch.object(mode, "obstacle", obstacle))
+    return patches
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:

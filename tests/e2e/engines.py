@@ -36,12 +36,14 @@ class EngineServer:
         rounds: list[dict[str, Any]],
         every_step: bool = False,
         order: int | None = None,
+        by_itself: bool = False,
     ) -> dict[str, Any]:
         """Start an engine, generate every round greedily, return tokens and logprobs (and the plugin's counters).
 
         Args:
             every_step: predict in every step, whatever the governor of prediction decides by the clock.
             order: slots are in the memory of a virtual device, whose copies run in this order.
+            by_itself: that device manages them where it can.
         """
         if self._process is None:
             self._process = subprocess.Popen(
@@ -53,7 +55,8 @@ class EngineServer:
                 env=self._environment,
             )
         assert self._process.stdin and self._process.stdout
-        job = {"model": str(model), "engine": engine, "rounds": rounds, "every_step": every_step, "order": order}
+        job = {"model": str(model), "engine": engine, "rounds": rounds, "every_step": every_step}
+        job |= {"order": order, "by_itself": by_itself}
         print(json.dumps(job), file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
         answer = json.loads(line) if line else {"error": f"the process ended with {self._process.wait()}"}

@@ -33,7 +33,7 @@ class Worker:
         pools = local_pools(self.made.store, {ODD: 6}, "lfu", None)
         served = ServedModel.__new__(ServedModel)
         served.runtime = OffloadRuntime(self.made.store, pools, Stats())
-        served._daemon = served._history = served._step = None
+        served._daemon = served._history = served._managed = served._step = None
         served.drafts = False
         served._report = StatsReport(served.runtime.stats, lambda: None)
         served._chunks = ChunkReport(served.runtime.stats, most_tokens=8)

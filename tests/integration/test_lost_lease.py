@@ -23,7 +23,7 @@ def test_a_lease_lost_within_a_step_fails_its_requests(lost: bool) -> None:
     failures.begin_step(scheduled)
     served = ServedModel.__new__(ServedModel)
     served._daemon = SimpleNamespace(lease_lost=lost)  # type: ignore[assignment]
-    served._history = None
+    served._history = served._managed = None
     served.drafts = False
     served._chunks = ChunkReport(Stats(), most_tokens=8)
     served.runtime = SimpleNamespace(end_step=lambda: None)  # type: ignore[assignment]

@@ -22,7 +22,7 @@ def test_what_the_runtime_counts_and_what_is_measured_is_in_the_rpc() -> None:
 
     served: Any = ServedModel.__new__(ServedModel)
     served.runtime = SimpleNamespace(stats=counted, layers={"one": layer, "two": layer}, slots=5, slot_bytes=500)
-    served._expert_bytes = 1600
+    served._expert_bytes, served._managed = 1600, None
     served._daemon = SimpleNamespace(daemon_pid=4711)
     served._history = SimpleNamespace(measure=measure)
     stats = served.stats()

@@ -9,11 +9,12 @@ import vllm
 from vllm.platforms import current_platform
 
 from ..device import Device
+from ..windows.device_tables import Kernels
 
 
 def platform() -> tuple[str, bool]:
     """The name of vLLM's platform, and whether it is one that offloading works on."""
-    return str(current_platform.device_type), current_platform.is_cpu()
+    return str(current_platform.device_type), current_platform.is_cpu() or current_platform.is_cuda_alike()
 
 
 def device() -> Device | None:
@@ -23,6 +24,13 @@ def device() -> Device | None:
     from ..device.cuda import CudaDevice
 
     return CudaDevice()
+
+
+def managing_kernels(device: Device, most_experts: int) -> Kernels:
+    """By which ``device`` manages windows of layers of so many experts, at most."""
+    from ..windows.launches import TritonKernels
+
+    return TritonKernels(most_experts)
 
 
 def cpu_features() -> list[str]:

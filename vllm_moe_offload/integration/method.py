@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.platforms import current_platform
@@ -49,6 +50,8 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
         self._default_dtype = torch.float32
         self.pooled: tuple[OffloadRuntime, PooledLayer] | None = None
         self.faces: Faces | None = None
+        self.managed: Callable[[torch.Tensor], tuple[View, torch.Tensor]] | None = None
+        """``ManagedWindows.serve`` of this layer, where a device manages its slots."""
         self.report_failures: Callable[[], None] | None = None
         """Called when records of this layer could not be read, before its output is returned."""
         self.traced: tuple[OffloadRuntime, int] | None = None
@@ -93,7 +96,7 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
         shared_experts: Any,
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
-        if self.pooled is None and self.traced is None:
+        if self.pooled is None and self.managed is None and self.traced is None:
             return self.real.apply(layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input)
         if self._within_op:
             return self.compute(layer, x, topk_weights, topk_ids)
@@ -103,8 +106,10 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
         self, layer: torch.nn.Module, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
     ) -> torch.Tensor:
         """``apply`` where Python has to look at the routing: what the opaque op runs."""
-        if self.faces is not None and get_forward_context().attn_metadata is None:
+        if self.faces is not None and not _serves_somebody(self.managed is not None):
             return self._compute_with_nothing(layer, x, topk_weights, topk_ids)
+        if self.managed is not None:
+            return self._compute_managed(layer, x, topk_weights, topk_ids)
         if self.show is not None:
             self.show(lambda: floats_on_host(x))
         experts = experts_on_host(topk_ids)
@@ -132,6 +137,15 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
         if runtime.has_failures and self.report_failures is not None:
             self.report_failures()
         return output
+
+    def _compute_managed(
+        self, layer: torch.nn.Module, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """The host only enqueues: nothing here looks at the routing, so graphs may be captured of it."""
+        assert self.managed is not None and self.faces is not None
+        view, ids = self.managed(topk_ids)
+        self.faces.show(view)
+        return self._compute_wave(layer, x, topk_weights, ids)
 
     def _compute_with_nothing(
         self, layer: torch.nn.Module, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
@@ -205,6 +219,12 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
     @property
     def is_monolithic(self) -> bool:
         return self.real.is_monolithic
+
+
+def _serves_somebody(in_graphs: bool) -> bool:
+    """Whether the running pass serves requests, or is captured to do so in a graph with MoE layers inside."""
+    context = get_forward_context()
+    return context.attn_metadata is not None or (in_graphs and context.cudagraph_runtime_mode == CUDAGraphMode.FULL)
 
 
 OffloadedLayers = Mapping[str, tuple[torch.nn.Module, OffloadedMoEMethod]]

@@ -25,6 +25,7 @@ from ..stats import Stats
 from ..store.layout import RecordLayout
 from ..store.reader import Store
 from ..windows.host_managed import HostManaged
+from .cuda.managed import ManagedWindows
 from .method import OffloadedLayers
 
 logger = init_logger(__name__)
@@ -75,7 +76,9 @@ class ModelSlots(NamedTuple):
     daemon: DaemonClient | None
     """What keeps the slots in host memory, if not this process."""
     windows: HostManaged | None = None
-    """The pools, where slots are in the memory of a device."""
+    """The pools, where slots are in the memory of a device and the host manages them."""
+    managed: ManagedWindows | None = None
+    """Windows that a device manages by itself, with the pools in host memory behind them."""
 
 
 class Budget(NamedTuple):

@@ -1,5 +1,6 @@
 """A loaded model and the runtime that serves its experts, as one worker holds them."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -7,7 +8,7 @@ from vllm.logger import init_logger
 
 from ..client.remote_pool import slots_taken_back
 from ..config import OffloadConfig
-from ..errors import StoreError
+from ..errors import StoreError, UnsupportedError
 from ..pool import HostPool
 from ..pool.loader import DamagedRecordError
 from ..runtime import OffloadRuntime
@@ -47,10 +48,11 @@ class ServedModel:
         self._daemon = slots.daemon
         self._resident = slots.resident
         self._windows = slots.windows
+        self._managed = slots.managed
         self.runtime = OffloadRuntime(model.store, slots.pools, slots.stats, slots.windows or slots.daemon)
         for name, (layer, method) in model.layers.items():
             self._attach(name, layer, method)
-        if self._resident:
+        if self._resident or self._managed is not None:
             self._load_everything()
         mark_graph(self._vllm_config, self._resident, self._slots_of_pools())
         self._step: tuple[StepBatch, StepFailures] | None = None
@@ -68,12 +70,21 @@ class ServedModel:
     @property
     def summary(self) -> str:
         """Its experts in slots, for the log."""
-        resident, every = size_text(self.runtime.slot_bytes), size_text(self._expert_bytes)
+        slots, slot_bytes = self._slots
+        resident, every = size_text(slot_bytes), size_text(self._expert_bytes)
         where = " (all resident)" if self._resident else ""
         if self._windows is not None:
             behind = "" if self._resident else f", over {size_text(self._windows.host_bytes)} of host memory"
             where = f" of the device{behind}{where}"
-        return f"{resident} of {every} of experts in {self.runtime.slots} slots{where}, store {self.runtime.store.path}"
+        elif self._managed is not None:
+            where = " of the device, over host memory with all experts"
+        return f"{resident} of {every} of experts in {slots} slots{where}, store {self.runtime.store.path}"
+
+    @property
+    def _slots(self) -> tuple[int, int]:
+        """That kernels compute with: how many, and their bytes."""
+        slots = self.runtime if self._managed is None else self._managed
+        return slots.slots, slots.slot_bytes
 
     @property
     def leased(self) -> bool:
@@ -87,6 +98,10 @@ class ServedModel:
             self._chunks.begin_step(batch.tokens)
             self._report.maybe_log()
         self.runtime.begin_step(batch)
+        if self._managed is not None:
+            self._end_managed()
+            if batch.tokens:
+                self._managed.begin_step(batch.tokens)
 
     def end_step(self) -> None:
         """The forward pass of the served model is over; passes of a drafter belong to the step that they follow."""
@@ -98,6 +113,12 @@ class ServedModel:
             batch, failures = step
             failures.add(batch.scheduled, str(slots_taken_back()))
         self.runtime.end_step()
+        self._end_managed()
+
+    def _end_managed(self) -> None:
+        """Count what the device has done by now. Without effect outside of a step."""
+        if self._managed is not None and self._managed.runs:
+            self._managed.count(self._managed.end_step(), self.runtime.stats)
 
     def close(self) -> None:
         """The worker ends: write what is to be kept, end the threads, let go of the store. Idempotent."""
@@ -112,6 +133,8 @@ class ServedModel:
             self._history = None
         if self._windows is not None:
             self._windows.close()
+        if self._managed is not None:
+            self._managed.close()
         if self._daemon is not None:
             self._daemon.close()
         self.runtime.close()
@@ -136,7 +159,7 @@ class ServedModel:
 
     def untouched_bytes(self) -> int:
         """Slot memory that has not been taken from the system yet by this process. A device's is taken at once."""
-        if self._daemon is not None or self._windows is not None:
+        if self._daemon is not None or self._windows is not None or self._managed is not None:
             return 0
         return max(0, self.runtime.slot_bytes - self.runtime.stats.loaded_bytes)
 
@@ -152,8 +175,8 @@ class ServedModel:
         stats.layers = len(self.runtime.layers)
         stats.experts = sum(layer.experts for layer in self.runtime.layers.values())
         stats.expert_bytes = self._expert_bytes
-        stats.slots = self.runtime.slots
-        stats.slot_bytes = self.runtime.slot_bytes
+        stats.device_managed_layers = 0 if self._managed is None else len(self._managed.layers)
+        stats.slots, stats.slot_bytes = self._slots
         stats.failed_threads = len(failed_threads())
         if self._history is not None:
             self._history.measure(stats)
@@ -169,6 +192,8 @@ class ServedModel:
 
     def _slots_of_pools(self) -> list[int]:
         """What the shapes of layers follow from: of host memory, or of each layer's window."""
+        if self._managed is not None:
+            return [layer.window.slots for layer in self._managed.layers]
         return [
             pool.memory.slots if isinstance(pool, HostPool) else pool.capacity
             for pool in dict.fromkeys(layer.pool for layer in self.runtime.layers.values())
@@ -187,6 +212,11 @@ class ServedModel:
     def _build_prediction(
         self, model: LoadedModel, config: OffloadConfig, io_cpus: set[int]
     ) -> "RoutingHistory | None":
+        if self._managed is not None:
+            refuse_to_trace(config)
+            if config.predictor != "none":
+                logger.info("the GPU manages its experts by itself: nothing is predicted, and no history is kept")
+            return None
         if self._resident and config.predictor != "none":
             logger.info("every expert is resident: there is nothing to predict, and no history is kept")
             config = config.model_copy(update={"predictor": "none"})
@@ -207,6 +237,11 @@ class ServedModel:
         """
         pooled = self.runtime.layers[name]
         resident = self._resident and layer._expert_map is None
+        if self._managed is not None:
+            managed = self._managed.layers[pooled.index]
+            method.faces = attach_windows(layer, method, managed.memory, managed.member)
+            method.managed = partial(self._managed.serve, pooled.index)
+            return
         if isinstance(pooled.pool, WindowPool):
             method.faces = attach_windows(layer, method, pooled.pool.memory, pooled.pool.member)
         else:
@@ -217,6 +252,16 @@ class ServedModel:
         if not resident:
             method.pooled = (self.runtime, pooled)
             method.report_failures = self.report_failures
+
+
+def refuse_to_trace(config: OffloadConfig) -> None:
+    """Raises ``UnsupportedError`` where a trace or prediction was asked for and a GPU manages its experts by itself."""
+    asked = "trace" if config.trace is not None else f"predictor = {config.predictor!r}"
+    if config.trace is not None or (config.predictor_is_explicit and config.predictor != "none"):
+        raise UnsupportedError(
+            f"{asked} does not work where a GPU manages its experts by itself, as it does where host memory holds all "
+            "of them: their routing does not come to the host in time; leave it out, or give host_cache less"
+        )
 
 
 def mark_graph(vllm_config: Any, resident: bool, slots: list[int]) -> None:

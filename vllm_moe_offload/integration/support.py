@@ -84,9 +84,9 @@ def _features_of_gpus(vllm_config: Any) -> Iterator[Refusal]:
 
 def _platforms() -> Iterator[Refusal]:
     yield (
-        not current_platform.is_cpu(),
+        not (current_platform.is_cpu() or current_platform.is_cuda_alike()),
         f"the {current_platform.device_name} platform",
-        "run it on vLLM's CPU platform",
+        "run it on vLLM's CPU, CUDA or ROCm platform",
     )
 
 

@@ -4,10 +4,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vllm.config import CUDAGraphMode
 from vllm.logger import init_logger
 
 from ..config import OffloadConfig
 from ..device import Device, OutOfDeviceMemoryError
+from ..device.base import RegistrationError
 from ..errors import ConfigError
 from ..pool import HostPool, local_pools
 from ..sizes import size_setting, size_text
@@ -17,6 +19,9 @@ from ..store.pools import pools_of
 from ..windows.host_managed import HostManaged
 from ..windows.plan import WindowPlan
 from ..windows.sizes import WindowNeeds, bytes_of_everything, plans_for_budget
+from . import machine
+from .cuda import mode
+from .cuda.managed import ManagedWindows, RegisteredRecords
 from .cuda.memory import automatic_reason, automatic_slots, device_memory, wanted_sequences
 from .placement import SPARE_SHARE, Budget, LoadedModel, ModelSlots, free_share, slots_of_models
 
@@ -61,11 +66,21 @@ def device_budget(worker: Any, config: OffloadConfig, models: Sequence[LoadedMod
         return Budget(config.budget.size)
     if config.budget.share is not None:
         return Budget(math.ceil(everything * config.budget.share))
-    least = sum(need.plan(need.minimum).nbytes(need.row_bytes) for need in needs.values())
+    least = bytes_of_least(needs)
     layer, _ = next(iter(models[0].layers.values()))
     memory = device_memory(worker, layer)
     slots = automatic_slots(memory, wanted_sequences(worker), least, everything)
     return Budget(slots.nbytes, automatic_reason(memory, slots.sequences))
+
+
+def bytes_of_least(needs: Needs) -> int:
+    """Device memory without which the choice of one token has no place in some layer."""
+    return sum(need.plan(need.minimum).nbytes(need.row_bytes) for need in needs.values())
+
+
+def bytes_taken(budget: Budget, needs: Needs) -> int:
+    """Device memory that windows take of ``budget``, at most."""
+    return min(budget.nbytes, bytes_of_everything(needs))
 
 
 def host_budget(config: OffloadConfig, expert_bytes: int, free: int) -> Budget:
@@ -95,6 +110,7 @@ def windows_of_worker(
     """
     free = free_share()
     if not models:
+        mode.obstacle_of_any("")
         return Budget(0), []
     needs = window_needs(models)
     budget = device_budget(worker, config, models, needs)
@@ -109,10 +125,42 @@ def windows_of_worker(
         host = host_budget(config, sum(model.expert_bytes for model in some), free)
         setting = f"host_cache = {config.host_cache!r}"
         behind |= zip(pooled, slots_of_models(worker.vllm_config, config, some, host, io_cpus, setting), strict=True)
+    records, own = records_to_manage(device, models, behind[pooled[0]]) if pooled else (None, "")
+    obstacle = mode.obstacle_of_any(own)
+    if pooled:
+        mode.log_mode(obstacle, sum(len(models[number].layers) for number in pooled))
+    if records is not None and obstacle:
+        records.close()
+        records = None
     return budget, [
-        _over_host_memory(device, config, model, of_models[number], behind[number], budget)
+        _over_host_memory(device, worker, config, model, of_models[number], behind[number], budget, records)
         for number, model in enumerate(models)
     ]
+
+
+def records_to_manage(
+    device: Device, models: Sequence[LoadedModel], behind: ModelSlots
+) -> tuple[RegisteredRecords | None, str]:
+    """The host memory that ``device`` reads if it manages the windows over it, or None and why it cannot."""
+    if len(models) > 1:
+        return None, "a drafter has experts too"
+    (model,) = models
+    if behind.daemon is not None:
+        return None, "a daemon keeps the host's memory"
+    if any(layer._expert_map is not None for layer, _ in model.layers.values()):
+        return None, "ranks share out experts"
+    if len({method.moe.experts_per_token for _, method in model.layers.values()}) > 1:
+        return None, "layers choose different numbers of experts for a token"
+    experts = sum(entry.experts for entry in model.store.layers)
+    host = {name: pool for name, pool in behind.pools.items() if isinstance(pool, HostPool)}
+    slots = sum(pool.capacity for pool in dict.fromkeys(host.values()))
+    why = mode.obstacle(slots, experts, model.expert_bytes // experts, "")
+    if why:
+        return None, why
+    try:
+        return RegisteredRecords(device, model.store.layers, host), ""
+    except RegistrationError as refused:
+        return None, mode.obstacle(slots, experts, model.expert_bytes // experts, str(refused))
 
 
 def _resident(plans: Plans) -> bool:
@@ -125,11 +173,41 @@ def _passing(model: LoadedModel, config: OffloadConfig, io_cpus: set[int]) -> Mo
     return ModelSlots(local_pools(model.store, slots, config.policy, io_cpus), Stats(), True, None)
 
 
+def _managed(
+    device: Device, vllm_config: Any, model: LoadedModel, plans: Plans, records: RegisteredRecords
+) -> ManagedWindows:
+    compilation, ranks = vllm_config.compilation_config, vllm_config.parallel_config.tensor_parallel_size
+    graphs = compilation.cudagraph_mode not in (None, CUDAGraphMode.NONE)
+    captured = (compilation.max_cudagraph_capture_size or 0) if graphs else 0
+    rows = max(vllm_config.scheduler_config.max_num_batched_tokens, captured)
+    layers = model.store.layers
+    return ManagedWindows(
+        device,
+        layers,
+        plans,
+        records,
+        machine.managing_kernels(device, max(entry.experts for entry in layers)),
+        top_k=next(method.moe.experts_per_token for _, method in model.layers.values()),
+        most_rows=-(-rows // ranks) * ranks,
+        gathered_rows=captured,
+    )
+
+
 def _over_host_memory(
-    device: Device, config: OffloadConfig, model: LoadedModel, plans: Plans, behind: ModelSlots, budget: Budget
+    device: Device,
+    worker: Any,
+    config: OffloadConfig,
+    model: LoadedModel,
+    plans: Plans,
+    behind: ModelSlots,
+    budget: Budget,
+    records: RegisteredRecords | None,
 ) -> ModelSlots:
     host = {name: pool for name, pool in behind.pools.items() if isinstance(pool, HostPool)}
     try:
+        if records is not None:
+            managed = _managed(device, worker.vllm_config, model, plans, records)
+            return behind._replace(resident=False, managed=managed)
         windows = HostManaged(device, model.store.layers, plans, host, config.policy, behind.daemon)
     except OutOfDeviceMemoryError as error:
         raise ConfigError(

@@ -18,7 +18,7 @@ from .loading import WorkerLoading
 from .placement import Budget, LoadedModel, ModelSlots, slots_of_models, worker_budget
 from .serving import ServedModel
 from .weights import protect_weights
-from .windows import windows_of_worker
+from .windows import bytes_of_least, bytes_taken, window_needs, windows_of_worker
 
 logger = init_logger(__name__)
 
@@ -121,10 +121,15 @@ class WorkerOffload:
 
     def __init__(self, worker: Any, config: OffloadConfig, models: Sequence[LoadedModel], failures: StepFailures):
         self._failures = failures
+        self.device_slots: tuple[int, int] | None = None
+        """Bytes of device memory that slots take, and that the smallest would take; None where there are none."""
         self.warms_up = False
         """Whether the passes that run serve nobody."""
         cpus = processors_for_reading()
         budget, slots = slots_for_worker(worker, config, models, cpus)
+        if any(of_model.windows or of_model.managed for of_model in slots):
+            needs = window_needs(models)
+            self.device_slots = bytes_taken(budget, needs), bytes_of_least(needs)
         target = worker.model_runner.get_model()
         if models and all(model.module is not target for model in models):
             refuse_to_predict(config)
@@ -195,7 +200,7 @@ def slots_for_worker(
     device = machine.device()
     if device is not None:
         budget, slots = windows_of_worker(device, worker, config, models, cpus)
-        if not all(of_model.resident for of_model in slots):
+        if not all(of_model.resident or of_model.managed for of_model in slots):
             leave_experts_out_of_graphs(worker.vllm_config)
         return budget, slots
     if "host_cache" in config.model_fields_set:

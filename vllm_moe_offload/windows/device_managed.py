@@ -185,7 +185,7 @@ class DeviceManaged:
         self._serve(layer, one_row, self._warm_rows, self._out[torch.int32][: len(experts)].view(one_row.shape))
 
     def read_back(self, rows: int) -> list[RoutedStep]:
-        """End a step of so many ``rows``, padding included; what is known by now of this and earlier ones.
+        """End a step of so many ``rows`` at most, padding included; what is known by now of this and earlier ones.
 
         Raises:
             DeviceError: the device cannot be used any more.

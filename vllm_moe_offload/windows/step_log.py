@@ -58,7 +58,7 @@ class StepLog:
         self._complete: list[RoutedStep] = []
 
     def end_step(self, rows: int) -> None:
-        """The kernels of a step of so many ``rows``, padding included, have been enqueued."""
+        """The kernels of a step of so many ``rows`` at most, padding included, have been enqueued."""
         entry = self._step % STEPS
         if self._reads and self._reads[0].step == self._step - STEPS:
             self._device.synchronize(self._reads[0].event)
@@ -99,8 +99,9 @@ class StepLog:
             layer = int(np.flatnonzero(copied != misses * self._record_bytes)[0])
             planned = misses[layer] * self._record_bytes[layer]
             raise DeviceError(f"step {read.step} copied {copied[layer]} bytes to layer {layer}, planned {planned}")
-        shape = self._layers, read.rows, self._top_k
-        assert (n_ids == read.rows * self._top_k).all(), (n_ids, shape)
+        rows = int(n_ids[0]) // self._top_k
+        shape = self._layers, rows, self._top_k
+        assert rows <= read.rows and (n_ids == rows * self._top_k).all(), (n_ids, shape)
         ids = self._ids[entry][: int(np.prod(shape))].view(shape).numpy()
         real = int(n_real[0]) // self._top_k
         self._complete.append(RoutedStep(read.step, ids[:, :real].copy(), used, misses))

@@ -51,6 +51,14 @@ def test_kernels_of_aiter_are_refused_unless_they_are_switched_off(
     with pytest.raises(UnsupportedError, match=r"AITER's expert kernels .*: set VLLM_ROCM_USE_AITER_MOE=0"):
         refuse_unsupported(vllm_config)
     monkeypatch.setenv("VLLM_ROCM_USE_AITER_MOE", "0")
-    with pytest.raises(UnsupportedError) as error:
+    refuse_unsupported(vllm_config)
+
+
+def test_platforms_are_cpus_and_gpus_of_cuda_and_rocm(
+    gpu: Any, vllm_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_unsupported(vllm_config)
+    monkeypatch.setattr(gpu, "device_name", "xpu")
+    monkeypatch.setattr(gpu, "is_cuda_alike", lambda: False)
+    with pytest.raises(UnsupportedError, match="the xpu platform: run it on vLLM's CPU, CUDA or ROCm platform"):
         refuse_unsupported(vllm_config)
-    assert "AITER" not in str(error.value)

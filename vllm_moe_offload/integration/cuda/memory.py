@@ -184,7 +184,7 @@ def _explain_missing_kv_cache(determine_available_memory: Callable[..., int]) ->
         available = determine_available_memory(self)
         offload = getattr(self, "moe_offload", None)
         given = self.cache_config.kv_cache_memory_bytes is not None or self.model_config.original_max_model_len == -1
-        if offload is not None and not given:
+        if offload is not None and offload.device_slots is not None and not given:
             refuse_without_kv_cache(available, kv_cache_of_a_sequence(self), *offload.device_slots)
         return available
 

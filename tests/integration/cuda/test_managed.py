@@ -1,0 +1,195 @@
+"""Windows that a device manages, as layers and steps call them, and when the host manages instead."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.device.virtual import VirtualDevice
+from tests.runtime.record_stores import ODD, RecordStore, build_store, layout
+from tests.windows.reference_kernels import ReferenceKernels
+from vllm_moe_offload.client.client import DaemonClient
+from vllm_moe_offload.config import OffloadConfig
+from vllm_moe_offload.device.base import RegistrationError
+from vllm_moe_offload.errors import UnsupportedError
+from vllm_moe_offload.integration.cuda.managed import ManagedWindows, RegisteredRecords
+from vllm_moe_offload.integration.placement import LoadedModel, ModelSlots
+from vllm_moe_offload.integration.serving import refuse_to_trace
+from vllm_moe_offload.integration.windows import records_to_manage
+from vllm_moe_offload.pool import HostPool, local_pools
+from vllm_moe_offload.stats import Stats
+from vllm_moe_offload.windows.memory import View
+from vllm_moe_offload.windows.plan import WindowPlan
+
+LAYERS, EXPERTS, SLOTS, TOP_K, ROWS, CAPTURED = 3, 8, 4, 2, 16, 4
+SHARED = layout(8192, 24)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Iterator[RecordStore]:
+    made = build_store(tmp_path, [(SHARED, EXPERTS)] * LAYERS)
+    yield made
+    made.store.close()
+
+
+@pytest.fixture
+def device() -> VirtualDevice:
+    return VirtualDevice(3, main_is_host=True)
+
+
+def host_pools(made: RecordStore, slots: int = LAYERS * EXPERTS) -> dict[str, HostPool]:
+    return local_pools(made.store, {made.store.layers[0].layout: slots}, "lfu", None)
+
+
+class Windows:
+    """Kernels compute what they read: the records of the rows that they are given."""
+
+    def __init__(self, made: RecordStore, device: VirtualDevice):
+        self.pools = host_pools(made)
+        (pool,) = set(self.pools.values())
+        pool.load_all()
+        plan = WindowPlan.of([EXPERTS] * LAYERS, [SLOTS] * LAYERS, [part.nbytes for part in SHARED.components])
+        records = RegisteredRecords(device, made.store.layers, self.pools)
+        self.managed = ManagedWindows(
+            device,
+            made.store.layers,
+            {SHARED: plan},
+            records,
+            ReferenceKernels(device),
+            top_k=TOP_K,
+            most_rows=ROWS,
+            gathered_rows=CAPTURED,
+        )
+
+    def run(self, layer: int, ids: np.ndarray) -> tuple[View, list[torch.Tensor]]:
+        view, rows = self.managed.serve(layer, torch.from_numpy(ids))
+        place = self.managed.layers[layer]
+        return view, [part[rows.long()] for part in place.memory.tensors(place.member, view)]
+
+    def close(self) -> None:
+        self.managed.close()
+        for pool in self.pools.values():
+            pool.close()
+
+
+@pytest.fixture
+def windows(made: RecordStore, device: VirtualDevice) -> Iterator[Windows]:
+    windows = Windows(made, device)
+    yield windows
+    windows.close()
+
+
+def test_kernels_read_the_records_chosen_and_the_device_says_what_it_has_done(
+    made: RecordStore, windows: Windows, device: VirtualDevice
+) -> None:
+    draw, stats, wide, uses = np.random.default_rng(5), Stats(), 0, 0
+    for step in range(30):
+        real = int(draw.choice([1, 2, 3, 4, 9, 16]))
+        padding = 1 if real in (1, 3) else 0
+        windows.managed.begin_step(real)
+        for layer in range(LAYERS):
+            ids = draw.permuted(np.tile(np.arange(EXPERTS), (real + padding, 1)), axis=1)[:, :TOP_K].astype(np.int32)
+            view, parts = windows.run(layer, ids)
+            assert (view == View.WINDOW) == (len(ids) <= SLOTS // TOP_K)
+            uses += len(np.unique(ids[:real])) if real <= CAPTURED else 0
+            for row, chosen in enumerate(ids[:real]):
+                for choice, expert in enumerate(chosen):
+                    for part, right in zip(parts, made.records[layer][expert], strict=True):
+                        assert np.array_equal(part[row, choice].numpy(), right), (step, layer)
+        wide += real > CAPTURED
+        windows.managed.count(windows.managed.end_step(), stats)
+    device.drain()
+    windows.managed.count(windows.managed.end_step(), stats)
+    assert 0 < stats.host_hits == stats.misses < stats.hits + stats.misses == uses
+    whole = wide * LAYERS * EXPERTS
+    assert wide and stats.copied_bytes == (stats.misses + whole) * SHARED.payload_bytes
+
+
+def test_passes_outside_of_steps_bring_nothing_in(windows: Windows, device: VirtualDevice) -> None:
+    """A warm-up of a graph runs the kernels; a larger pass, as of profiling, does not even copy."""
+    for rows in (1, CAPTURED, ROWS):
+        ids = np.tile(np.arange(TOP_K, dtype=np.int32), (rows, 1))
+        for layer in range(LAYERS):
+            _, parts = windows.run(layer, ids)
+            assert not any(part.any() for part in parts)
+    stats = Stats()
+    windows.managed.begin_step(1)
+    for layer in range(LAYERS):
+        windows.run(layer, np.arange(TOP_K, dtype=np.int32)[None])
+    steps = windows.managed.end_step()
+    device.drain()
+    windows.managed.count([*steps, *windows.managed.end_step()], stats)
+    assert stats.misses == LAYERS * TOP_K and stats.copied_bytes == LAYERS * TOP_K * SHARED.payload_bytes
+
+
+def test_a_driver_that_refuses_part_of_host_memory_has_registered_nothing(
+    tmp_path: Path, device: VirtualDevice
+) -> None:
+    made = build_store(tmp_path, [(SHARED, EXPERTS), (ODD, EXPERTS)])
+    pools = local_pools(made.store, {SHARED: EXPERTS, ODD: EXPERTS}, "lfu", None)
+    device.faults.registrations = len(SHARED.components)
+    with pytest.raises(RegistrationError):
+        RegisteredRecords(device, made.store.layers, pools)
+    assert not device.registered
+    for pool in set(pools.values()):
+        pool.close()
+    made.store.close()
+
+
+def model_of(made: RecordStore, top_k: tuple[int, ...] = (TOP_K,) * LAYERS, expert_map: Any = None) -> LoadedModel:
+    layers: Any = {
+        entry.name: (
+            SimpleNamespace(_expert_map=expert_map),
+            SimpleNamespace(moe=SimpleNamespace(experts_per_token=choices)),
+        )
+        for entry, choices in zip(made.store.layers, top_k, strict=True)
+    }
+    return LoadedModel(None, "model", torch.nn.Module(), made.store, layers, False)
+
+
+def refusal(device: VirtualDevice, models: list[LoadedModel], slots: ModelSlots) -> str:
+    """Why the device does not manage; nothing is left registered then."""
+    records, why = records_to_manage(device, models, slots)
+    assert (records is None) == bool(why) == (not device.registered)
+    if records is not None:
+        records.close()
+        assert not device.registered
+    for pool in slots.pools.values():
+        pool.close()
+    return why
+
+
+def test_the_device_manages_where_host_memory_holds_every_expert(made: RecordStore, device: VirtualDevice) -> None:
+    assert refusal(device, [model_of(made)], ModelSlots(host_pools(made), Stats(), True, None)) == ""
+
+
+def test_the_host_manages_otherwise_and_it_is_said_why(made: RecordStore, device: VirtualDevice) -> None:
+    few = ModelSlots(host_pools(made, LAYERS * EXPERTS - 1), Stats(), False, None)
+    assert "host memory holds 23 of 24 experts" in refusal(device, [model_of(made)], few)
+    for models, said in (
+        ([model_of(made), model_of(made)], "a drafter has experts too"),
+        ([model_of(made, expert_map=torch.zeros(EXPERTS))], "ranks share out experts"),
+        ([model_of(made, (2, 2, 1))], "layers choose different numbers of experts"),
+    ):
+        assert said in refusal(device, models, ModelSlots(host_pools(made), Stats(), True, None))
+    device.faults.registrations = 1
+    refused = refusal(device, [model_of(made)], ModelSlots(host_pools(made), Stats(), True, None))
+    assert "the GPU cannot read host memory where it lies: the virtual driver was told to refuse" in refused
+    of_daemon = ModelSlots(host_pools(made), Stats(), True, object.__new__(DaemonClient))
+    assert refusal(device, [model_of(made)], of_daemon) == "a daemon keeps the host's memory"
+
+
+@pytest.mark.parametrize("settings", [{"trace": "routing.trace"}, {"predictor": "history"}])
+def test_what_needs_the_routing_in_time_is_refused_by_name(settings: dict[str, Any]) -> None:
+    (name,) = settings
+    with pytest.raises(UnsupportedError, match=f"{name}.* does not work where a GPU manages .* give host_cache less"):
+        refuse_to_trace(OffloadConfig(**settings))
+
+
+def test_nothing_is_refused_that_nobody_asked_for() -> None:
+    refuse_to_trace(OffloadConfig())
+    refuse_to_trace(OffloadConfig(predictor="none"))
