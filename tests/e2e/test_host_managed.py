@@ -82,6 +82,9 @@ def test_faults(tiny_moe: Path, engine: LiveEngine, tmp_path: Path) -> None:
     engine.run(device_of_any_size)
     engine.start(tiny_moe, ENGINE, **settings)
     assert engine.stats()["copied_bytes"] == 0, "a warm-up run copies experts"
+    taken, least = engine.call(device_slots)
+    assert EXPERTS // 4 * RECORD_BYTES <= taken < EXPERTS * RECORD_BYTES
+    assert 32 * RECORD_BYTES <= least < taken, "what is named where the KV cache finds no room"
     (store,) = (path for path in (tmp_path / "stores").iterdir() if (path / "manifest.json").exists())
     records = [Store.open(store).offset(3, expert) for expert in range(64)]
     with (store / "records.bin").open("r+b") as file:
@@ -117,3 +120,7 @@ def flip(file: BinaryIO, offsets: list[int]) -> None:
 def refuse_copies(worker: Any) -> None:
     runtime = worker.model_runner.get_model().moe_offload.runtime
     next(iter(runtime.layers.values())).pool.memory.device.faults.copies = 0
+
+
+def device_slots(worker: Any) -> tuple[int, int]:
+    return worker.moe_offload.device_slots

@@ -1,12 +1,14 @@
 """What ``auto`` makes slots of, and what is said where slots leave no room for the KV cache."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_moe_offload.errors import ConfigError
+from vllm_moe_offload.integration.cuda import memory
 from vllm_moe_offload.integration.cuda.memory import (
     SEQUENCES,
     DeviceMemory,
@@ -86,3 +88,29 @@ def test_slots_that_leave_no_kv_cache_are_refused_with_a_size_that_does(
         instead = parse_size(named[1])
         assert least <= instead < slots
         assert available + slots - instead >= needed
+
+
+@pytest.mark.parametrize(
+    ("slots", "fixed", "said"),
+    [
+        ((4 * GIB, GIB), None, "cache = '3072MiB' would leave enough"),
+        ((4 * GIB, GIB), GIB, None),  # vLLM was told the size of its KV cache
+        (None, None, None),  # a rank without MoE layers
+    ],
+)
+def test_what_vllm_finds_for_its_kv_cache_is_enough_or_slots_are_named(
+    slots: tuple[int, int] | None, fixed: int | None, said: str | None
+) -> None:
+    worker = SimpleNamespace(
+        moe_offload=SimpleNamespace(device_slots=slots),
+        cache_config=SimpleNamespace(kv_cache_memory_bytes=fixed),
+        model_config=SimpleNamespace(original_max_model_len=4096),
+        vllm_config=None,
+        get_kv_cache_spec=lambda: {"attention": SimpleNamespace(max_memory_usage_bytes=lambda _: 2 * GIB)},
+    )
+    determine = memory._explain_missing_kv_cache(lambda _: GIB)
+    if said is None:
+        assert determine(worker) == GIB
+    else:
+        with pytest.raises(ConfigError, match=said):
+            determine(worker)

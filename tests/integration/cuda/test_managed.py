@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import override_forward_context
 
 from tests.device.virtual import VirtualDevice
 from tests.runtime.record_stores import ODD, RecordStore, build_store, layout
@@ -17,6 +19,7 @@ from vllm_moe_offload.config import OffloadConfig
 from vllm_moe_offload.device.base import RegistrationError
 from vllm_moe_offload.errors import UnsupportedError
 from vllm_moe_offload.integration.cuda.managed import ManagedWindows, RegisteredRecords
+from vllm_moe_offload.integration.method import OffloadedMoEMethod
 from vllm_moe_offload.integration.placement import LoadedModel, ModelSlots
 from vllm_moe_offload.integration.serving import refuse_to_trace
 from vllm_moe_offload.integration.windows import records_to_manage
@@ -193,3 +196,30 @@ def test_what_needs_the_routing_in_time_is_refused_by_name(settings: dict[str, A
 def test_nothing_is_refused_that_nobody_asked_for() -> None:
     refuse_to_trace(OffloadConfig())
     refuse_to_trace(OffloadConfig(predictor="none"))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "mode", "brings_in"),
+    [
+        ({}, CUDAGraphMode.NONE, True),
+        ({}, CUDAGraphMode.PIECEWISE, True),
+        (None, CUDAGraphMode.NONE, False),
+        (None, CUDAGraphMode.PIECEWISE, False),
+        (None, CUDAGraphMode.FULL, True),  # what is captured now runs for requests later
+    ],
+)
+def test_what_a_pass_is_for_decides_whether_a_layer_brings_experts_in(
+    metadata: Any, mode: CUDAGraphMode, brings_in: bool
+) -> None:
+    shown: list[View] = []
+    method: Any = OffloadedMoEMethod.__new__(OffloadedMoEMethod)
+    method.faces = SimpleNamespace(show=shown.append)
+    method.managed = lambda ids: (View.STAGE_1, ids + 3)
+    method.real = SimpleNamespace(apply=lambda layer, x, weights, ids, *_: ids)
+    layer: Any = SimpleNamespace(_expert_map=None)
+    ids = torch.arange(TOP_K)[None]
+    context: Any = SimpleNamespace(attn_metadata=metadata, cudagraph_runtime_mode=mode)
+    with override_forward_context(context):
+        computed = method.compute(layer, torch.zeros(1, 4), torch.ones(1, TOP_K), ids)
+    assert shown == [View.STAGE_1 if brings_in else View.WINDOW]
+    assert torch.equal(computed, ids + 3 if brings_in else ids)
