@@ -109,7 +109,7 @@ def child(job: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
         with log.open("w") as output:
             try:
                 subprocess.run(
-                    [sys.executable, "-m", CHILD, json.dumps(job), str(result)],
+                    [sys.executable, "-P", "-m", CHILD, json.dumps(job), str(result)],
                     env=os.environ | surroundings | environment,
                     stdin=subprocess.DEVNULL,
                     stdout=output,

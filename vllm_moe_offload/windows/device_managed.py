@@ -7,7 +7,7 @@ protection that slots and tables need.
 
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 
 from ..device.base import Device, Event
 from ..device.registered import RegisteredMemory
-from ..predict.heads import HeadWeights
 from .device_tables import DeviceTables, Kernels, Window, zeros
 from .guesses import MOST_ROWS, Guesses, GuessKernels
 from .memory import View, WindowMemory
 from .step_log import RoutedStep, StepLog
+
+if TYPE_CHECKING:
+    from ..predict.heads import HeadWeights
 
 _LANES = (16, 8, 1)
 
@@ -104,7 +106,7 @@ class DeviceManaged:
         self._warmed: deque[tuple[Event, torch.Tensor]] = deque()
         """Pinned ids, in the order in which they go to the device, and the events behind them."""
 
-    def guess(self, weights: HeadWeights, kernels: GuessKernels, *, distance: int, threshold: float) -> Guesses:
+    def guess(self, weights: "HeadWeights", kernels: GuessKernels, *, distance: int, threshold: float) -> Guesses:
         """From now on narrow steps of few rows guess; the caller says what is known before each of them."""
         self._guesses = Guesses(
             self._device,

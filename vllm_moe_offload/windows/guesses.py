@@ -8,16 +8,18 @@ wrong, never harmful: it changes what is loaded, not what is computed.
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ..device.base import Device, Event, Stream
-from ..predict.heads import HeadWeights
 from .device_tables import DeviceTables, Kernels, LayerTables, Ring, zeros
 from .step_log import AHEAD
+
+if TYPE_CHECKING:
+    from ..predict.heads import HeadWeights
 
 MOST_ROWS = 4
 """Of a step with guesses: more rows use so many experts that one more does not count."""
@@ -73,7 +75,7 @@ class Guesses:
     def __init__(
         self,
         device: Device,
-        weights: HeadWeights,
+        weights: "HeadWeights",
         tables: DeviceTables,
         into_window: Sequence[torch.Tensor],
         kernels: GuessKernels,
@@ -160,7 +162,7 @@ class Guesses:
             self.join(layer)
 
 
-def _parts_of(weights: HeadWeights) -> tuple[Sequence[NDArray[np.float32]], ...]:
+def _parts_of(weights: "HeadWeights") -> tuple[Sequence[NDArray[np.float32]], ...]:
     return weights.maps, weights.heads, weights.outputs, weights.output_bias
 
 
