@@ -6,6 +6,7 @@ every process as one dict), then the environment variable ``VLLM_MOE_OFFLOAD``. 
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,10 @@ class CacheBudget(BaseModel):
 
     share: float | None = None
     size: int | None = None
+
+    def given(self, whole: int) -> int | None:
+        """Bytes of a share of ``whole``, or of a size; None for ``auto``."""
+        return self.size if self.share is None else math.ceil(whole * self.share)
 
     @classmethod
     def parse(cls, text: str) -> "CacheBudget":

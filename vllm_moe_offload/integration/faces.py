@@ -80,9 +80,7 @@ class Faces:
         if number == self._shown:
             return
         face, self._shown = self._faces[number], number
-        self._layer._parameters.update(face.parameters)
-        self._layer._buffers.update(face.buffers)
-        vars(self._layer).update(face.plain)
+        self._set_tensors(face)
         for holder, attribute in self._holders:
             setattr(holder, attribute, face.quant_config)
 
@@ -98,10 +96,14 @@ class Faces:
                     face.buffers[name] = weights[first_name]
                 else:
                     face.plain[name] = weights[first_name]
-        layer._parameters.update(face.parameters)
-        layer._buffers.update(face.buffers)
-        vars(layer).update(face.plain)
+        self._set_tensors(face)
         return face._replace(quant_config=self._method.real.get_fused_moe_quant_config(layer))
+
+    def _set_tensors(self, face: _Face) -> None:
+        """Make the tensors of ``face`` the layer's."""
+        self._layer._parameters.update(face.parameters)
+        self._layer._buffers.update(face.buffers)
+        vars(self._layer).update(face.plain)
 
 
 class LayerFaces(Faces):

@@ -106,7 +106,7 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
         self, layer: torch.nn.Module, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
     ) -> torch.Tensor:
         """``apply`` where Python has to look at the routing: what the opaque op runs."""
-        if self.faces is not None and not _serves_somebody(self.managed is not None):
+        if self.faces is not None and not _serves_requests(self.managed is not None):
             return self._compute_with_nothing(layer, x, topk_weights, topk_ids)
         if self.managed is not None:
             return self._compute_managed(layer, x, topk_weights, topk_ids)
@@ -221,7 +221,7 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
         return self.real.is_monolithic
 
 
-def _serves_somebody(in_graphs: bool) -> bool:
+def _serves_requests(in_graphs: bool) -> bool:
     """Whether the running pass serves requests, or is captured to do so in a graph with MoE layers inside."""
     context = get_forward_context()
     return context.attn_metadata is not None or (in_graphs and context.cudagraph_runtime_mode == CUDAGraphMode.FULL)

@@ -3,7 +3,6 @@
 A worker may load several models: the one it serves and those that draft for it. They share one budget.
 """
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -95,10 +94,8 @@ def worker_budget(vllm_config: Any, config: OffloadConfig, expert_bytes: int) ->
     Args:
         expert_bytes: of all the worker's models.
     """
-    if config.budget.share is not None:
-        return Budget(math.ceil(expert_bytes * config.budget.share))
-    if config.budget.size is not None:
-        return Budget(config.budget.size)
+    if (given := config.budget.given(expert_bytes)) is not None:
+        return Budget(given)
     return auto_budget(free_share(), vllm_config.cache_config.kv_cache_memory_bytes)
 
 

@@ -1,6 +1,5 @@
 """A worker's slots in the memory of its device: what the budget gives each model, and the host memory behind them."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,10 +61,8 @@ def device_budget(worker: Any, config: OffloadConfig, models: Sequence[LoadedMod
         ConfigError: ``auto`` finds no room.
     """
     everything = bytes_of_everything(needs)
-    if config.budget.size is not None:
-        return Budget(config.budget.size)
-    if config.budget.share is not None:
-        return Budget(math.ceil(everything * config.budget.share))
+    if (given := config.budget.given(everything)) is not None:
+        return Budget(given)
     least = bytes_of_least(needs)
     layer, _ = next(iter(models[0].layers.values()))
     memory = device_memory(worker, layer)
@@ -90,10 +87,8 @@ def host_budget(config: OffloadConfig, expert_bytes: int, free: int) -> Budget:
         expert_bytes: of all models whose experts are not all on the device.
         free: bytes that this worker may take, for ``auto``.
     """
-    if config.host_budget.share is not None:
-        return Budget(math.ceil(expert_bytes * config.host_budget.share))
-    if config.host_budget.size is not None:
-        return Budget(config.host_budget.size)
+    if (given := config.host_budget.given(expert_bytes)) is not None:
+        return Budget(given)
     spare = int(free * SPARE_SHARE)
     return Budget(min(expert_bytes, spare), f" (auto: {size_text(spare)} to spare)")
 

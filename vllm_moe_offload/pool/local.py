@@ -24,6 +24,7 @@ from .in_flight import InFlightLoads
 from .loader import Load, RecordLoader
 from .memory import HostMemory, SlotMemory
 from .operations import Operations
+from .void import VoidExperts
 
 
 class _LoadingHold(Hold):
@@ -72,8 +73,7 @@ class LocalPool(HostPool):
         self._load_seconds = 0.0
         """Running mean of what a record takes while others are loaded too."""
         self._expected: NDArray[np.float32] | None = None
-        self._void: set[int] = set()
-        """Experts whose loads failed and whose slots somebody may still hold."""
+        self._void = VoidExperts(cache)
 
     @property
     def loader(self) -> RecordLoader:
@@ -235,10 +235,8 @@ class LocalPool(HostPool):
         assert self._operations.held > 0
         self._operations.held -= 1
         self.cache.release(hold.slots)
-        if hold.failures:
-            self._void.update(expert for expert, _ in hold.failures)
-        if self._void:
-            self._forget_void()
+        if hold.failures or self._void:
+            self._void.add_released(expert for expert, _ in hold.failures)
 
     def _new_hold(self, experts: IntArray, acquired: Acquisition) -> tuple[_LoadingHold, LoadReport]:
         assert self.cache.pins[acquired.slots].all(), "a hold needs pins"
@@ -252,14 +250,6 @@ class LocalPool(HostPool):
         if failed:
             keys = ((int(e), (self._layer_of[e], self._number_of[e])) for e in hold.experts)
             hold.failures = [Failure(expert, failed[key]) for expert, key in keys if key in failed]
-
-    def _forget_void(self) -> None:
-        for expert in list(self._void):
-            slot = self.cache.slot_of[expert]
-            if slot == ABSENT or self.cache.pins[slot] == 0:
-                self._void.remove(expert)
-                if slot != ABSENT:
-                    self.cache.forget(np.array([expert]))
 
     def _start_ahead(self, ahead: Acquisition, speculative: bool) -> None:
         loads = self._loads(ahead)

@@ -89,7 +89,7 @@ class DeviceManaged:
         self.tables = DeviceTables(device, [layer.window for layer in layers])
         self._into_window = [_components(device, layer, View.WINDOW) for layer in layers]
         self._into_stage = [_components(device, layer, layer.stage_view) for layer in layers]
-        record_bytes = [sum(part.nbytes for part in layer.memory.layout.components) for layer in layers]
+        record_bytes = [layer.memory.layout.payload_bytes for layer in layers]
         self._log = StepLog(device, kernels, record_bytes, top_k, self._most_rows)
         self.narrow_rows = min(layer.window.slots for layer in layers) // top_k
         """Steps of more rows are wide."""
@@ -197,7 +197,7 @@ class DeviceManaged:
         return self._log.finished()
 
     def reset(self) -> None:
-        """Nobody is in any window: what was routed so far, to warm up, served nobody."""
+        """All windows are empty: what was routed so far only warmed the engine up."""
         self._kernels.reset(self.tables)
 
     def _pinned_ids(self) -> torch.Tensor:
@@ -212,7 +212,7 @@ class DeviceManaged:
         self._kernels.gather(tables, self._into_window[layer], self._misses, ring)
 
     def _begin_wide(self) -> None:
-        """Stages are about to be written: nobody is in windows that are lent to them."""
+        """Stages are about to be written: windows that are lent to them are empty."""
         self._settle()
         self._kernels.forget(self.tables)
 
@@ -243,7 +243,7 @@ class DeviceManaged:
 
 
 def _components(device: Device, layer: ManagedLayer, view: View) -> torch.Tensor:
-    """What ``kernels.gather`` is told of the components of ``layer``."""
+    """The table by which ``kernels.gather`` finds the components of ``layer``."""
     memory, member = layer.memory, layer.member
     to_window = view == View.WINDOW
     targets = memory.slot(member, 0) if to_window else memory.stage_row(layer.stage, 0)

@@ -1,4 +1,4 @@
-"""What a device keeps in its memory to decide by itself who is in its windows."""
+"""What is kept in a device's memory so that its kernels decide which experts are in its windows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from .tables import ABSENT
 
 @dataclass(frozen=True)
 class Window:
-    """One layer, as kernels are told of it."""
+    """One layer, as far as kernels need to know it."""
 
     experts: int
     """Ids are smaller. With expert parallelism, those of all ranks."""
@@ -41,7 +41,7 @@ class LayerTables:
 
 
 class DeviceTables:
-    """The tables of all layers; nobody is in any window at first. Addresses do not change."""
+    """The tables of all layers; all windows are empty at first. Addresses do not change."""
 
     def __init__(self, device: Device, windows: Sequence[Window]):
         self.most_experts = max(window.experts for window in windows)
@@ -106,10 +106,10 @@ class Kernels(Protocol):
         """Write ``ids`` into the ring where nothing else looks at them."""
 
     def forget(self, tables: DeviceTables) -> None:
-        """Nobody is in the windows that are lent."""
+        """The windows that are lent are empty."""
 
     def reset(self, tables: DeviceTables) -> None:
-        """Nobody is in any window, nor has been used."""
+        """All windows are empty, and no expert has been used."""
 
     def advance(self, ring: Ring) -> None:
         """The next step begins."""

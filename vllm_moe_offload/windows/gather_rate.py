@@ -7,10 +7,10 @@ from numpy.typing import NDArray
 from ..device.base import Device, DeviceError
 from ..device.rates import median_seconds
 from . import kernels
-from .device_tables import Ring, zeros
+from .device_tables import DeviceTables, Ring, Window, zeros
+from .launches import TritonKernels
 
 PROGRAMS = (4, 16, 64, 128)
-_WORDS = 1024
 _LANE_BYTES = 16
 
 
@@ -32,8 +32,10 @@ def gather_rates(
     about = [target.data_ptr(), device.address(memory), 0, record_bytes, _LANE_BYTES]
     components.copy_(torch.tensor([about]))
 
+    (layer,) = DeviceTables(device, [Window(count, count, 0, False)]).layers
+
     def gather(grid: int) -> None:
-        kernels.gather[(grid,)](misses, components, 1, grid, ring.header, 0, BLOCK=_WORDS)
+        TritonKernels(count, programs=grid).gather(layer, components, misses, ring)
         device.synchronize(device.record(device.main))
 
     rates = {}

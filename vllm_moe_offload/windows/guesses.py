@@ -66,7 +66,7 @@ class Guesses:
     """Of one model's layers.
 
     Args:
-        into_window: by layer what ``gather`` is told of its components.
+        into_window: by layer the table by which ``gather`` finds its components.
         ring: that of the steps.
         distance: layers that a guess is ahead.
         threshold: probability above which an expert is loaded.

@@ -62,7 +62,7 @@ class HostManaged:
         self._operations = Operations(lambda: HostReads(device))
         self._clock = KernelClock(device)
         self._warm_up = True
-        """No step has begun: what was routed so far served nobody."""
+        """No step has begun: what was routed so far only warmed the engine up."""
         self.memories: dict[RecordLayout, WindowMemory] = {}
         self._stages: list[Stages] = []
         self._tiers: dict[str, HostTier] = {}

@@ -1,4 +1,4 @@
-"""Kernels that decide on the device who is in a window, and bring in what is missing.
+"""Kernels that decide on the device which experts are in a window, and load what is missing.
 
 ``manage`` and ``stage`` are one program each. Everything they read is read before the first store and kept in
 registers: a result never depends on a barrier between threads. All sizes are run-time arguments; only powers of two

@@ -19,6 +19,7 @@ from ..device.transfer import Guess
 from ..load_report import NOTHING, LoadReport
 from ..pool.base import Hold, SlotPool, Span
 from ..pool.operations import Operations
+from ..pool.void import VoidExperts
 from ..pool.waves import streams
 from ..store.layout import RecordLayout
 from .clock import KernelClock
@@ -89,8 +90,7 @@ class WindowPool(SlotPool):
         self._guessed: _Guessed | None = None
         self._read_at = -1
         """When its kernel last read it, by ``clock``."""
-        self._void: set[int] = set()
-        """Experts in slots that hold something else, because their records could not be read."""
+        self._void = VoidExperts(cache)
         self._expected: NDArray[np.float32] | None = None
         operations.pools.append(self)
 
@@ -208,8 +208,7 @@ class WindowPool(SlotPool):
             else:
                 self._read_at = self._clock.step
                 self.cache.release(hold.window_slots)
-                self._void.update(failure.expert - self._layer.start for failure in hold.failures)
-                self._forget_void()
+                self._void.add_released(failure.expert - self._layer.start for failure in hold.failures)
             self._operations.loader.queue.pump()
             self._operations.loader.reap()
 
@@ -388,11 +387,3 @@ class WindowPool(SlotPool):
             self._guessed = None
             return report + self._undo_guess(guessed)
         return report
-
-    def _forget_void(self) -> None:
-        for expert in list(self._void):
-            slot = self.cache.slot_of[expert]
-            if slot == ABSENT or self.cache.pins[slot] == 0:
-                self._void.remove(expert)
-                if slot != ABSENT:
-                    self.cache.forget(np.array([expert]))

@@ -1,4 +1,4 @@
-"""What a device has decided comes to the host a step or two later, and nobody waits for it."""
+"""What a device has decided comes to the host a step or two later; the host does not wait for it."""
 
 from collections import deque
 from collections.abc import Sequence

@@ -123,7 +123,7 @@ class WindowTables:
         return self.heat[experts] >> np.minimum(epoch - self.epoch[experts], 31)
 
     def forget(self) -> None:
-        """The slots have been overwritten: nobody is in them. Heat stays."""
+        """The slots have been overwritten: all are free. Heat stays."""
         self.slot_of[:] = ABSENT
         self.expert_of[:] = ABSENT
 

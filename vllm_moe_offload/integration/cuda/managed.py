@@ -98,7 +98,7 @@ class ManagedWindows:
         """That layers were given by this process in the running step; graphs that are replayed do not say."""
         self._steps = 0
         self.runs = False
-        """Whether a step runs. Passes outside of steps serve nobody."""
+        """Whether a step runs. Passes outside of steps serve no request."""
         self.copied_whole = 0
         """Bytes of layers that were copied with all their experts."""
 

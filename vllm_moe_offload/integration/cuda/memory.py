@@ -46,7 +46,7 @@ class AutomaticSlots(NamedTuple):
 
 
 def automatic_slots(memory: DeviceMemory, sequences: int, least: int, most: int) -> AutomaticSlots:
-    """How much memory slots get where nobody said how much: what is left beside everything else.
+    """How much memory slots get where ``cache`` is ``auto``: what is left beside everything else.
 
     Args:
         sequences: for whose KV cache room is left, if the least slots allow it.

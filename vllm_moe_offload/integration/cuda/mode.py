@@ -1,6 +1,6 @@
-"""Who manages the experts of a GPU: the GPU by itself, or the host, which looks at the routing of each layer.
+"""Whether experts in a GPU's memory are managed on the GPU, or by the host, which reads the routing of each layer.
 
-The GPU does wherever it can: its steps run inside of full CUDA graphs and wait for nobody. There is nothing to set.
+On the GPU wherever possible: steps then run inside of full CUDA graphs and wait for no host. There is nothing to set.
 """
 
 from typing import Any
@@ -50,7 +50,7 @@ def obstacle_of_any(own: str) -> str:
 
 
 def log_mode(obstacle: str, layers: int) -> None:
-    """Say once who manages the experts of ``layers`` MoE layers, and why, and what it costs."""
+    """Log once what manages the experts of ``layers`` MoE layers, and why, and what it costs."""
     if not obstacle:
         logger.info("the GPU manages its experts by itself")
         return
