@@ -58,7 +58,13 @@ def test_same_tokens_through_a_daemon(
 def test_the_next_engine_finds_the_daemon_warm(
     tiny_moe: Path, tiny_moe_bytes: int, offloaded: EngineServer, tmp_path: Path, share: float
 ) -> None:
-    one_request = [{"prompts": prompts(1, seed=6), "tokens": 48}]
+    """What the first engine's request used is still resident, so the second engine's same request misses nothing.
+
+    In a quarter of the slots the request is one that cannot need more experts than these: which experts of a longer one
+    are left at its end depends on when loads arrive.
+    """
+    tokens = 1 if share < 1 else 48
+    one_request = [{"prompts": [prompts(1, seed=6)[0][:3]], "tokens": tokens}]
     with running_daemon(tmp_path / "daemon.sock", int(tiny_moe_bytes * share * ROOM), store_root()) as daemon:
         first, second = (
             offloaded.run(tiny_moe, TINY_MOE | through(daemon, cache=f"{share:.0%}"), one_request) for _ in range(2)
@@ -69,7 +75,7 @@ def test_the_next_engine_finds_the_daemon_warm(
             stats = model.stats
             assert stats["loads"] == stats["resident_experts"] == stats["experts"], "the second engine read again"
         else:
-            assert second["stats"][0]["misses"] < first["stats"][0]["misses"], "the second engine started cold"
+            assert first["stats"][0]["misses"] > second["stats"][0]["misses"] == 0, "the second engine started cold"
 
 
 def test_two_models_in_one_daemon(
