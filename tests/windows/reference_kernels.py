@@ -12,7 +12,9 @@ from tests.device.virtual import Memory, VirtualDevice, VirtualStream
 from vllm_moe_offload.predict import kernels
 from vllm_moe_offload.windows.device_tables import DeviceTables, Kernels, LayerTables, Ring
 from vllm_moe_offload.windows.guesses import GuessKernels, Head
-from vllm_moe_offload.windows.tables import ABSENT, WindowTables
+from vllm_moe_offload.windows.tables import ABSENT, Outcomes, WindowTables
+
+NO_OUTCOMES = Outcomes(0, 0, 0)
 
 
 class ReferenceKernels(Kernels):
@@ -36,12 +38,13 @@ class ReferenceKernels(Kernels):
         def compute(values: list[Memory]) -> None:
             given, real, tables, header = (np.asarray(value) for value in values)
             policy = policy_of(layer, tables)
-            slots, missing = policy.serve(given, int(header[0]), int(real[0]))
+            (slots, missing), outcomes = policy.serve_and_count(given, int(header[0]), int(real[0]))
             out.copy_(torch.from_numpy(np.where(slots >= 0, slots + window.base, ABSENT)))
             missing[:, 0] = tables[3][missing[:, 0]]
             write_misses(misses, missing, np.full(len(missing), ABSENT))
             write_residents(layer, policy, tables)
-            write_ring(ring, layer, given, int(real[0]), len(used_of(given, real)), len(missing))
+            used = len(used_of(given, real))
+            write_ring(ring, layer, given, int(real[0]), used, len(missing), outcomes)
 
         def writes() -> Sequence[Memory]:
             return [layer.tables, out, misses, *entry_of(ring, layer, ids)]
@@ -67,20 +70,29 @@ class ReferenceKernels(Kernels):
             self.device.main, lambda: reads, compute, lambda: [misses, *entry_of(ring, layer, ids)], "stage"
         )
 
-    def gather(self, layer: LayerTables, components: torch.Tensor, misses: torch.Tensor, ring: Ring) -> None:
+    def gather(
+        self,
+        layer: LayerTables,
+        components: torch.Tensor,
+        misses: torch.Tensor,
+        ring: Ring,
+        part: int = 0,
+        parts: int = 1,
+    ) -> None:
         def moves() -> list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
             listed = misses[1 : 1 + 3 * int(misses[0])].view(-1, 3).tolist()
             return [
                 (
-                    at(target + row * nbytes, nbytes),
-                    at(window + slot * nbytes if slot >= 0 else host + record * nbytes, nbytes),
+                    at(target + row * nbytes, nbytes)[cut],
+                    at(window + slot * nbytes if slot >= 0 else host + record * nbytes, nbytes)[cut],
                 )
                 for record, row, slot in listed
                 for target, host, window, nbytes, _ in components.tolist()
+                for cut in [slice(nbytes * part // parts, nbytes * (part + 1) // parts)]
             ]
 
         def copied() -> torch.Tensor:
-            return ring.notes[int(ring.step[0]) % len(ring.notes), layer.number, 6:]
+            return ring.notes[int(ring.step[0]) % len(ring.notes), layer.number, 6:7]
 
         def compute(values: list[Memory]) -> None:
             _, _, _, before, *sources = values
@@ -113,7 +125,7 @@ class ReferenceKernels(Kernels):
 
     def reset(self, tables: DeviceTables) -> None:
         self._fill([row for layer in tables.layers for row in (layer.tables[0], layer.tables[4])], ABSENT)
-        self._fill([row for layer in tables.layers for row in (layer.tables[1], layer.tables[2])], 0)
+        self._fill([row for layer in tables.layers for row in (layer.tables[1], layer.tables[2], layer.tables[5])], 0)
 
     def advance(self, ring: Ring) -> None:
         def compute(values: list[Memory]) -> None:
@@ -186,6 +198,7 @@ def policy_of(layer: LayerTables, tables: NDArray[np.int32]) -> WindowTables:
     policy.slot_of[:] = np.where(rows >= 0, rows - window.base, ABSENT)
     policy.heat[:], policy.epoch[:] = tables[1, : window.experts], tables[2, : window.experts]
     policy.expert_of[:] = tables[4, : window.slots]
+    policy.mark[:] = tables[5, : window.experts]
     return policy
 
 
@@ -194,7 +207,7 @@ def write_residents(layer: LayerTables, policy: WindowTables, tables: NDArray[np
     window = layer.window
     tables[0, : window.experts] = np.where(policy.slot_of >= 0, policy.slot_of + window.base, ABSENT)
     tables[1, : window.experts], tables[2, : window.experts] = policy.heat, policy.epoch
-    tables[4, : window.slots] = policy.expert_of
+    tables[4, : window.slots], tables[5, : window.experts] = policy.expert_of, policy.mark
     layer.tables.copy_(torch.from_numpy(tables))
 
 
@@ -216,11 +229,19 @@ def entry_of(ring: Ring, layer: LayerTables, ids: torch.Tensor) -> list[torch.Te
     return [ring.ids[entry, first : first + ids.numel()], ring.notes[entry, layer.number]]
 
 
-def write_ring(ring: Ring, layer: LayerTables, ids: NDArray[np.integer], real: int, used: int, misses: int) -> None:
+def write_ring(
+    ring: Ring,
+    layer: LayerTables,
+    ids: NDArray[np.integer],
+    real: int,
+    used: int,
+    misses: int,
+    outcomes: Outcomes = NO_OUTCOMES,
+) -> None:
     kept, note = entry_of(ring, layer, torch.from_numpy(ids))
     kept.copy_(torch.from_numpy(ids.reshape(-1)))
     real_ids = min(real * ids.shape[1], ids.size)
-    note.copy_(torch.tensor([int(ring.step[0]), ids.size, real_ids, used, misses, 0, 0]))
+    note.copy_(torch.tensor([int(ring.step[0]), ids.size, real_ids, used, misses, 0, 0, *outcomes]))
 
 
 def at(address: int, nbytes: int) -> NDArray[np.uint8]:

@@ -30,6 +30,8 @@ SCALARS = {
     "layer",
     "n_components",
     "programs",
+    "part",
+    "parts",
     "most_rows",
     "hidden",
 }

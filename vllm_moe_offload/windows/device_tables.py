@@ -38,6 +38,8 @@ class LayerTables:
         """int32 ``[experts]``, as ``kernels`` says. The first is the expert map of the layer's kernel where ranks share
         out the experts; the last one is that for a stage."""
         self.expert_of = tables[4, : window.slots]
+        self.mark = tables[5, : window.experts]
+        """int32 ``[experts]``: of speculative loads."""
 
 
 class DeviceTables:
@@ -99,8 +101,16 @@ class Kernels(Protocol):
     ) -> None:
         """List all that a step uses which is too wide for the window, for the stage."""
 
-    def gather(self, layer: LayerTables, components: torch.Tensor, misses: torch.Tensor, ring: Ring) -> None:
-        """Copy what is listed to where ``components`` says."""
+    def gather(
+        self,
+        layer: LayerTables,
+        components: torch.Tensor,
+        misses: torch.Tensor,
+        ring: Ring,
+        part: int = 0,
+        parts: int = 1,
+    ) -> None:
+        """Copy what is listed to where ``components`` says, or one of so many parts of each record."""
 
     def note(self, layer: LayerTables, ids: torch.Tensor, real_rows: torch.Tensor, ring: Ring) -> None:
         """Write ``ids`` into the ring where nothing else looks at them."""

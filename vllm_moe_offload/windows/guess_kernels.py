@@ -81,6 +81,7 @@ def select_guess(
     since = tl.load(tables + 2 * width + lane, mask=is_expert, other=0)
     record = tl.load(tables + 3 * width + lane, mask=is_expert, other=-1)
     who = tl.load(tables + 4 * width + lane, mask=lane < slots, other=-1)
+    mark = tl.load(tables + 5 * width + lane, mask=is_expert, other=0)
     score = tl.full((P,), float("-inf"), tl.float32)
     for r in range(0, tl.minimum(tl.load(n_rows), most_rows)):
         score = tl.maximum(score, tl.load(scores + r * experts + lane, mask=is_expert, other=float("-inf")))
@@ -96,6 +97,7 @@ def select_guess(
         row = tl.where(lane == left, -1, tl.where(lane == expert, base + slot, row))
         tl.store(tables + lane, row, mask=is_expert)
         tl.store(tables + 4 * width + lane, tl.where(lane == slot, expert, who), mask=lane < slots)
+        tl.store(tables + 5 * width + lane, tl.where(mark > 0, 3, 2), mask=lane == expert)
         tl.store(misses + 1, tl.sum(tl.where(lane == expert, record, 0), axis=0))
         tl.store(misses + 2, slot)
         tl.store(misses + 3, -1)

@@ -4,9 +4,9 @@
 registers: a result never depends on a barrier between threads. All sizes are run-time arguments; only powers of two
 are constants, so that one compilation serves all layers of a model.
 
-*tables*: int32 ``[5, width]`` of one layer. By expert: its row in what the layer's kernel is shown or -1, then its heat
-and epoch as in ``WindowTables``, then the number of its record or -1 if it is kept elsewhere; last, the expert in each
-slot or -1.
+*tables*: int32 ``[6, width]`` of one layer. By expert: its row in what the layer's kernel is shown or -1, then its heat
+and epoch as in ``WindowTables``, then the number of its record or -1 if it is kept elsewhere; then the expert in each
+slot or -1; last, by expert, ``WindowTables.mark``.
 
 *misses*: int32 ``[1 + 3 * M]``. Their number, then for each one its record, the row of the target, and the slot of the
 window that has it already, or -1.
@@ -14,7 +14,8 @@ window that has it already, or -1.
 *ring*: what the last steps did, as ``RING`` int64: the number of the step under way, entries, ids that one has room
 for, layers, and the addresses of the ids (int16 ``[entries, room]``, in an entry those of all layers one after the
 other) and of the notes (int64 ``[entries, layers, NOTE]``: the step, its ids, those of real rows, experts used, misses,
-whether these did not fit, bytes that ``gather`` has copied).
+whether these did not fit, bytes that ``gather`` has copied, and of speculative loads since the note before: started,
+useful, wasted).
 """
 
 import triton
@@ -22,9 +23,9 @@ import triton.language as tl
 
 from .tables import HALF_LIFE, MOST_HEAT, USE
 
-TABLES = 5
+TABLES = 6
 RING = 6
-NOTE = 7
+NOTE = 10
 COMPONENT = 5
 """Numbers that ``gather`` needs of each component: addresses of row 0 of the target, of record 0 on the host and of
 slot 0 of the window; bytes of each of them; bytes per lane: 16, 8 or 1."""
@@ -79,9 +80,11 @@ def manage(
     since = tl.load(tables + 2 * width + lane, mask=lane < experts, other=0)
     record = tl.load(tables + 3 * width + lane, mask=lane < experts, other=-1)
     who = tl.load(tables + 4 * width + lane, mask=lane < slots, other=-1)
+    mark = tl.load(tables + 5 * width + lane, mask=lane < experts, other=0)
 
     used = (_used(ids, n_real, lane, CHUNK) == 1) & (record >= 0)
     cooled = warm >> tl.minimum(epoch - since, 31)
+    was_here = row >= 0
     missing = used & (row < 0)
     n_missing = tl.sum(missing.to(tl.int32), axis=0)
     n_loaded = n_missing
@@ -96,7 +99,17 @@ def manage(
     _rewrite(ids, n_ids, n_real, top_k, row, base, keep_ids, out, CHUNK)
     _keep_ids(ids, n_ids, ring, layer, 0, CHUNK)
     n_used = tl.sum(used.to(tl.int32), axis=0)
-    _note(ring, layer, n_ids, n_real, n_used, n_loaded, (n_loaded < n_missing).to(tl.int32))
+    useful = (mark > 0) & was_here & used
+    wasted = (mark > 0) & ((was_here & (row >= 0)) == 0)
+    tl.store(tables + 5 * width + lane, tl.where(useful | wasted, 0, tl.minimum(mark, 1)), mask=mark > 0)
+    outcomes = _packed(mark >= 2, useful, wasted.to(tl.int64) + (mark == 3).to(tl.int64))
+    _note(ring, layer, n_ids, n_real, n_used, n_loaded, (n_loaded < n_missing).to(tl.int32), outcomes)
+
+
+@triton.jit
+def _packed(started, useful, wasted):
+    """Three sums of at most 2^20 each in one number: one reduction instead of three."""
+    return tl.sum(started.to(tl.int64) | (useful.to(tl.int64) << 20) | (wasted.to(tl.int64) << 40), axis=0)
 
 
 @triton.jit
@@ -162,8 +175,8 @@ def _keep_ids(ids, n_ids, ring, layer, begin, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _note(ring, layer, n_ids, n_real, used, misses, overflow):
-    """Write one layer's note; ``gather`` adds to its last number."""
+def _note(ring, layer, n_ids, n_real, used, misses, overflow, outcomes):
+    """Write one layer's note; ``gather`` adds to its bytes. ``outcomes``: of speculative loads, ``_packed``."""
     note = _note_of(ring, layer)
     tl.store(note, tl.load(ring))
     tl.store(note + 1, n_ids.to(tl.int64))
@@ -172,6 +185,9 @@ def _note(ring, layer, n_ids, n_real, used, misses, overflow):
     tl.store(note + 4, misses.to(tl.int64))
     tl.store(note + 5, overflow.to(tl.int64))
     tl.store(note + 6, tl.full((), 0, tl.int64))
+    tl.store(note + 7, outcomes & 0xFFFFF)
+    tl.store(note + 8, (outcomes >> 20) & 0xFFFFF)
+    tl.store(note + 9, outcomes >> 40)
 
 
 @triton.jit
@@ -215,7 +231,7 @@ def stage(
     tl.store(listed + 2, slot, mask=used)
     tl.store(misses, count)
     _keep_ids(ids, n_ids, ring, layer, 0, CHUNK)
-    _note(ring, layer, n_ids, n_real, count, count, tl.full((), 0, tl.int32))
+    _note(ring, layer, n_ids, n_real, count, count, tl.full((), 0, tl.int32), tl.full((), 0, tl.int64))
 
 
 @triton.jit(do_not_specialize=["n_ids", "top_k", "layer"], do_not_specialize_on_alignment=["ids"])
@@ -225,7 +241,8 @@ def note(ids, n_ids, top_k, real_rows, ring, layer, CHUNK: tl.constexpr):
     _keep_ids(ids, tl.minimum(begin + CHUNK, n_ids), ring, layer, begin, CHUNK)
     if begin == 0:
         nothing = tl.full((), 0, tl.int32)
-        _note(ring, layer, n_ids, tl.minimum(tl.load(real_rows) * top_k, n_ids), nothing, nothing, nothing)
+        n_real = tl.minimum(tl.load(real_rows) * top_k, n_ids)
+        _note(ring, layer, n_ids, n_real, nothing, nothing, nothing, tl.full((), 0, tl.int64))
 
 
 @triton.jit
@@ -241,13 +258,14 @@ def _copy(target, source, nbytes, first, BLOCK: tl.constexpr, WORD: tl.constexpr
     return tl.minimum(words - first, BLOCK) * size
 
 
-@triton.jit(do_not_specialize=["n_components", "programs", "layer"])
-def gather(misses, components, n_components, programs, ring, layer, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["n_components", "programs", "part", "parts", "layer"])
+def gather(misses, components, n_components, programs, part, parts, ring, layer, BLOCK: tl.constexpr):
     """Copy every miss, all components: from host memory, or from the window where that has it.
 
     Args:
         components: int64 ``[n_components, COMPONENT]``.
         programs: of this launch; they share the blocks of ``BLOCK`` words.
+        part, parts: which part of each record's blocks.
     """
     count = tl.load(misses)
     if count == 0:
@@ -258,10 +276,12 @@ def gather(misses, components, n_components, programs, ring, layer, BLOCK: tl.co
         target, host, window = tl.load(about), tl.load(about + 1), tl.load(about + 2)
         nbytes, per_lane = tl.load(about + 3), tl.load(about + 4)
         word = tl.minimum(per_lane, 8)
-        blocks = ((nbytes // word + BLOCK - 1) // BLOCK).to(tl.int32)
+        of_record = (nbytes // word + BLOCK - 1) // BLOCK
+        begin = (of_record * part // parts).to(tl.int32)
+        blocks = (of_record * (part + 1) // parts).to(tl.int32) - begin
         for unit in range(tl.program_id(0), count * blocks, programs):
             miss = misses + 1 + 3 * (unit // blocks)
-            first = unit % blocks * BLOCK
+            first = (begin + unit % blocks) * BLOCK
             slot = tl.load(miss + 2).to(tl.int64)
             record = tl.load(miss).to(tl.int64)
             source = tl.where(slot >= 0, window + slot * nbytes, host + record * nbytes)

@@ -71,9 +71,17 @@ class TritonKernels:
             **COMPILE_OPTIONS,
         )
 
-    def gather(self, layer: LayerTables, components: torch.Tensor, misses: torch.Tensor, ring: Ring) -> None:
+    def gather(
+        self,
+        layer: LayerTables,
+        components: torch.Tensor,
+        misses: torch.Tensor,
+        ring: Ring,
+        part: int = 0,
+        parts: int = 1,
+    ) -> None:
         kernels.gather[(self._programs,)](
-            *(misses, components, len(components), self._programs, ring.header, layer.number),
+            *(misses, components, len(components), self._programs, part, parts, ring.header, layer.number),
             BLOCK=_COPY_WORDS,
             **COMPILE_OPTIONS,
         )
@@ -134,6 +142,7 @@ class TritonKernels:
         tables.tables[:, 0].fill_(ABSENT)
         tables.tables[:, 1:3].zero_()
         tables.tables[:, 4].fill_(ABSENT)
+        tables.tables[:, 5].zero_()
 
     def advance(self, ring: Ring) -> None:
         ring.step.add_(1)

@@ -26,7 +26,13 @@ class RoutedStep(NamedTuple):
     used: NDArray[np.int64]
     """``[layers]``: distinct experts, 0 where all of a layer were brought in."""
     misses: NDArray[np.int64]
-    """``[layers]``: records copied by ``gather``."""
+    """``[layers]``: records copied because the step used them."""
+    started: NDArray[np.int64]
+    """``[layers]``: speculative loads since the step before that ran the layer."""
+    useful: NDArray[np.int64]
+    """``[layers]``: experts used for the first time since they were loaded speculatively."""
+    wasted: NDArray[np.int64]
+    """``[layers]``: experts overwritten since they were loaded speculatively, and not used between."""
 
 
 class _Read(NamedTuple):
@@ -89,7 +95,7 @@ class StepLog:
     def _take(self, read: _Read) -> None:
         entry = read.step % STEPS
         notes = self._notes[entry].view(self._layers, -1).numpy()
-        steps, n_ids, n_real, used, misses, overflow, copied = notes.T.copy()
+        steps, n_ids, n_real, used, misses, overflow, copied, *outcomes = notes.T.copy()
         if (steps != read.step).any():
             return  # not all layers ran: nothing of it is to be learned from
         if overflow.any():
@@ -104,4 +110,4 @@ class StepLog:
         assert rows <= read.rows and (n_ids == rows * self._top_k).all(), (n_ids, shape)
         ids = self._ids[entry][: int(np.prod(shape))].view(shape).numpy()
         real = int(n_real[0]) // self._top_k
-        self._complete.append(RoutedStep(read.step, ids[:, :real].copy(), used, misses))
+        self._complete.append(RoutedStep(read.step, ids[:, :real].copy(), used, misses, *outcomes))

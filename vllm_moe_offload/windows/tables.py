@@ -18,6 +18,9 @@ USE = 1 << 16
 MOST_HEAT = 1 << 30
 """Heat is cut off here."""
 ABSENT = -1
+COUNTED, STARTED, STARTED_AGAIN = 1, 2, 3
+"""``WindowTables.mark``: loaded speculatively and not used since; the second, not in ``outcomes`` yet; the third, when
+an earlier such load was overwritten."""
 
 
 class Served(NamedTuple):
@@ -27,6 +30,16 @@ class Served(NamedTuple):
     """In the shape of the ids: their slots, ``ABSENT`` for ids that are negative or of experts kept elsewhere."""
     misses: NDArray[np.int32]
     """``[M, 2]``: expert and the slot it has to be loaded into, by ascending expert."""
+
+
+class Outcomes(NamedTuple):
+    """Of speculative loads of one layer, since they were counted last."""
+
+    started: int
+    useful: int
+    """Used where they were loaded to."""
+    wasted: int
+    """Overwritten before they were used."""
 
 
 class TooManyExpertsError(ValueError):
@@ -54,6 +67,8 @@ class WindowTables:
         """As of the expert's ``epoch``."""
         self.epoch = np.zeros(experts, dtype=np.int32)
         """When the expert was used last."""
+        self.mark = np.zeros(experts, dtype=np.int32)
+        """0, or what became of the expert's latest speculative load."""
 
     def serve(self, ids: NDArray[np.integer], step: int, real_rows: int | None = None) -> Served:
         """Slots for ``ids`` of one step; what has none takes free slots, then those of the least heat.
@@ -116,7 +131,21 @@ class WindowTables:
         if left != ABSENT:
             self.slot_of[left] = ABSENT
         self.slot_of[expert], self.expert_of[slot] = slot, expert
+        self.mark[expert] = STARTED_AGAIN if self.mark[expert] else STARTED
         return np.array([[expert, slot]], dtype=np.int32)
+
+    def serve_and_count(
+        self, ids: NDArray[np.integer], step: int, real_rows: int | None = None
+    ) -> tuple[Served, Outcomes]:
+        """``serve``, and what became of speculative loads."""
+        was_here = self.slot_of != ABSENT
+        served = self.serve(ids, step, real_rows)
+        used = np.isin(np.arange(len(self.slot_of)), ids[: len(ids) if real_rows is None else real_rows])
+        useful = (self.mark > 0) & was_here & used
+        wasted = (self.mark > 0) & ~(was_here & (self.slot_of != ABSENT))
+        started, again = self.mark >= STARTED, self.mark == STARTED_AGAIN
+        self.mark = np.where(useful | wasted, 0, np.minimum(self.mark, COUNTED)).astype(np.int32)
+        return served, Outcomes(int(started.sum()), int(useful.sum()), int(wasted.sum() + again.sum()))
 
     def heat_at(self, experts: NDArray[np.integer], epoch: np.int32) -> NDArray[np.int32]:
         """What is left of the heat of ``experts``."""

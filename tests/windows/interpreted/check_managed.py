@@ -91,6 +91,22 @@ def test_wide_steps_between_narrow_ones(is_lent: bool) -> None:
                 layer.forget()
 
 
+def test_speculative_loads_between_steps_are_counted() -> None:
+    rng = np.random.default_rng(11)
+    layer = WindowedLayer(24, 14, PARTS, base=2, is_lent=True)
+    started, outcomes = 0, np.zeros(3, np.int64)
+    for step in range(1, 60):
+        for _ in range(int(rng.integers(3))):
+            started += layer.guess(rng.normal(-1, 1, 24).astype(np.float32), step)
+        layer.serve(routed(rng, 24, 4, 2, 3), step, 2)
+        outcomes += layer.ring.notes[step % len(layer.ring.notes), layer.layer.number, 7:].numpy()
+        if step % 20 == 0:
+            layer.forget()
+    pending = np.count_nonzero(layer.policy.mark)
+    assert outcomes[0] == started == outcomes[1:].sum() + pending
+    assert (outcomes[1:] > 5).all()
+
+
 def test_a_rank_stages_what_it_owns() -> None:
     record_of = np.where(np.arange(24) >= 12, np.arange(24) - 12, -1).astype(np.int32)
     layer = WindowedLayer(24, 6, PARTS, record_of=record_of)
@@ -103,4 +119,4 @@ def test_noted_ids_are_in_the_ring() -> None:
     ids = np.arange(12, dtype=np.int32).reshape(6, 2)
     layer.real_rows[0], layer.ring.step[0] = 4, 5
     layer.kernels.note(layer.layer, torch.from_numpy(ids), layer.real_rows, layer.ring)
-    layer._compare_ring(ids, 5, [12, 8, 0, 0, 0, 0])
+    layer._compare_ring(ids, 5, [12, 8, 0, 0, 0, 0, 0, 0, 0])

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from tests.device.virtual import VirtualDevice
 from vllm_moe_offload.windows.device_tables import DeviceTables, Ring, Window
 from vllm_moe_offload.windows.launches import TritonKernels
-from vllm_moe_offload.windows.tables import ABSENT, TooManyExpertsError, WindowTables
+from vllm_moe_offload.windows.tables import ABSENT, Outcomes, TooManyExpertsError, WindowTables
 
 UNTOUCHED = 0xA5
 RING = 3
 MOST_IDS = 96
+NOTHING = Outcomes(0, 0, 0)
 
 
 class Part:
@@ -56,6 +57,7 @@ class WindowedLayer:
         self.tables = DeviceTables(device, windows)
         self.layer = self.tables.layers[number]
         self.ring = Ring(device, RING, len(windows), len(windows) * MOST_IDS)
+        self.loaded = Ring(device, 1, len(windows), 1)
         owned = None if record_of is None else record_of >= 0
         self.record_of = np.arange(experts, dtype=np.int32) if record_of is None else record_of
         self.policy = WindowTables(experts, slots, owned)
@@ -76,16 +78,18 @@ class WindowedLayer:
         self.kernels.gather(self.layer, self.into_window, self.misses, self.ring)
         overflow = 0
         try:
-            slots, misses = self.policy.serve(ids, step, real)
+            (slots, misses), outcomes = self.policy.serve_and_count(ids, step, real)
         except TooManyExpertsError:
-            overflow, misses = 1, np.empty((0, 2), np.int32)
+            overflow, misses, outcomes = 1, np.empty((0, 2), np.int32), NOTHING
             slots = np.where(ids >= 0, self.policy.slot_of[np.maximum(ids, 0)], ABSENT)
             slots[real:] = slots[0]
         self._compare(ids, slots, misses, real, out.numpy())
         used = np.unique(ids[:real][ids[:real] >= 0])
         used = used[self.record_of[used] >= 0]
         loaded = len(misses) * sum(part.host.shape[1] for part in self.parts)
-        self._compare_ring(ids, step, [ids.size, real * ids.shape[1], len(used), len(misses), overflow, loaded])
+        self._compare_ring(
+            ids, step, [ids.size, real * ids.shape[1], len(used), len(misses), overflow, loaded, *outcomes]
+        )
 
     def serve_wide(self, ids: NDArray[np.integer], step: int, real: int) -> None:
         """One step through the stage; what the window holds comes from there unless it is lent."""
@@ -108,7 +112,18 @@ class WindowedLayer:
             part.window ^= 0xFF
             assert (np.delete(part.stage, local, axis=0) == UNTOUCHED).all()
         loaded = len(used) * sum(part.host.shape[1] for part in self.parts)
-        self._compare_ring(ids, step, [ids.size, real * ids.shape[1], len(used), len(used), 0, loaded])
+        self._compare_ring(ids, step, [ids.size, real * ids.shape[1], len(used), len(used), 0, loaded, *NOTHING])
+
+    def guess(self, scores: NDArray[np.float32], step: int) -> int:
+        """Load an absent expert with a score above 0 in two halves; how many that were."""
+        self.ring.step[0] = step
+        misses, rows = torch.full((4,), -9, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+        self.kernels.select_guess(self.layer, torch.from_numpy(scores[None]), rows, 0.0, misses, self.ring)
+        for half in range(2):
+            self.kernels.gather(self.layer, self.into_window, misses, self.loaded, half, 2)
+        guessed = self.policy.guess(scores, step, 0.0)
+        self._compare_tables()
+        return len(guessed)
 
     def forget(self) -> None:
         """The window has been overwritten."""
@@ -125,7 +140,7 @@ class WindowedLayer:
         real: int,
         out: NDArray[np.integer],
     ) -> None:
-        window, policy = self.layer.window, self.policy
+        window = self.layer.window
         if window.record_of is None:
             expected = np.where(slots >= 0, slots + window.base, ABSENT)
         else:
@@ -134,9 +149,14 @@ class WindowedLayer:
         count = int(self.misses[0])
         listed = self.misses[1 : 1 + 3 * count].numpy().reshape(count, 3)
         assert listed.tolist() == [[self.record_of[expert], slot, -1] for expert, slot in misses]
-        row_of = np.where(policy.slot_of >= 0, policy.slot_of + window.base, ABSENT)
-        tables = self.layer.row_of, self.layer.expert_of, self.layer.heat, self.layer.epoch
-        for table, decided in zip(tables, (row_of, policy.expert_of, policy.heat, policy.epoch), strict=True):
+        self._compare_tables()
+
+    def _compare_tables(self) -> None:
+        layer, policy = self.layer, self.policy
+        row_of = np.where(policy.slot_of >= 0, policy.slot_of + layer.window.base, ABSENT)
+        tables = layer.row_of, layer.expert_of, layer.heat, layer.epoch, layer.mark
+        decisions = row_of, policy.expert_of, policy.heat, policy.epoch, policy.mark
+        for table, decided in zip(tables, decisions, strict=True):
             assert (table.numpy() == decided).all()
         occupied = np.flatnonzero(policy.expert_of >= 0)
         for part in self.parts:

@@ -155,7 +155,10 @@ class ManagedWindows:
             stats.hits += int(step.used.sum()) - misses
             stats.misses += misses
             stats.host_hits += misses
-            stats.copied_bytes += int(step.misses @ self._record_bytes)
+            stats.copied_bytes += int((step.misses + step.started) @ self._record_bytes)
+            stats.prefetches += int(step.started.sum())
+            stats.prefetch_useful += int(step.useful.sum())
+            stats.prefetch_wasted += int(step.wasted.sum())
         stats.copied_bytes += self.copied_whole
         self.copied_whole = 0
 
