@@ -52,7 +52,7 @@ def test_prepare_without_vllm_says_how_to_get_it() -> None:
 def test_doctor_without_vllm_says_how_to_get_it() -> None:
     result = run("-c", NO_VLLM, "doctor")
     assert result.returncode == 1
-    assert result.stderr.startswith("broken: vLLM: not installed: pip install ")
+    assert result.stderr.startswith("problem: vLLM: not installed: pip install ")
 
 
 def test_errors_of_any_command_are_one_line() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_moe_offload.cli.check import HINT, OK, WARNING
+from vllm_moe_offload.cli.check import OK, WARNING
 from vllm_moe_offload.cli.gpu_check import Driver, DriverError, check_gpu, check_link
 
 BUS = "0000:01:00.0"
@@ -89,7 +89,7 @@ def link(folder: Path, width: str = "16", speed: str = "16.0 GT/s PCIe") -> Path
 
 
 def findings(library: Library, sysfs: Path) -> dict[str, tuple[str, str]]:
-    return {check.subject: (check.state, check.detail) for check in check_gpu(Driver(library), sysfs)}
+    return {check.subject: (check.state, check.sentence) for check in check_gpu(Driver(library), sysfs)}
 
 
 def test_a_gpu_that_all_is_well_with_is_described(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_every_gpu_is_described(tmp_path: Path) -> None:
 def test_a_torch_without_cuda_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm_moe_offload.cli.gpu_check.version", lambda name: "2.13.0+cpu")
     state, detail = findings(Library(), tmp_path)["GPU driver"]
-    assert state == HINT and "is built for the CPU" in detail and "pip install" in detail
+    assert state == WARNING and "is built for the CPU" in detail and "pip install" in detail
     monkeypatch.setattr("vllm_moe_offload.cli.gpu_check.version", lambda name: "2.13.0")
     assert findings(Library(), tmp_path)["GPU driver"] == (OK, "runs CUDA 12.8")
 
@@ -122,7 +122,7 @@ def test_an_old_gpu_is_a_warning(tmp_path: Path) -> None:
     assert state == WARNING and "compute capability 7.5" in detail and "8.0 and newer" in detail
 
 
-@pytest.mark.parametrize(("lanes", "state", "slower"), [("8", HINT, "2 x"), ("4", WARNING, "4 x"), ("16", OK, "")])
+@pytest.mark.parametrize(("lanes", "state", "slower"), [("8", WARNING, "2 x"), ("4", WARNING, "4 x"), ("16", OK, "")])
 def test_a_narrow_link_is_told_with_what_it_costs(tmp_path: Path, lanes: str, state: str, slower: str) -> None:
     check = check_link(link(tmp_path, lanes))
     assert check.state == state and slower in check.detail
@@ -142,7 +142,7 @@ def test_refused_registration_names_the_reason_and_leaves_no_context(tmp_path: P
 
 def test_a_driver_that_fails_is_a_warning_and_one_that_finds_nothing_is_quiet(tmp_path: Path) -> None:
     (check,) = check_gpu(Driver(Library(refusing={"cuDeviceGetName": 999})), tmp_path)
-    assert check.state == WARNING and "error 999" in check.detail and "nvidia-smi" in check.detail
+    assert check.state == WARNING and "error 999" in check.detail and "nvidia-smi" in check.remedy
     with pytest.raises(DriverError, match="CUDA_ERROR_INVALID_VALUE"):
         Driver(Library(refusing={"cuInit": 1}))
     (check,) = check_gpu(None, tmp_path)

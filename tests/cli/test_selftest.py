@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vllm_moe_offload.cli import app
-from vllm_moe_offload.cli.check import BROKEN, HINT, OK, WARNING, Check
+from vllm_moe_offload.cli.check import OK, PROBLEM, WARNING, Check
 from vllm_moe_offload.cli.gpu_check import Driver
 from vllm_moe_offload.cli.selftest import verdict
 from vllm_moe_offload.cli.selftest_engines import ChildError, Outcome, arms, child, judge
@@ -54,7 +54,7 @@ def test_equal_tokens_are_well_and_say_how_fast() -> None:
 )
 def test_whatever_is_not_proven_is_broken(outcome: Outcome, reference: Outcome, words: str) -> None:
     check = judge(OURS, outcome, reference)
-    assert check.state == BROKEN and words in check.detail
+    assert check.state == PROBLEM and words in check.detail
 
 
 def test_good_rates_are_told_in_numbers() -> None:
@@ -65,14 +65,16 @@ def test_good_rates_are_told_in_numbers() -> None:
 
 def test_slow_loads_and_missing_overlap_are_hints_and_refused_registration_a_warning() -> None:
     slow = {check.subject: check for check in judge_rates(RATES | {"gather": {"64": 15e9}, "hidden": 0.3})}
-    assert slow["loads by the GPU itself, GB/s"].state == HINT and "60%" in slow["loads by the GPU itself, GB/s"].detail
-    assert slow["loads beside kernels"].state == HINT
+    assert (
+        slow["loads by the GPU itself, GB/s"].state == WARNING and "60%" in slow["loads by the GPU itself, GB/s"].detail
+    )
+    assert slow["loads beside kernels"].state == WARNING
     (refused,) = judge_rates({"refused": "out of memory"})
     assert refused.state == WARNING and "out of memory" in refused.detail
 
 
 def test_the_verdict_names_what_is_wrong_first() -> None:
-    fine, slow, wrong = Check("a", OK, ""), Check("b", HINT, ""), Check("c", BROKEN, "")
+    fine, slow, wrong = Check("a", OK, ""), Check("b", WARNING, ""), Check("c", PROBLEM, "")
     assert verdict([fine]) == "Offloading works here: every engine gave the tokens of plain vLLM."
     assert verdict([fine, slow]).endswith("slower than it could be: b.")
     assert "(c)" in verdict([fine, slow, wrong]) and "does not work" in verdict([fine, slow, wrong])

@@ -2,16 +2,23 @@
 
 from typing import NamedTuple
 
-OK, HINT, WARNING, BROKEN = "ok", "hint", "warning", "broken"
+OK, WARNING, PROBLEM = "ok", "warning", "problem"
 
 
 class Check(NamedTuple):
     """One finding.
 
-    ``hint`` costs speed or may surprise, ``warning`` is something that will not work, or was never tried, while
-    offloading as a whole should; ``broken`` means that offloading will not work.
+    ``warning`` costs speed or a feature, or was never tried, while offloading as a whole should work; ``problem`` means
+    that offloading will not work.
     """
 
     subject: str
     state: str
     detail: str
+    remedy: str = ""
+    """What to do about it; empty where all is well or nothing can be done."""
+
+    @property
+    def sentence(self) -> str:
+        """Detail and remedy."""
+        return f"{self.detail}: {self.remedy}" if self.remedy else self.detail

@@ -8,19 +8,23 @@ from vllm_moe_offload.errors import OffloadError
 from vllm_moe_offload.ipc.address import default_socket_path
 from vllm_moe_offload.ipc.protocol import GetStatus
 
+from .check import OK, WARNING, Check
+
 ANSWER_SECONDS = 5.0
 
 
-def daemon_health() -> tuple[str, bool] | None:
-    """A sentence about the daemon, and whether all is well with it; None where there is none."""
+def check_daemon() -> Check:
+    """The daemon at the usual place."""
+    subject = "daemon"
     try:
         path = default_socket_path()
         if not os.path.lexists(path):
-            return None
+            return Check(subject, OK, f"none at {path}: each engine keeps experts for itself")
         with contextlib.closing(Connection.connect(path, "control", ANSWER_SECONDS)) as connection:
             report = connection.request(GetStatus())
     except OffloadError as error:
-        return str(error), False
+        return Check(subject, WARNING, str(error), "see the daemon's log, and start it again")
     if report.failed_threads:
-        return f"pid {report.pid}: threads have ended by errors, restart it: {'; '.join(report.failed_threads)}", False
-    return f"pid {report.pid} answers at {path}", True
+        detail = f"pid {report.pid}: threads have ended by errors: {'; '.join(report.failed_threads)}"
+        return Check(subject, WARNING, detail, "restart it, and please report this")
+    return Check(subject, OK, f"pid {report.pid} answers at {path}")

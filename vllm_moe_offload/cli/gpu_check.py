@@ -2,14 +2,14 @@
 
 import ctypes
 import mmap
-import resource
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..sizes import size_text
-from .check import HINT, OK, WARNING, Check
+from .check import OK, WARNING, Check
+from .process_check import lock_limit
 
 _TRIED_BYTES = 4 << 20
 _OLDEST = (8, 0)
@@ -17,7 +17,6 @@ _OLDEST = (8, 0)
 _MAJOR, _MINOR = 75, 76
 """Numbers of attributes in the driver's interface."""
 _PORTABLE_AND_MAPPED = 3
-_FEW_LANES = 8
 _SYSFS = Path("/sys/bus/pci/devices")
 
 
@@ -113,7 +112,7 @@ def check_gpu(driver: Driver | None, sysfs: Path = _SYSFS) -> Iterator[Check]:
         gpus = [driver.gpu(number) for number in range(driver.count())]
         major, minor = driver.cuda()
     except DriverError as error:
-        yield Check("GPU", WARNING, f"its driver answers {error}: see nvidia-smi, and install the driver anew")
+        yield Check("GPU", WARNING, f"its driver answers {error}", "see nvidia-smi, and install the driver anew")
         return
     for gpu in gpus:
         yield _check_model(gpu)
@@ -121,8 +120,8 @@ def check_gpu(driver: Driver | None, sysfs: Path = _SYSFS) -> Iterator[Check]:
     yield _check_driver(major, minor)
     yield _check_registration(driver)
     if _in_wsl():
-        way_out = "set VLLM_WSL2_ENABLE_PIN_MEMORY=1; without it every load is copied once more"
-        yield Check("WSL", HINT, f"pins host memory only on request: {way_out}")
+        detail = "pins host memory only on request, without which every load is copied once more"
+        yield Check("WSL", WARNING, detail, "set VLLM_WSL2_ENABLE_PIN_MEMORY=1")
 
 
 def _check_model(gpu: Gpu) -> Check:
@@ -130,7 +129,7 @@ def _check_model(gpu: Gpu) -> Check:
     what = f"{gpu.name}, {size_text(gpu.memory)}, compute capability {capability}"
     if gpu.capability < _OLDEST:
         oldest = ".".join(map(str, _OLDEST))
-        return Check("GPU", WARNING, f"{what}: kernels are made for {oldest} and newer; offload on the CPU instead")
+        return Check("GPU", WARNING, f"{what}; kernels are made for {oldest} and newer", "offload on the CPU instead")
     return Check("GPU", OK, what)
 
 
@@ -146,8 +145,8 @@ def check_link(place: Path) -> Check:
         return Check(subject, OK, "unknown: not in sysfs")
     what = f"up to {speed.removesuffix(' PCIe')}, {lanes} lanes"
     if lanes < possible:
-        slower = f"of {possible}: loads take {possible / lanes:.0f} x as long; use a slot with all lanes"
-        return Check(subject, HINT if lanes >= _FEW_LANES else WARNING, f"{what} {slower}")
+        slower = f"of {possible}: loads take {possible / lanes:.0f} x as long"
+        return Check(subject, WARNING, f"{what} {slower}", "put the GPU into a slot with all lanes")
     return Check(subject, OK, what)
 
 
@@ -158,27 +157,23 @@ def _check_driver(major: int, minor: int) -> Check:
     except PackageNotFoundError:
         return Check(subject, OK, what)
     if "+cpu" in torch:
-        way_out = "pip install 'vllm-moe-offload[gpu]' in an environment of its own"
-        return Check(subject, HINT, f"{what}, but torch {torch} is built for the CPU, and uses no GPU: {way_out}")
+        detail = f"{what}, but torch {torch} is built for the CPU, and uses no GPU"
+        return Check(subject, WARNING, detail, "pip install 'vllm-moe-offload[gpu]' in an environment of its own")
     return Check(subject, OK, what)
 
 
 def _check_registration(driver: Driver) -> Check:
     """Without it the host copies every record once more, and the device cannot load by itself."""
     subject = "host memory for the GPU"
-    limit = _lock_limit()
+    limit = lock_limit()
     try:
         with mmap.mmap(-1, _TRIED_BYTES) as memory:
             driver.try_to_register(memory)
     except (DriverError, OSError, BufferError) as error:
         slower = "experts are loaded at the host's pace"
-        return Check(subject, WARNING, f"cannot be registered ({error}): {slower}; {limit}, try `ulimit -l unlimited`")
+        detail = f"cannot be registered ({error}): {slower}; {limit}"
+        return Check(subject, WARNING, detail, "try `ulimit -l unlimited`, or LimitMEMLOCK=infinity in a service")
     return Check(subject, OK, f"can be registered; {limit}")
-
-
-def _lock_limit() -> str:
-    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    return "no limit on locked memory" if soft == resource.RLIM_INFINITY else f"locked memory up to {size_text(soft)}"
 
 
 def _in_wsl() -> bool:

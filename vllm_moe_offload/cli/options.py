@@ -10,3 +10,5 @@ from ..store.files import ROOT_SETTING
 StoreOption = Annotated[
     Path | None, typer.Option("--store", help="Folder of the stores.", envvar=ROOT_SETTING, show_default=False)
 ]
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from ..errors import ConfigError, UnsupportedError
-from .check import BROKEN, HINT, WARNING, Check
+from .check import PROBLEM, WARNING, Check
 from .doctor import findings_table
 from .gpu_check import Driver
 from .installed import require_vllm
@@ -53,16 +53,16 @@ def selftest(
     else:
         Console().print(findings_table(checks))
         typer.echo(verdict(checks))
-    if any(check.state == BROKEN for check in checks):
+    if any(check.state == PROBLEM for check in checks):
         raise typer.Exit(1)
 
 
 def verdict(checks: list[Check]) -> str:
     """All findings in a sentence."""
-    broken = [check.subject for check in checks if check.state == BROKEN]
+    broken = [check.subject for check in checks if check.state == PROBLEM]
     if broken:
         return f"Offloading does not work here as it should ({'; '.join(broken)}): please report this with --json."
-    slower = [check.subject for check in checks if check.state in (HINT, WARNING)]
+    slower = [check.subject for check in checks if check.state == WARNING]
     right = "Offloading works here: every engine gave the tokens of plain vLLM"
     return f"{right}; slower than it could be: {', '.join(slower)}." if slower else f"{right}."
 
@@ -71,7 +71,7 @@ def _rates() -> tuple[dict[str, Any], list[Check]]:
     try:
         rates = child({}, {"VLLM_PLUGINS": ""})
     except ChildError as error:
-        return {}, [Check("rates", BROKEN, f"cannot be measured: {error}")]
+        return {}, [Check("rates", PROBLEM, f"cannot be measured: {error}")]
     return rates, list(judge_rates(rates))
 
 

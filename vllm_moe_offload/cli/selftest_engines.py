@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ..config import PLUGIN_NAME
 from ..store.files import ROOT_SETTING
-from .check import BROKEN, OK, Check
+from .check import OK, PROBLEM, Check
 
 CHILD = "vllm_moe_offload.integration.selftest"
 _SECONDS = 300
@@ -132,17 +132,17 @@ def _telling(lines: list[str]) -> str:
 def judge(arm: Arm, outcome: Outcome, reference: Outcome | None) -> Check:
     """What the answer of ``arm`` shows beside that of its reference."""
     if outcome.failure:
-        return Check(arm.name, BROKEN, f"did not run: {outcome.failure}")
+        return Check(arm.name, PROBLEM, f"did not run: {outcome.failure}")
     speed = f"{outcome.ms_per_token:.2f} ms a token"
     if reference is None:
         return Check(arm.name, OK, speed)
     if reference.failure:
-        return Check(arm.name, BROKEN, f"{speed}; {arm.reference} did not run, so the tokens cannot be compared")
+        return Check(arm.name, PROBLEM, f"{speed}; {arm.reference} did not run, so the tokens cannot be compared")
     if not outcome.stats.get("layer_calls") and not outcome.stats.get("hits"):
-        return Check(arm.name, BROKEN, "nothing was offloaded")
+        return Check(arm.name, PROBLEM, "nothing was offloaded")
     for request, (ours, plain) in enumerate(zip(outcome.tokens, reference.tokens, strict=True)):
         if ours != plain:
             place = next(place for place, pair in enumerate(zip(ours, plain, strict=True)) if pair[0] != pair[1])
-            return Check(arm.name, BROKEN, f"not the tokens of plain vLLM from token {place} of request {request} on")
+            return Check(arm.name, PROBLEM, f"not the tokens of plain vLLM from token {place} of request {request} on")
     ratio = outcome.ms_per_token / max(reference.ms_per_token, 1e-9)
     return Check(arm.name, OK, f"the tokens of plain vLLM; {speed}, {ratio:.2f} x plain")

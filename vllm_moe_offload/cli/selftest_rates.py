@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..sizes import size_text
-from .check import HINT, OK, WARNING, Check
+from .check import OK, WARNING, Check
 
 _GATHER_SHARE = 0.9
 _HIDDEN_SHARE = 0.8
@@ -14,7 +14,7 @@ def judge_rates(rates: dict[str, Any]) -> Iterator[Check]:
     """``rates`` is what ``integration.selftest.measure`` found, its keys as JSON has them."""
     subject = "registration"
     if "refused" in rates:
-        yield Check(subject, WARNING, f"refused ({rates['refused']}): the host copies every record; see `doctor`")
+        yield Check(subject, WARNING, f"refused ({rates['refused']}): the host copies every record", "see `doctor`")
         return
     yield Check(subject, OK, f"{rates['registration_seconds_per_gib']:.2f} s for a GiB of host memory")
     alone, together = rates["copies_alone"], rates["copies_together"]
@@ -30,14 +30,14 @@ def _judge_gather(gather: dict[str, float], link: float) -> Check:
     share = max(gather.values()) / link
     what = f"by programs {by_programs}; {share:.0%} of what copies reach"
     if share < _GATHER_SHARE:
-        return Check(subject, HINT, f"{what}: device-managed loads are slower than this link allows")
+        return Check(subject, WARNING, f"{what}: device-managed loads are slower than this link allows")
     return Check(subject, OK, what)
 
 
 def _judge_overlap(hidden: float) -> Check:
     subject, what = "loads beside kernels", f"{hidden:.0%} of the shorter one's time is hidden"
     if hidden < _HIDDEN_SHARE:
-        return Check(subject, HINT, f"{what}: loading ahead gains little here")
+        return Check(subject, WARNING, f"{what}: loading ahead gains little here")
     return Check(subject, OK, what)
 
 
