@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from tests.device.virtual import Memory, VirtualDevice, VirtualStream
 from vllm_moe_offload.predict import kernels
+from vllm_moe_offload.trace.recorder import routing_shares
 from vllm_moe_offload.windows.device_tables import DeviceTables, Kernels, LayerTables, Ring
 from vllm_moe_offload.windows.guesses import GuessKernels, Head
 from vllm_moe_offload.windows.tables import ABSENT, Outcomes, WindowTables
@@ -151,40 +152,60 @@ class ReferenceGuessKernels(ReferenceKernels, GuessKernels):
         self.stream = self.device.main
 
     def observe(
-        self, head: Head, ids: torch.Tensor, weights: torch.Tensor, before: torch.Tensor, after: torch.Tensor
+        self,
+        head: Head,
+        given: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        before: torch.Tensor,
+        after: torch.Tensor,
+        ring: Ring,
     ) -> None:
         def compute(values: list[Memory]) -> None:
-            chosen, shares, state = values
+            chosen, shares, state, *_ = values
             after.copy_(state)
-            kernels.add_map(*kernels.as_map(chosen.numpy(), shares.numpy()), head.added.numpy(), after.numpy())
+            added = head.added.numpy().copy()
+            shares = routing_shares(shares.float().numpy())
+            kernels.add_map(*kernels.as_map(chosen.numpy(), shares), added, after.numpy())
 
-        self.device.kernel(self.stream, lambda: [ids, weights, before], compute, lambda: [after], "observe")
+        reads = [ids, weights, before, given, ring.header, head.added]
+        self.device.kernel(self.stream, lambda: reads, compute, lambda: [after], "observe")
 
-    def evaluate(self, head: Head, state: torch.Tensor, known: torch.Tensor, scores: torch.Tensor) -> None:
+    def evaluate(
+        self,
+        head: Head,
+        given: torch.Tensor,
+        state: torch.Tensor,
+        known: torch.Tensor,
+        scores: torch.Tensor,
+        ring: Ring,
+    ) -> None:
         def compute(values: list[Memory]) -> None:
-            scores.copy_(torch.relu(values[0] @ head.inner.T + values[1]) @ head.outer.T + head.bias)
+            now, before, inner, outer, bias, *_ = values
+            scores.copy_(torch.relu(now @ inner.T + before) @ outer.T + bias)
 
-        self.device.kernel(self.stream, lambda: [state, known], compute, lambda: [scores], "evaluate")
+        reads = [state, known, head.inner, head.outer, head.bias, given, ring.header]
+        self.device.kernel(self.stream, lambda: reads, compute, lambda: [scores], "evaluate")
 
     def select_guess(
         self,
         layer: LayerTables,
+        given: torch.Tensor,
         scores: torch.Tensor,
-        n_rows: torch.Tensor,
         threshold: float,
         misses: torch.Tensor,
         ring: Ring,
     ) -> None:
         def compute(values: list[Memory]) -> None:
-            given, rows, tables, header = (np.asarray(value) for value in values)
+            found, (rows, step), tables, header = (np.asarray(value) for value in values)
             policy = policy_of(layer, tables)
-            best = given[: rows[0]].max(axis=0, initial=-np.inf)
+            best = found[: rows if step == header[0] else 0].max(axis=0, initial=-np.inf)
             guessed = policy.guess(best, int(header[0]), threshold)
             write_misses(misses, np.column_stack([tables[3][guessed[:, 0]], guessed[:, 1]]), np.full(len(guessed), -1))
             write_residents(layer, policy, tables)
             self.guessed += len(guessed)
 
-        reads = [scores, n_rows, layer.tables, ring.header]
+        reads = [scores, given, layer.tables, ring.header]
         self.device.kernel(self.stream, lambda: reads, compute, lambda: [layer.tables, misses], "select guess")
 
     guessed = 0

@@ -35,7 +35,7 @@ SCALARS = {
     "most_rows",
     "hidden",
 }
-LONG = {"ring", "components"}
+LONG = {"ring", "components", "given"}
 SINGLE = {"scores", "state", "known", "inner", "outer", "bias", "weights", "added", "before", "after"}
 
 

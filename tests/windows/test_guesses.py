@@ -17,7 +17,7 @@ from vllm_moe_offload.predict.heads import HeadWeights
 from vllm_moe_offload.predict.network import NetworkSize, Parameters
 from vllm_moe_offload.windows import guess_kernels, launches
 from vllm_moe_offload.windows import kernels as triton_kernels
-from vllm_moe_offload.windows.guesses import Guesses
+from vllm_moe_offload.windows.guesses import Guesses, HeadSizes
 from vllm_moe_offload.windows.step_log import AHEAD
 
 ORDERS, ALL_ORDERS = 80, 1000
@@ -25,6 +25,8 @@ ORDERS_WITH_A_BUG = 300
 LAYERS, EXPERTS, SLOTS = 4, 4, 2
 WIDTH, HIDDEN = 8, 8
 SIZE = NetworkSize(LAYERS, EXPERTS, 4, WIDTH, HIDDEN)
+HEAD_SIZES = HeadSizes(EXPERTS, WIDTH, HIDDEN)
+WEIGHTS = HeadWeights(Parameters.random(SIZE, np.random.default_rng(0)))
 
 
 class EarlyJoin(FaultyDevice):
@@ -37,26 +39,50 @@ class EarlyJoin(FaultyDevice):
         return event
 
 
+class BesideSteps(FaultyDevice):
+    """Copies heads, and what is known of rows, on a stream of their own."""
+
+    def __init__(self, order: int):
+        super().__init__(order)
+        self._beside = self.stream("beside")
+
+    def copy(self, stream: VirtualStream, *memory: torch.Tensor) -> None:
+        super().copy(self._beside if stream is self.main else stream, *memory)
+
+
 def guessing_model(device: VirtualDevice, distance: int) -> tuple[ManagedModel, Guesses, ReferenceGuessKernels]:
     kernels = ReferenceGuessKernels(device)
     model = managed_model(device, kernels, checked(device), layers=LAYERS, experts=EXPERTS, slots=SLOTS)
-    weights = HeadWeights(Parameters.random(SIZE, np.random.default_rng(0)))
     model.weighted = True
-    return model, model.managed.guess(weights, kernels, distance=distance, threshold=0.05), kernels
+    guesses = model.managed.guess(HEAD_SIZES, kernels, distance=distance, threshold=0.05)
+    return model, guesses, kernels
+
+
+def load(model: ManagedModel, guesses: Guesses, weights: HeadWeights = WEIGHTS) -> None:
+    """Heads come to the device in steps without rows."""
+    guesses.load(weights)
+    while not guesses.loaded:
+        model.managed.begin_step()
+        model.managed.read_back(0)
 
 
 def run(order: int, device: FaultyDevice) -> int:
-    """Narrow and wide steps, some left early; how many experts were guessed."""
+    """Narrow and wide steps, some left early, while heads are replaced; how many experts were guessed."""
     rng = np.random.default_rng(order)
-    model, guesses, kernels = guessing_model(device, distance=int(rng.choice([1, 2])))
+    model, guesses, kernels = guessing_model(device, distance=int(rng.choice([1, 2, 3])))
+    load(model, guesses)
     ended = []
-    for step in range(6):
+    for step in range(8):
         rows = int(rng.choice([1, 2, 2, 3, 8]))
         model.real_rows.fill_(8)
-        guesses.begin(
-            rng.standard_normal((min(rows, 2), WIDTH), np.float32),
-            rng.standard_normal((LAYERS, min(rows, 2), HIDDEN), np.float32),
-        )
+        if step == 4:
+            guesses.load(WEIGHTS)
+        model.managed.begin_step()
+        if rng.random() < 0.9:
+            guesses.begin(
+                rng.standard_normal((min(rows, 2), WIDTH), np.float32),
+                rng.standard_normal((LAYERS, min(rows, 2), HIDDEN), np.float32),
+            )
         ids = [rng.integers(0, EXPERTS, (rows, 1)).astype(np.int32) for _ in range(LAYERS)]
         model.step(ids[: LAYERS if rng.random() < 0.85 else 2])
         model.managed.read_back(rows)
@@ -78,8 +104,9 @@ def test_no_order_of_streams_lets_a_guess_be_seen(pytestconfig: pytest.Config) -
         lambda order: FaultyDevice(order, ("guesses", "main")),
         lambda order: FaultyDevice(order, ("main", "guesses")),
         EarlyJoin,
+        BesideSteps,
     ],
-    ids=["no fork", "no join", "join before the copy"],
+    ids=["no fork", "no join", "join before the copy", "heads copied beside steps"],
 )
 def test_every_wait_of_a_guess_is_needed(seeded: Callable[[int], FaultyDevice]) -> None:
     with pytest.raises((CorruptionError, AssertionError, DeviceError)):
@@ -87,21 +114,55 @@ def test_every_wait_of_a_guess_is_needed(seeded: Callable[[int], FaultyDevice]) 
             run(order, seeded(order))
 
 
-def test_a_guess_that_comes_true_is_no_miss() -> None:
+def certain(experts: list[int]) -> HeadWeights:
+    """Heads by which each layer uses the expert given for it, whatever they see."""
+    parameters = Parameters.random(SIZE, np.random.default_rng(0))
+    parameters.views["O"][:], parameters.views["c"][:] = 0, -9
+    for layer, expert in enumerate(experts):
+        parameters.views["c"][layer, 0, expert] = 9
+    return HeadWeights(parameters)
+
+
+@pytest.mark.parametrize("distance", [1, 2, 3])
+def test_a_guess_that_comes_true_is_no_miss(distance: int) -> None:
     device = VirtualDevice(random.Random(0))
-    model, guesses, _ = guessing_model(device, distance=1)
+    model, guesses, _ = guessing_model(device, distance)
+    load(model, guesses, certain([3, 2, 1, 0]))
     model.real_rows.fill_(1)
-    score = {layer: EXPERTS - 1 - layer for layer in range(LAYERS)}
-    for layer, head in enumerate(guesses._heads):
-        head.outer.zero_()
-        head.bias.fill_(-9.0)
-        head.bias[score[layer]] = 9.0
-    guesses.begin(np.zeros((1, WIDTH), np.float32), np.zeros((LAYERS, 1, HIDDEN), np.float32))
-    model.step([np.array([[score[layer]]], np.int32) for layer in range(LAYERS)])
-    model.managed.read_back(1)
-    device.drain()
-    assert [step.misses.tolist() for step in model.managed._log.finished()] == [[1, 0, 0, 0]]
-    assert guesses._loaded.notes[0, 1:, 6].tolist() == [4096 + 24] * (LAYERS - 1)
+    guessed = [int(layer >= distance) for layer in range(LAYERS)]
+    for used, useful in (([0, 3, 2, 1], 0), ([3, 2, 1, 0], 1)):
+        model.managed.begin_step()
+        assert guesses.begin(np.zeros((1, WIDTH), np.float32), np.zeros((LAYERS, 1, HIDDEN), np.float32))
+        model.step([np.array([[expert]], np.int32) for expert in used])
+        device.drain()
+        steps = model.managed.read_back(1)
+        device.drain()
+        (step,) = steps or model.managed._log.finished()
+        assert step.started.tolist() == ([0] * LAYERS if useful else guessed)
+        assert step.useful.tolist() == (guessed if useful else [0] * LAYERS)
+        assert step.misses.tolist() == [1 - have if useful else 1 for have in guessed]
+    assert guesses._loaded.notes[0, :, 6].tolist() == [have * (4096 + 24) for have in guessed]
+
+
+def test_heads_are_replaced_between_steps_layer_by_layer_and_serve_when_all_are_there() -> None:
+    device = VirtualDevice(random.Random(0))
+    model, guesses, kernels = guessing_model(device, distance=1)
+    model.real_rows.fill_(1)
+    known = np.zeros((1, WIDTH), np.float32), np.zeros((LAYERS, 1, HIDDEN), np.float32)
+    begun = []
+    for step in range(16):
+        if step in (2, 8):
+            guesses.load(certain([step % 3] * LAYERS))
+        model.managed.begin_step()
+        begun.append(guesses.begin(*known))
+        before = kernels.guessed
+        model.step([np.array([[3]], np.int32)] * LAYERS)
+        model.managed.read_back(1)
+        device.drain()
+        assert begun[-1] or kernels.guessed == before
+    assert begun == [step in (6, 7) or step >= 12 for step in range(16)]
+    resident = [set(layer.expert_of.tolist()) for layer in model.managed.tables.layers]
+    assert resident[1:] == [{3, 8 % 3}] * (LAYERS - 1)
 
 
 class CapturedDevice(VirtualDevice):
@@ -132,8 +193,7 @@ def test_guesses_can_be_captured_and_are_joined_before_the_graph_ends(monkeypatc
     device = CapturedDevice(random.Random(0))
     kernels = launches.TritonKernels(EXPERTS)
     model = managed_model(device, kernels, checked(device), layers=LAYERS, experts=EXPERTS, slots=SLOTS)
-    weights = HeadWeights(Parameters.random(SIZE, np.random.default_rng(0)))
-    guesses = model.managed.guess(weights, kernels, distance=2, threshold=0.7)
+    guesses = model.managed.guess(HEAD_SIZES, kernels, distance=2)
     ids, shares = torch.zeros((2, 1), dtype=torch.int32), torch.ones((2, 1))
     device.captures, device.recorded = True, []
     with NothingAllocated():
@@ -141,14 +201,34 @@ def test_guesses_can_be_captured_and_are_joined_before_the_graph_ends(monkeypatc
             model.managed.launch(layer, ids, model.real_rows, shares)
     assert not guesses._under_way
     counts = {name: kernel.count for name, kernel in launched.items()}
-    assert counts == {"observe": 4, "evaluate": 2, "select_guess": 2, "manage": 4, "gather": 6}
+    assert counts == {"observe": 2, "evaluate": 2, "select_guess": 2, "manage": 4, "gather": 4 + 2 * 2}
 
 
-def test_without_rows_nothing_is_guessed() -> None:
+def test_a_step_that_is_not_captured_launches_nothing_for_guesses_it_does_not_make() -> None:
     device = VirtualDevice(random.Random(0))
-    model, _, kernels = guessing_model(device, distance=1)
+    model, guesses, kernels = guessing_model(device, distance=1)
+    load(model, guesses)
+    model.managed.begin_step()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "observe", None)
+        model.step([np.array([[1]], np.int32)] * LAYERS)
+
+
+def test_what_is_known_counts_in_its_step_alone() -> None:
+    """A graph that was captured with guesses is replayed for a step of which nothing is known."""
+    device = VirtualDevice(random.Random(0))
+    model, guesses, kernels = guessing_model(device, distance=1)
+    load(model, guesses, certain([3] * LAYERS))
     model.real_rows.fill_(1)
-    model.step([np.array([[1]], np.int32)] * LAYERS)
-    model.managed.read_back(1)
-    device.drain()
-    assert kernels.guessed == 0
+    for known in (True, False):
+        before = kernels.guessed
+        model.managed.begin_step()
+        if known:
+            guesses.begin(np.zeros((1, WIDTH), np.float32), np.zeros((LAYERS, 1, HIDDEN), np.float32))
+        guesses.enabled = True
+        model.step([np.array([[int(known)]], np.int32)] * LAYERS)
+        model.step([np.array([[int(known)]], np.int32)] * LAYERS)
+        model.managed.read_back(1)
+        device.drain()
+        assert (kernels.guessed > before) == known
+        model.managed.reset()

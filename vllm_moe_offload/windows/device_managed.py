@@ -7,7 +7,7 @@ protection that slots and tables need.
 
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,12 +16,9 @@ from numpy.typing import NDArray
 from ..device.base import Device, Event
 from ..device.registered import RegisteredMemory
 from .device_tables import DeviceTables, Kernels, Window, zeros
-from .guesses import MOST_ROWS, Guesses, GuessKernels
+from .guesses import DISTANCE, THRESHOLD, Guesses, GuessKernels, HeadSizes
 from .memory import View, WindowMemory
 from .step_log import RoutedStep, StepLog
-
-if TYPE_CHECKING:
-    from ..predict.heads import HeadWeights
 
 _LANES = (16, 8, 1)
 
@@ -106,11 +103,16 @@ class DeviceManaged:
         self._warmed: deque[tuple[Event, torch.Tensor]] = deque()
         """Pinned ids, in the order in which they go to the device, and the events behind them."""
 
-    def guess(self, weights: "HeadWeights", kernels: GuessKernels, *, distance: int, threshold: float) -> Guesses:
-        """From now on narrow steps of few rows guess; the caller says what is known before each of them."""
+    def guess(
+        self, sizes: HeadSizes, kernels: GuessKernels, *, distance: int = DISTANCE, threshold: float = THRESHOLD
+    ) -> Guesses:
+        """From now on narrow steps of few rows guess, as soon as there are heads and what is known of their rows.
+
+        Before any graph is captured.
+        """
         self._guesses = Guesses(
             self._device,
-            weights,
+            sizes,
             self.tables,
             self._into_window,
             kernels,
@@ -119,6 +121,11 @@ class DeviceManaged:
             threshold=threshold,
         )
         return self._guesses
+
+    def begin_step(self) -> None:
+        """A step is enqueued next, outside of graphs or as one."""
+        if self._guesses is not None:
+            self._guesses.begin_step(self._log.step)
 
     def launch(
         self,
@@ -142,9 +149,9 @@ class DeviceManaged:
         assert topk_ids.is_contiguous()
         out = self._out[topk_ids.dtype][: topk_ids.numel()].view(topk_ids.shape)
         if self._guesses is not None:
-            self._guesses.join(layer)
+            self._guesses.join()
         self._serve(layer, topk_ids, real_rows, out)
-        if self._guesses is not None and topk_weights is not None and len(topk_ids) <= MOST_ROWS:
+        if self._guesses is not None and topk_weights is not None:
             self._guesses.follow(layer, topk_ids, topk_weights)
         return out
 
@@ -193,6 +200,8 @@ class DeviceManaged:
             DeviceError: the device cannot be used any more.
         """
         self._settle()
+        if self._guesses is not None:
+            self._guesses.end_step()
         self._log.end_step(rows)
         return self._log.finished()
 
@@ -236,7 +245,7 @@ class DeviceManaged:
     def _settle(self) -> None:
         """Main waits for copies to stages, and guesses, of a step that was left early."""
         if self._guesses is not None:
-            self._guesses.settle()
+            self._guesses.join()
         for event in self._fills.values():
             self._device.wait(self._device.main, event)
         self._fills.clear()

@@ -9,21 +9,34 @@ import triton.language as tl
 from .kernels import _HALF_LIFE, _NEVER, _NOBODY, _keys
 
 
+@triton.jit
+def _rows_of(given, ring):
+    """How many rows are guessed for: those that were given for the step under way."""
+    return tl.where(tl.load(given + 1) == tl.load(ring), tl.load(given), 0).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["top_k", "width"], do_not_specialize_on_alignment=["ids", "weights"])
-def observe(ids, weights, top_k, added, before, after, width, S: tl.constexpr):
+def observe(given, ids, weights, top_k, added, before, after, width, ring, S: tl.constexpr):
     """``after`` = ``before`` and what a layer's choices add, one program per row.
 
     Args:
-        ids, weights: ``[rows, top_k]``, ids negative where there is none.
+        given: int64 ``[2]``: rows, and the step in which they run; in any other there are none.
+        ids, weights: ``[rows, top_k]``, ids negative where there is none. Weights of any scale count as shares of 1.
         added: ``[experts, 2 * width]``: what an expert's presence adds, then what its weight, times ``top_k``, adds.
         before, after: ``[rows, width]``.
     """
     row = tl.program_id(0)
+    if row >= _rows_of(given, ring):
+        return
     i = tl.arange(0, S)
     state = tl.load(before + row * width + i, mask=i < width, other=0.0)
+    total = tl.full((), 0.0, tl.float32)
+    for k in range(0, top_k):
+        total += tl.load(weights + row * top_k + k).to(tl.float32)
+    scale = top_k / tl.maximum(total, 1e-9)
     for k in range(0, top_k):
         expert = tl.load(ids + row * top_k + k).to(tl.int32)
-        weight = tl.load(weights + row * top_k + k).to(tl.float32) * top_k
+        weight = tl.load(weights + row * top_k + k).to(tl.float32) * scale
         of = added + tl.maximum(expert, 0) * 2 * width + i
         is_here = (i < width) & (tl.zeros_like(i) + expert >= 0)
         state += tl.load(of, mask=is_here, other=0.0) + weight * tl.load(of + width, mask=is_here, other=0.0)
@@ -31,10 +44,25 @@ def observe(ids, weights, top_k, added, before, after, width, S: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["experts", "width", "hidden"])
-def evaluate(state, known, inner, outer, bias, scores, experts, width, hidden, P: tl.constexpr, BLOCK: tl.constexpr):
+def evaluate(
+    given,
+    state,
+    known,
+    inner,
+    outer,
+    bias,
+    scores,
+    experts,
+    width,
+    hidden,
+    ring,
+    P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """``relu(state @ inner.T + known) @ outer.T + bias``, one program per row: logits of an expert's use.
 
     Args:
+        given: as in ``observe``.
         state: ``[rows, width]``.
         known: ``[rows, hidden]``: what was known before the step.
         inner: ``[hidden, width]``.
@@ -43,6 +71,8 @@ def evaluate(state, known, inner, outer, bias, scores, experts, width, hidden, P
         scores: ``[rows, experts]``.
     """
     row = tl.program_id(0)
+    if row >= _rows_of(given, ring):
+        return
     lane = tl.arange(0, P)
     i = tl.arange(0, BLOCK)
     score = tl.load(bias + lane, mask=lane < experts, other=0.0)
@@ -65,14 +95,18 @@ def evaluate(state, known, inner, outer, bias, scores, experts, width, hidden, P
 
 @triton.jit(do_not_specialize=["most_rows", "threshold", "width", "base", "experts", "slots"])
 def select_guess(
-    scores, n_rows, most_rows, threshold, tables, width, base, experts, slots, misses, ring, P: tl.constexpr
+    given, scores, most_rows, threshold, tables, width, base, experts, slots, misses, ring, P: tl.constexpr
 ):
-    """``WindowTables.guess`` by the best of the first ``n_rows`` rows of scores; ``kernels`` has the other arguments.
+    """``WindowTables.guess`` by the best row of scores; ``kernels`` has the other arguments.
 
     Args:
+        given: as in ``observe``; without rows nothing is guessed.
         scores: float32 ``[most_rows, experts]``.
-        n_rows: int32 ``[1]``; without rows nothing is guessed.
     """
+    rows = tl.minimum(_rows_of(given, ring), most_rows)
+    if rows == 0:
+        tl.store(misses, 0)
+        return
     lane = tl.arange(0, P)
     is_expert = lane < experts
     epoch = (tl.load(ring) // _HALF_LIFE).to(tl.int32)
@@ -83,7 +117,7 @@ def select_guess(
     who = tl.load(tables + 4 * width + lane, mask=lane < slots, other=-1)
     mark = tl.load(tables + 5 * width + lane, mask=is_expert, other=0)
     score = tl.full((P,), float("-inf"), tl.float32)
-    for r in range(0, tl.minimum(tl.load(n_rows), most_rows)):
+    for r in range(0, rows):
         score = tl.maximum(score, tl.load(scores + r * experts + lane, mask=is_expert, other=float("-inf")))
     likely = score > threshold
     absent = tl.where(likely & (record >= 0) & (row < 0), score, float("-inf"))

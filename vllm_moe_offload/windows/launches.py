@@ -97,19 +97,35 @@ class TritonKernels:
         return nullcontext() if torch_stream is None else torch.cuda.stream(torch_stream)
 
     def observe(
-        self, head: Head, ids: torch.Tensor, weights: torch.Tensor, before: torch.Tensor, after: torch.Tensor
+        self,
+        head: Head,
+        given: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        before: torch.Tensor,
+        after: torch.Tensor,
+        ring: Ring,
     ) -> None:
         rows, width = before.shape
         guess_kernels.observe[(rows,)](
-            *(ids, weights, ids.shape[1], head.added, before, after, width),
+            *(given, ids, weights, ids.shape[1], head.added, before, after, width, ring.header),
             S=triton.next_power_of_2(width),
             **COMPILE_OPTIONS,
         )
 
-    def evaluate(self, head: Head, state: torch.Tensor, known: torch.Tensor, scores: torch.Tensor) -> None:
+    def evaluate(
+        self,
+        head: Head,
+        given: torch.Tensor,
+        state: torch.Tensor,
+        known: torch.Tensor,
+        scores: torch.Tensor,
+        ring: Ring,
+    ) -> None:
         rows, width = state.shape
         guess_kernels.evaluate[(rows,)](
-            *(state, known, head.inner, head.outer, head.bias, scores, scores.shape[1], width, known.shape[1]),
+            *(given, state, known, head.inner, head.outer, head.bias, scores),
+            *(scores.shape[1], width, known.shape[1], ring.header),
             P=self._lanes,
             BLOCK=_HEAD_UNITS,
             num_warps=min(max(4, self._lanes // _HEAD_LANES_PER_WARP), 16),
@@ -119,15 +135,15 @@ class TritonKernels:
     def select_guess(
         self,
         layer: LayerTables,
+        given: torch.Tensor,
         scores: torch.Tensor,
-        n_rows: torch.Tensor,
         threshold: float,
         misses: torch.Tensor,
         ring: Ring,
     ) -> None:
         window, tables = layer.window, layer.tables
         guess_kernels.select_guess[(1,)](
-            *(scores, n_rows, len(scores), threshold, tables, tables.shape[1]),
+            *(given, scores, len(scores), threshold, tables, tables.shape[1]),
             *(window.base, window.experts, window.slots, misses, ring.header),
             P=self._lanes,
             num_warps=self._warps,

@@ -63,6 +63,11 @@ class StepLog:
         self._reads: deque[_Read] = deque()
         self._complete: list[RoutedStep] = []
 
+    @property
+    def step(self) -> int:
+        """The number of the step that is next or under way, in the ring and in ``RoutedStep``."""
+        return self._step
+
     def end_step(self, rows: int) -> None:
         """The kernels of a step of so many ``rows`` at most, padding included, have been enqueued."""
         entry = self._step % STEPS
