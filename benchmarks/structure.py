@@ -28,7 +28,7 @@ FLOORS = (
     ("pool",),
     ("prefetch", "config"),
     ("predict",),
-    ("trace", "cache"),
+    ("trace", "cache", "report"),
     ("store",),
     ("device", "stats", "running_mean", "sizes", "extensions", "threads", "users"),
     ("load_report", "errors"),

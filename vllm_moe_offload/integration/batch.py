@@ -56,9 +56,11 @@ class StepBatch(Batch):
     """One scheduled step, seen through one of vLLM's model runners. Its rows are known once its pass starts."""
 
     def __init__(self, scheduler_output: Any):
-        super().__init__(scheduler_output.total_num_scheduled_tokens, scheduler_output.finished_req_ids)
-        self.scheduled: Mapping[str, int] = scheduler_output.num_scheduled_tokens
-        """Tokens, by request."""
+        super().__init__(
+            scheduler_output.total_num_scheduled_tokens,
+            scheduler_output.finished_req_ids,
+            scheduler_output.num_scheduled_tokens,
+        )
         self._output = scheduler_output
         self._tokens: HostCopy | None = None
 

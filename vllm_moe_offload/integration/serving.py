@@ -3,7 +3,9 @@
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from vllm.logger import init_logger
 
 from ..client.remote_pool import slots_taken_back
@@ -11,6 +13,7 @@ from ..config import OffloadConfig
 from ..errors import StoreError, UnsupportedError
 from ..pool import HostPool
 from ..pool.loader import DamagedRecordError
+from ..report import Prediction
 from ..runtime import OffloadRuntime
 from ..sizes import size_text
 from ..stats import WORKER_STATISTICS
@@ -58,6 +61,9 @@ class ServedModel:
         self._step: tuple[StepBatch, StepFailures] | None = None
         """The step whose forward pass is running."""
         self._closed = False
+        self.predictor = config.predictor
+        self._unpredicted = ""
+        """Why nothing is to be predicted."""
         self._history = self._build_prediction(model, config, io_cpus)
         self._report = StatsReport(self.runtime.stats, self._measure, "the drafter's " if drafts else "")
         self._chunks = ChunkReport(self.runtime.stats, self._vllm_config.scheduler_config.max_num_batched_tokens)
@@ -118,7 +124,10 @@ class ServedModel:
     def _end_managed(self) -> None:
         """Count what the device has done by now. Without effect outside of a step."""
         if self._managed is not None and self._managed.runs:
-            self._managed.count(self._managed.end_step(), self.runtime.stats)
+            steps = self._managed.end_step()
+            self._managed.count(steps, self.runtime.stats)
+            for step in steps:
+                self.runtime.activity.note_routed(step.ids, step.used, step.misses)
 
     def close(self) -> None:
         """The worker ends: write what is to be kept, end the threads, let go of the store. Idempotent."""
@@ -165,9 +174,38 @@ class ServedModel:
 
     def stats(self) -> dict[str, int | float]:
         """The worker's statistics, up to date, and the process id of the daemon that keeps its slots (0: none does)."""
+        return self.measured() | {"daemon_pid": self.daemon_pid or 0}
+
+    def measured(self) -> dict[str, int | float]:
+        """The worker's statistics, up to date."""
         self._measure()
-        daemon_pid = 0 if self._daemon is None else self._daemon.daemon_pid
-        return self.runtime.stats.as_dict(WORKER_STATISTICS) | {"daemon_pid": daemon_pid}
+        return self.runtime.stats.as_dict(WORKER_STATISTICS)
+
+    @property
+    def daemon_pid(self) -> int | None:
+        """Process id of the daemon that keeps the slots, 0 while it is away; None where this process keeps them."""
+        return None if self._daemon is None else self._daemon.daemon_pid
+
+    def prediction_state(self) -> tuple[Prediction, str]:
+        """Whether experts are predicted now, and why they are not."""
+        prefetcher = self.runtime.prefetcher
+        if prefetcher is None:
+            return Prediction.OFF, self._unpredicted
+        if prefetcher.switch.off:
+            return Prediction.OFF, "it was switched off by an error, which the log has"
+        if prefetcher.has_paused:
+            return Prediction.PAUSED, "it has not paid lately"
+        return Prediction.ON, ""
+
+    def residency(self, experts: int) -> NDArray[np.uint8] | None:
+        """``[layers, experts]``, see ``report.Residency``; None where a device decides."""
+        if self._managed is not None:
+            return None
+        layers = self.runtime.layers.values()
+        residency = np.zeros((len(layers), experts), dtype=np.uint8)
+        for row, layer in zip(residency, layers, strict=True):
+            row[: layer.experts] = layer.pool.residency(layer.span)
+        return residency
 
     def _measure(self) -> None:
         """Bring the gauges among the statistics up to date."""
@@ -216,11 +254,16 @@ class ServedModel:
             refuse_to_trace(config)
             if config.predictor != "none":
                 logger.info("the GPU manages its experts by itself: nothing is predicted, and no history is kept")
+            self._unpredicted = "the GPU manages its experts by itself"
             return None
-        if self._resident and config.predictor != "none":
+        if config.predictor == "none":
+            self._unpredicted = "predictor = 'none'"
+        elif self._resident:
             logger.info("every expert is resident: there is nothing to predict, and no history is kept")
+            self._unpredicted = "every expert is resident"
             config = config.model_copy(update={"predictor": "none"})
-        if self._daemon is not None and predicts_on_other_rank(model.vllm_config):
+        elif self._daemon is not None and predicts_on_other_rank(model.vllm_config):
+            self._unpredicted = "another rank predicts"
             config = config.model_copy(update={"predictor": "none"})
         if config.trace is None and config.predictor == "none":
             return None

@@ -16,6 +16,7 @@ from .engine_config import offload_config, only_environment_asks, switch_off
 from .failures import StepFailures, connect_ranks
 from .loading import WorkerLoading
 from .placement import Budget, LoadedModel, ModelSlots, slots_of_models, worker_budget
+from .reporter import Reporter
 from .serving import ServedModel
 from .weights import protect_weights
 from .windows import bytes_of_least, bytes_taken, window_needs, windows_of_worker
@@ -142,6 +143,7 @@ class WorkerOffload:
             self._models.append(served)
             if served.leased:
                 failures.announce_late()
+        self._reporters = [Reporter(served, worker.vllm_config, cpus) for served in self._models]
         self._log(len(worker.vllm_config.compilation_config.static_all_moe_layers), budget.reason)
 
     def begin_step(self, batch: StepBatch) -> None:
@@ -176,6 +178,8 @@ class WorkerOffload:
 
     def close(self) -> None:
         """The worker ends: write what is to be kept, end the threads, let go of the stores. Idempotent."""
+        while self._reporters:
+            self._reporters.pop().close()
         for model in self._models:
             model.close()
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ..cache.base import IntArray
 from ..errors import LoadError, OffloadError
 from ..load_report import NOTHING, LoadReport
+from ..report.report import Residency
 from ..store.layout import RecordLayout
 from .memory import SlotMemory
 from .waves import streams
@@ -141,6 +142,10 @@ class SlotPool(ABC):
     def absent(self, layer: Span) -> NDArray[np.bool_]:
         """``[len(layer)]``: which experts have no slot and are not being loaded."""
 
+    def residency(self, layer: Span) -> NDArray[np.uint8]:
+        """``[len(layer)]``, see ``report.Residency``; any thread may ask, and see a change that is under way or not."""
+        return (~self.absent(layer)).astype(np.uint8)
+
     @abstractmethod
     def enable_predictions(self) -> None:
         """From now on ``expect`` will be called: let eviction take account of it. Idempotent."""
@@ -160,6 +165,12 @@ class SlotPool(ABC):
     @abstractmethod
     def close(self) -> None:
         """Nothing will be asked any more."""
+
+
+def residency_of(slot_of: NDArray[np.int32], pins: NDArray[np.integer]) -> NDArray[np.uint8]:
+    """``SlotPool.residency`` of experts in these slots, negative where absent, of which each has so many ``pins``."""
+    found = np.where(pins[slot_of] > 0, Residency.PINNED, Residency.RESIDENT)
+    return np.where(slot_of < 0, Residency.ABSENT, found).astype(np.uint8)
 
 
 class HostPool(SlotPool):

@@ -19,7 +19,7 @@ from ..running_mean import blend
 from ..store.layout import RecordLayout
 from ..store.pools import PoolMembers
 from ..store.reader import Store
-from .base import Failure, Hold, HostPool, Span
+from .base import Failure, Hold, HostPool, Span, residency_of
 from .in_flight import InFlightLoads
 from .loader import Load, RecordLoader
 from .memory import HostMemory, SlotMemory
@@ -184,6 +184,9 @@ class LocalPool(HostPool):
         self.speculative = SpeculativeLoads()
         self.in_flight = InFlightLoads(self.cache, self.speculative)
         self._void.clear()
+
+    def residency(self, layer: Span) -> NDArray[np.uint8]:
+        return residency_of(self.cache.slot_of[layer.start : layer.stop], self.cache.pins)
 
     def absent(self, layer: Span) -> NDArray[np.bool_]:
         return self.cache.slot_of[layer.start : layer.stop] == ABSENT

@@ -135,6 +135,11 @@ class Prefetcher:
         """Whether the running step is predicted."""
         return self._step is not None and not self.switch.off
 
+    @property
+    def has_paused(self) -> bool:
+        """Whether nothing is predicted, because it has not paid."""
+        return self._governor.disabled or self.planner.is_off(Phase.DECODE)
+
     @optional
     def begin_step(self, rows: Sequence[ScheduledTokens], embeddings: Mapping[str, NDArray[np.float32]]) -> None:
         """The forward pass over ``rows`` starts. ``embeddings``: of requests, where known."""

@@ -3,7 +3,8 @@
 It must never import vLLM or torch, nor let tracing or prefetching change what a step computes.
 """
 
-from .runtime import OffloadRuntime, PooledLayer, Wave, Waves
+from .runtime import OffloadRuntime, PooledLayer
 from .tracer import Batch, RoutingTracer
+from .wave import Wave, Waves
 
 __all__ = ["Batch", "OffloadRuntime", "PooledLayer", "RoutingTracer", "Wave", "Waves"]

@@ -3,9 +3,8 @@
 It cuts steps up so that they fit. It must never yield a wave whose experts it does not hold.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,50 +15,19 @@ from ..pool import Hold, SlotPool, Span
 from ..pool.base import HostPool, PoolGoneError, PoolSource
 from ..pool.waves import group_rows, order_arrivals
 from ..prefetch.prefetcher import Prefetcher
+from ..report.activity import Activity, LayerIds
 from ..stats import Stats
 from ..store.layout import RecordLayout
 from ..store.reader import Store
 from ..trace.recorder import routing_shares
 from .tracer import Batch, RoutingTracer
+from .wave import SingleWave, Wave, Waves
 
 SPLIT_SECONDS = 2e-3
 """Loads of a layer that take less are waited for together: up to two more kernel calls cost about a millisecond."""
 
 
-class Wave(NamedTuple):
-    """A part of a step that one kernel call computes: its experts are loaded and held until the next wave."""
-
-    rows: NDArray[np.int64] | None
-    """Which rows of the batch, or None for all of them."""
-    slots: NDArray[np.int32]
-    """``[rows, top_k]``: the slot of every chosen expert; -1 where the choice is not this worker's."""
-    view: int = 0
-    """In which of the tensors that the layer's kernel can be shown; 0 unless its pool has several."""
-
-
-class Waves(Protocol):
-    """The waves of a layer. Closed before the last one has been asked for, it lets go of what is held."""
-
-    def __iter__(self) -> Iterator[Wave]: ...
-    def close(self) -> None: ...
-
-
 Held = tuple[Hold, LoadReport]
-
-
-class SingleWave:
-    """Waves of a layer whose experts were all found: there is nothing to wait for and nothing to let go of."""
-
-    __slots__ = ("_wave",)
-
-    def __init__(self, wave: Wave):
-        self._wave = wave
-
-    def __iter__(self) -> Iterator[Wave]:
-        return iter((self._wave,))
-
-    def close(self) -> None:
-        pass
 
 
 @dataclass(eq=False)
@@ -127,6 +95,11 @@ class OffloadRuntime:
             self.layers[entry.name] = latest[entry.layout] = layer
             if before:
                 self._following[before.name] = layer
+        self.activity = Activity(
+            stats, [LayerIds(each.name, each.first, each.experts) for each in self.layers.values()]
+        )
+        self._layer = 0
+        """Index of the one served last."""
 
     @property
     def slot_bytes(self) -> int:
@@ -150,6 +123,7 @@ class OffloadRuntime:
         if not batch.tokens:
             return
         self._batch = batch
+        self.activity.begin_step(batch.scheduled)
         self.stats.steps += 1
         self.stats.tokens += batch.tokens
         if self._source is not None and self._source.begin_step():
@@ -191,6 +165,7 @@ class OffloadRuntime:
     def end_step(self) -> None:
         """The forward pass is over. Without effect where none has begun."""
         self._batch, self._num_rows = None, 0
+        self.activity.end_step()
         traced, self._traced = self._traced, None
         if traced is not None:
             traced.wait_for_tokens()
@@ -198,8 +173,9 @@ class OffloadRuntime:
         if maps is not None and self.prefetcher is not None:
             self.prefetcher.end_step(maps)
 
-    def end_requests(self, requests: Iterable[str]) -> None:
+    def end_requests(self, requests: Collection[str]) -> None:
         """Requests have finished or were aborted."""
+        self.activity.end_requests(requests)
         for request in requests:
             state = None if self.prefetcher is None else self.prefetcher.end_request(request)
             if self.tracer is not None:
@@ -222,6 +198,8 @@ class OffloadRuntime:
                 skipped.
         """
         pool, needed = layer.pool, _needed(layer, chosen)
+        self._layer = layer.index
+        self.activity.use(layer.index, needed)
         if pool.streams(chosen.size, len(needed), layer.experts):
             return self._serve_streaming(layer, chosen, needed)
         capacity = pool.capacity
@@ -373,6 +351,7 @@ class OffloadRuntime:
 
     def _note(self, report: LoadReport) -> None:
         self.stats.add(report)
+        self.activity.note(self._layer, report)
         if self.prefetcher is not None:
             self.prefetcher.note(report)
 

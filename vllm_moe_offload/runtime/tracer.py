@@ -25,10 +25,11 @@ class Batch:
     Args:
         tokens: scheduled; 0 where the step only says which requests have ended.
         ended: requests that have finished or were aborted since the step before.
+        scheduled: tokens by request, where that is known.
     """
 
-    def __init__(self, tokens: int, ended: Collection[str] = ()):
-        self.tokens, self.ended = tokens, ended
+    def __init__(self, tokens: int, ended: Collection[str] = (), scheduled: Mapping[str, int] | None = None):
+        self.tokens, self.ended, self.scheduled = tokens, ended, scheduled or {}
 
     def rows(self) -> Sequence[ScheduledTokens]:
         """The rows, request by request, in the order in which the pass computes them. Asked when it starts.

@@ -17,7 +17,7 @@ from ..cache.policies import PredictionAwarePolicy
 from ..device.base import Event
 from ..device.transfer import Guess
 from ..load_report import NOTHING, LoadReport
-from ..pool.base import Hold, SlotPool, Span
+from ..pool.base import Hold, SlotPool, Span, residency_of
 from ..pool.operations import Operations
 from ..pool.void import VoidExperts
 from ..pool.waves import streams
@@ -228,6 +228,9 @@ class WindowPool(SlotPool):
         self.cache.clear()
         self._void.clear()
         return LoadReport(wasted=self.speculative.finish())
+
+    def residency(self, layer: Span) -> NDArray[np.uint8]:
+        return residency_of(self.cache.slot_of, self.cache.pins)
 
     def absent(self, layer: Span) -> NDArray[np.bool_]:
         return self.cache.slot_of == ABSENT
