@@ -24,9 +24,10 @@ SMALL_ENGINE = {
     "kv_cache_memory_bytes": 16 << 20,
     "gpu_memory_utilization": 0.2,
 }
-_FORKS = multiprocessing.get_context("forkserver")
+PRELOADED = multiprocessing.get_context("forkserver")
+"""Its processes have imported vLLM."""
 _FRESH = multiprocessing.get_context("spawn")
-_FORKS.set_forkserver_preload(["vllm", "vllm.entrypoints.llm", "tests.e2e.live_engine"])
+PRELOADED.set_forkserver_preload(["vllm", "vllm.entrypoints.llm", "tests.e2e.live_engine"])
 
 
 class Answer(NamedTuple):
@@ -50,7 +51,7 @@ class LiveEngine:
 
     def __init__(self, log: Path, fresh: bool = False, **environment: str):
         self.log = log
-        processes = _FRESH if fresh else _FORKS
+        processes = _FRESH if fresh else PRELOADED
         self._connection, theirs = processes.Pipe()
         environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"} | environment
         inherited = {name: value for name, value in os.environ.items() if name.startswith(("VLLM", "HF_", "MOE_"))}

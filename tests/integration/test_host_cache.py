@@ -4,15 +4,15 @@ import pytest
 
 from vllm_moe_offload.config import OffloadConfig
 from vllm_moe_offload.errors import ConfigError
+from vllm_moe_offload.integration.early_checks import refuse_memory_of_gpus
 from vllm_moe_offload.integration.windows import host_budget
-from vllm_moe_offload.integration.worker import slots_for_worker
 
 GIB = 1 << 30
 
 
 def test_on_the_cpu_it_is_refused() -> None:
     with pytest.raises(ConfigError, match="leave host_cache out"):
-        slots_for_worker(None, OffloadConfig(host_cache="1GiB"), [], set())
+        refuse_memory_of_gpus(OffloadConfig(host_cache="1GiB"))
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,15 @@ from ..ipc.protocol import Attach
 from ..stats import Stats
 from ..store.reader import Store
 from .client import DaemonClient
-from .connection import DaemonGoneError
+from .connection import Connection, DaemonGoneError
 from .launch import start_daemon
 
 logger = logging.getLogger(__name__)
 
 LEAVE_AFTER_SECONDS = 60.0
 """A daemon started for an engine stays so long after its last one has gone."""
+ANSWER_SECONDS = 20.0
+"""For a daemon to say that it is there."""
 STARTS = 3
 """A daemon that answers may be about to leave; then another is started."""
 
@@ -67,7 +69,7 @@ def join_daemon(
     except (OffloadError, OSError) as error:
         reason = str(error)
         if setting != "auto":
-            raise ConfigError(f"daemon = {setting!r}: {reason}; or choose 'auto' or 'off'") from error
+            raise _unusable(setting, reason) from error
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         if setting != "auto":
@@ -78,6 +80,20 @@ def join_daemon(
     return None
 
 
+def refuse_missing_daemon(setting: str) -> None:
+    """Refuse a daemon that is named by its socket and does not answer.
+
+    Raises:
+        ConfigError: naming the setting and the reason.
+    """
+    if setting in ("auto", "start", "off"):
+        return
+    try:
+        Connection.connect(socket_of(setting), "control", ANSWER_SECONDS).close()
+    except OffloadError as error:
+        raise _unusable(setting, str(error)) from error
+
+
 def socket_of(setting: str) -> Path:
     """Where the daemon of the setting ``unix:PATH``, ``PATH``, ``auto`` or ``start`` serves.
 
@@ -86,6 +102,10 @@ def socket_of(setting: str) -> Path:
     """
     path = setting.removeprefix("unix:")
     return Path(path) if path.startswith("/") else default_socket_path()
+
+
+def _unusable(setting: str, reason: str) -> ConfigError:
+    return ConfigError(f"daemon = {setting!r}: {reason}; or choose 'auto' or 'off'")
 
 
 def _start_and_join(

@@ -20,6 +20,8 @@ from ..extensions import is_reference
 from ..predict.registry import predictor_class
 from . import seams
 from .cuda.graphs import split_at_experts
+from .early_checks import refuse_what_is_known
+from .start_errors import expect_errors, in_one_line
 from .support import refuse_unsupported
 
 FROM_ENVIRONMENT = "moe_offload_from_environment"
@@ -59,7 +61,7 @@ def exit_on_error() -> Iterator[None]:
     try:
         yield
     except OffloadError as error:
-        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        print(in_one_line(error), file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -100,7 +102,9 @@ def _resolve_first(create: Callable[..., Any]) -> Callable[..., Any]:
             if asked or vllm_config.model_config.is_moe:
                 refuse_unsupported(vllm_config)
                 _refuse_missing_classes(config)
+                refuse_what_is_known(vllm_config, config)
                 split_at_experts(vllm_config)
+            expect_errors(vllm_config, hasattr(self, FROM_COMMAND_LINE))
             return vllm_config
 
     return create_engine_config

@@ -16,7 +16,7 @@ from vllm.logger import init_logger
 
 from ..client.remote_history import SharedHistory
 from ..config import OffloadConfig
-from ..errors import ConfigError, OffloadError
+from ..errors import OffloadError
 from ..ipc.protocol import OpenHistory
 from ..learning.background import Background
 from ..learning.supervisor import LearningSupervisor
@@ -32,6 +32,7 @@ from ..trace.persistence import LocalHistory, PersistentHistory
 from ..trace.recorder import Recorder
 from ..trace.trace import Trace
 from ..trace.trace_recording import TraceRecording
+from .early_checks import named_history
 from .embedding import PromptEmbedder, UserEmbedder
 
 logger = init_logger(__name__)
@@ -203,13 +204,12 @@ def _archive(config: OffloadConfig) -> HistoryArchive | None:
     """
     if config.history == "off":
         return None
-    folder = Path(config.history) if config.history else (config.store or default_root()).parent / "history"
-    archive = HistoryArchive(folder)
+    if config.history is not None:
+        return named_history(config.history)
+    archive = HistoryArchive((config.store or default_root()).parent / "history")
     problem = archive.problem()
     if problem is None:
         return archive
-    if config.history is not None:
-        raise ConfigError(f"history = {config.history!r}: {problem}; name a folder that can be written, or 'off'")
     logger.warning("the history stays in memory and ends with this engine: %s", problem)
     return None
 

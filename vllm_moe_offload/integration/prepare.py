@@ -13,6 +13,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.executor import Executor
 
 from ..config import PLUGIN_NAME
+from .start_errors import raising_left_errors
 from .worker import PREPARE_ONLY, PreparedStore
 
 NO_KV_CACHE = 0.01
@@ -41,7 +42,8 @@ def prepare_stores(model: str, arguments: list[str], store: Path | None) -> list
     if vllm_config.parallel_config.world_size == 1:
         # in this process, where errors keep their type
         vllm_config.parallel_config.distributed_executor_backend = "uni"
-    executor = Executor.get_class(vllm_config)(vllm_config)
+    with raising_left_errors():
+        executor = Executor.get_class(vllm_config)(vllm_config)
     try:
         return [PreparedStore(*found) for worker in executor.collective_rpc(_prepared) for found in worker]
     finally:

@@ -12,6 +12,7 @@ _FUSED_MOE = "vllm.model_executor.layers.fused_moe"
 _LOADER = "vllm.model_executor.model_loader"
 
 FLAGS = "the --moe-offload-* flags (additional_config and VLLM_MOE_OFFLOAD still work)"
+LAST_LINE = "the reason as the last line of an engine that does not start (it is in the output above)"
 GATE_PREDICTOR = "the predictor 'gate'"
 PREPARE = "the command 'prepare'"
 
@@ -20,6 +21,13 @@ ENGINE_CONFIG = Seam(
     "EngineArgs.create_engine_config",
     "validate the settings before an engine starts",
     ("self",),
+)
+WAIT_FOR_ENGINE = Seam(
+    "vllm.v1.engine.utils",
+    "wait_for_engine_startup",
+    "end the output of an engine that does not start with the reason",
+    ("handshake_socket", "core_engines"),
+    feature=LAST_LINE,
 )
 CLI_ARGUMENTS = Seam("vllm.engine.arg_utils", "EngineArgs.add_cli_args", "add our flags", ("parser",), feature=FLAGS)
 CLI_VALUES = Seam("vllm.engine.arg_utils", "EngineArgs.from_cli_args", "read our flags", ("args",), feature=FLAGS)
@@ -329,6 +337,7 @@ LEANED_ON = (
 
 SEAMS: tuple[Seam, ...] = (
     ENGINE_CONFIG,
+    WAIT_FOR_ENGINE,
     CLI_ARGUMENTS,
     CLI_VALUES,
     QUANT_METHOD,

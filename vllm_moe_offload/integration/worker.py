@@ -7,7 +7,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
 from ..config import ENVIRONMENT_VARIABLE, OffloadConfig
-from ..errors import ConfigError, UnsupportedError
+from ..errors import UnsupportedError
 from ..threads import processors_for_reading
 from . import machine, seams
 from .batch import StepBatch
@@ -18,6 +18,7 @@ from .loading import WorkerLoading
 from .placement import Budget, LoadedModel, ModelSlots, slots_of_models, worker_budget
 from .reporter import Reporter
 from .serving import ServedModel
+from .start_errors import leaving_errors
 from .weights import protect_weights
 from .windows import bytes_of_least, bytes_taken, window_needs, windows_of_worker
 
@@ -49,7 +50,7 @@ def _offload_what_is_loaded(load_model: Callable[..., Any]) -> Callable[..., Any
             return
         # before loading, which may take one rank far longer than another
         failures = connect_ranks(self.vllm_config.scheduler_config.max_num_seqs)
-        with WorkerLoading() as loading:
+        with leaving_errors(self.vllm_config), WorkerLoading() as loading:
             load_model(self, *args, **kwargs)
             if not loading.models and _without_experts(self.vllm_config):
                 switch_off(self.vllm_config)
@@ -207,11 +208,6 @@ def slots_for_worker(
         if not all(of_model.resident or of_model.managed for of_model in slots):
             leave_experts_out_of_graphs(worker.vllm_config)
         return budget, slots
-    if "host_cache" in config.model_fields_set:
-        raise ConfigError(
-            "host_cache is memory behind slots of a GPU, and this engine computes on the CPU, whose slots are host "
-            "memory: leave host_cache out; cache says how much there is"
-        )
     vllm_config = worker.vllm_config
     budget = worker_budget(vllm_config, config, sum(model.expert_bytes for model in models))
     return budget, slots_of_models(vllm_config, config, models, budget, cpus, f"cache = {config.cache!r}")

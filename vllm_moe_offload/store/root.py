@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext, suppress
@@ -120,6 +121,21 @@ class StoreRoot:
             raise
         lock.release()
         return store
+
+    def require_usable(self) -> None:
+        """Make the root if there is none, and see that stores can be built in it, or that some are there to be read.
+
+        Raises:
+            StoreError: neither, as far as that is known without a store's identity.
+        """
+        with explained("build a store", self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                with tempfile.TemporaryFile(dir=self.path):
+                    return
+            except OSError:
+                if not any(state is None for _, _, state in self._entries()):
+                    raise
 
     def set_aside(self, store: Store, reason: str) -> None:
         """Make sure `store`, found damaged while open, is not trusted at the next start, which rebuilds it.

@@ -7,6 +7,7 @@ What payloads are is the matter of ``trace_file``.
 import contextlib
 import os
 import struct
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,27 @@ def _is_zero(file: IO[bytes]) -> bool:
     return True
 
 
+def refuse_unwritable(path: Path) -> None:
+    """See, without reading or making the file, that a log can be made or continued at ``path`` by who is alone there.
+
+    Raises:
+        ValueError: it is something else.
+        OSError: it cannot be written.
+    """
+    if not path.exists():
+        with tempfile.TemporaryFile(dir=path.parent):
+            return
+    with path.open("r+b") as file:
+        _refuse_others(file)
+
+
+def _refuse_others(file: IO[bytes]) -> None:
+    """Raises ValueError unless the file is empty, or begins as a log does, perhaps cut short."""
+    file.seek(0)
+    if not MAGIC.startswith(file.read(len(MAGIC))):
+        raise ValueError("it is no trace that can be continued")
+
+
 class LogWriter:
     """Appends to a log, alone. The file is made, readable by its owner only, if there is none.
 
@@ -96,9 +118,7 @@ class LogWriter:
                     self.first = frame.payload if self.first is None else self.first
                     self.nbytes = frame.end
             else:
-                self._file.seek(0)
-                if not MAGIC.startswith(self._file.read(len(MAGIC))):
-                    raise ValueError("it is no trace that can be continued")
+                _refuse_others(self._file)
             self.dropped = size - self.nbytes
             """Bytes at the end that an earlier writer had not finished; the next ``append`` replaces them."""
         except BaseException:

@@ -1,13 +1,15 @@
 """``--moe-offload-trace FILE``: all requests of an engine, as a trace file that grows while it serves."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import TraceError
 from ..sizes import size_text
 from .trace import Trace, concat
 from .trace_file import LogHeader, decode_log_header, encode_log_header, encode_trace
-from .trace_log import LogWriter
+from .trace_log import LogWriter, refuse_unwritable
 
 logger = logging.getLogger(__name__)
 
@@ -15,6 +17,29 @@ MOST_BYTES = 4 << 30
 """Of the file. Replay reads it whole."""
 MOST_WAITING_BYTES = 64 << 20
 """Of requests that could not be written yet, because the disk is full, say."""
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn what a log cannot be used for into a TraceError that names the setting."""
+    try:
+        yield
+    except BlockingIOError:
+        raise TraceError(f"trace = {path} is being written by another engine; give each a file of its own") from None
+    except OSError as error:
+        raise TraceError(f"trace = {path} cannot be written ({error.strerror or error})") from error
+    except ValueError as error:
+        raise TraceError(f"trace = {path}: {error}; give another file, or move that one away") from None
+
+
+def refuse_unusable_file(path: Path) -> None:
+    """See, without reading or making it, that a trace can be recorded in ``path``.
+
+    Raises:
+        TraceError: it holds something else, or cannot be written.
+    """
+    with _explained(path):
+        refuse_unwritable(path)
 
 
 class TraceRecording:
@@ -42,20 +67,12 @@ class TraceRecording:
         self._failing: str | None = None
         """Why the last write failed."""
         header = LogHeader(model, fingerprint, shape)
-        try:
+        with _explained(path):
             self._log = LogWriter(path)
             if self._log.first is None:
                 self._log.append(encode_log_header(header))
             else:
                 self._check(decode_log_header(self._log.first), header)
-        except BlockingIOError:
-            raise TraceError(
-                f"trace = {path} is being written by another engine; give each a file of its own"
-            ) from None
-        except OSError as error:
-            raise TraceError(f"trace = {path} cannot be written ({error.strerror or error})") from error
-        except ValueError as error:
-            raise TraceError(f"trace = {path}: {error}; give another file, or move that one away") from None
         if self._log.dropped:
             logger.warning(
                 "%s: the last %d bytes had not been written to the end and are dropped", path, self._log.dropped

@@ -13,6 +13,7 @@ from vllm.config import CUDAGraphMode
 from ...errors import ConfigError
 from ...sizes import size_text
 from .. import seams
+from ..start_errors import leaving_errors
 
 SEQUENCES = 8
 """``auto`` leaves room for the KV cache of so many of the longest sequences, if it can; of one it must."""
@@ -185,7 +186,8 @@ def _explain_missing_kv_cache(determine_available_memory: Callable[..., int]) ->
         offload = getattr(self, "moe_offload", None)
         given = self.cache_config.kv_cache_memory_bytes is not None or self.model_config.original_max_model_len == -1
         if offload is not None and offload.device_slots is not None and not given:
-            refuse_without_kv_cache(available, kv_cache_of_a_sequence(self), *offload.device_slots)
+            with leaving_errors(self.vllm_config):
+                refuse_without_kv_cache(available, kv_cache_of_a_sequence(self), *offload.device_slots)
         return available
 
     return determine
