@@ -96,6 +96,13 @@ class FakeTorch(SimpleNamespace):
                 call("wait", self, event)
 
         class Event:
+            def __init__(self, enable_timing: bool = False):
+                self.timed = enable_timing
+
+            def elapsed_time(self, end: "Event") -> float:
+                call("elapsed", self, end)
+                return 250.0
+
             def record(self, stream: Stream) -> None:
                 call("record", self, stream)
 
@@ -305,8 +312,18 @@ def test_events_are_recorded_and_waited_for_on_the_streams_asked(make: Make) -> 
     ]
 
 
+def test_the_time_between_timestamps_is_in_seconds(make: Make) -> None:
+    device, torch_, _ = make()
+    begin: Any = device.timestamp(device.main)
+    end: Any = device.timestamp(device.main)
+    plain: Any = device.record(device.main)
+    assert begin.timed and end.timed and not plain.timed
+    assert device.seconds(begin, end) == 0.25
+    assert torch_.calls[-1] == ("elapsed", begin, end)
+
+
 def calls_of(device: CudaDevice) -> list[Callable[[], object]]:
-    event, copies = device.record(device.main), device.stream("copies")
+    event, copies = device.timestamp(device.main), device.stream("copies")
     memory, rows = host(), device.allocate(64)
     device.register(memory)
     return [
@@ -320,6 +337,8 @@ def calls_of(device: CudaDevice) -> list[Callable[[], object]]:
         lambda: device.allocate_pinned(1),
         lambda: device.register(host()),
         lambda: device.unregister(memory),
+        lambda: device.timestamp(copies),
+        lambda: device.seconds(event, event),
     ]
 
 

@@ -100,6 +100,14 @@ def test_a_stream_does_not_wait_for_another_unless_told(device: CudaDevice) -> N
     device.synchronize(behind)
 
 
+def test_timestamps_tell_what_kernels_take(device: CudaDevice) -> None:
+    begin = device.timestamp(device.main)
+    torch.cuda._sleep(2 * TENTH_OF_A_SECOND)
+    end = device.timestamp(device.main)
+    device.synchronize(end)
+    assert 0.05 < device.seconds(begin, end) < 2
+
+
 def test_main_is_the_current_stream_and_an_urgent_stream_has_priority(device: CudaDevice) -> None:
     other = torch.cuda.Stream()
     with torch.cuda.stream(other):

@@ -5,6 +5,7 @@ seeds. Changing the preferred stream rarely finds more of them than drawing one 
 """
 
 import random
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,10 +37,11 @@ class CorruptionError(AssertionError):
 class VirtualEvent:
     """Behind one operation; behind nothing if its stream was empty."""
 
-    __slots__ = ("operation",)
+    __slots__ = ("operation", "recorded")
 
     def __init__(self, operation: "_Operation | None"):
         self.operation = operation
+        self.recorded = time.perf_counter()
 
     @property
     def complete(self) -> bool:
@@ -237,6 +239,13 @@ class VirtualDevice(Device):
     def record(self, stream: VirtualStream) -> VirtualEvent:
         self._go_on()
         return VirtualEvent(stream.last)
+
+    def timestamp(self, stream: VirtualStream) -> VirtualEvent:
+        return VirtualDevice.record(self, stream)
+
+    def seconds(self, begin: VirtualEvent, end: VirtualEvent) -> float:
+        assert begin.complete and end.complete
+        return end.recorded - begin.recorded
 
     def wait(self, stream: VirtualStream, event: VirtualEvent) -> None:
         self._check()

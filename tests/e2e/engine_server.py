@@ -35,7 +35,7 @@ def run_predicting(job: dict[str, Any]) -> dict[str, Any]:
     from vllm_moe_offload.prefetch.governor import PredictionGovernor
 
     with (
-        patch.object(PredictionGovernor, "begin_step", lambda *_: True) if job.get("every_step") else nullcontext(),
+        patch.object(PredictionGovernor, "predicts", lambda *_: True) if job.get("every_step") else nullcontext(),
         nullcontext() if job.get("order") is None else virtual_device(job["by_itself"], order=job["order"]),
     ):
         return run(job)

@@ -110,6 +110,14 @@ class Device(ABC):
         """An event behind everything enqueued on ``stream`` so far."""
 
     @abstractmethod
+    def timestamp(self, stream: Stream) -> Event:
+        """As ``record``, of which the device notes when it is reached."""
+
+    @abstractmethod
+    def seconds(self, begin: Event, end: Event) -> float:
+        """Between two timestamps that have been reached."""
+
+    @abstractmethod
     def wait(self, stream: Stream, event: Event) -> None:
         """Work enqueued on ``stream`` from now on starts after ``event``. The host does not wait."""
 

@@ -119,11 +119,15 @@ class CudaDevice(Device):
             self._fail(f"{self._latest} was refused: {error}", error)
 
     def record(self, stream: Stream) -> Event:
-        assert isinstance(stream, CudaStream)
-        with self._calling("an event"):
-            event = torch.cuda.Event()
-            event.record(stream.stream)
-            return event
+        return self._event(stream, timed=False)
+
+    def timestamp(self, stream: Stream) -> Event:
+        return self._event(stream, timed=True)
+
+    def seconds(self, begin: Event, end: Event) -> float:
+        assert isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event)
+        with self._calling("the time between two events"):
+            return begin.elapsed_time(end) / 1e3
 
     def wait(self, stream: Stream, event: Event) -> None:
         assert isinstance(stream, CudaStream) and isinstance(event, torch.cuda.Event)
@@ -139,6 +143,13 @@ class CudaDevice(Device):
         assert isinstance(event, torch.cuda.Event)
         with self._calling("the wait for an event"):
             event.synchronize()
+
+    def _event(self, stream: Stream, timed: bool) -> Event:
+        assert isinstance(stream, CudaStream)
+        with self._calling("an event"):
+            event = torch.cuda.Event(enable_timing=timed)
+            event.record(stream.stream)
+            return event
 
     def _host_register(self, start: int, nbytes: int) -> None:
         """Read-only where the driver refuses otherwise: an array does not tell how its memory is mapped."""

@@ -33,10 +33,13 @@ class HeadsPredictor(Predictor):
         self._no_map = TokenMap(np.full((layers, top_k), -1), np.zeros((layers, top_k), np.float32))
 
     def begin(self, rows: Sequence[TokenContext]) -> "HeadsStep":
-        self._know([token for row in rows for token in (row.token, row.previous_token)])
-        known = self._token_states
-        state = np.array([known[row.token][0] + known[row.previous_token][1] for row in rows])
-        return HeadsStep(self.weights, state, self.known_before(rows))
+        return HeadsStep(self.weights, self._state_of(rows), self.known_before(rows))
+
+    def before_step(self, rows: Sequence[TokenContext]) -> tuple[Array, Array]:
+        """What a step over ``rows`` begins with: ``[B, state]`` before its first layer, and ``[L, B, hidden]``, what is
+        known before the step as far as the hidden units of each layer."""
+        known, weights = self.known_before(rows), self.weights
+        return self._state_of(rows), np.stack([weights.hidden_before(at, known) for at in range(self.shape.layers)])
 
     def known_before(self, rows: Sequence[TokenContext]) -> "KnownBefore":
         """What the heads know of ``rows`` before the step."""
@@ -45,6 +48,11 @@ class HeadsPredictor(Predictor):
             *_stacked([row.same or self._no_map for row in rows]),
             np.array([row.frequency for row in rows]),
         )
+
+    def _state_of(self, rows: Sequence[TokenContext]) -> Array:
+        self._know([token for row in rows for token in (row.token, row.previous_token)])
+        known = self._token_states
+        return np.array([known[row.token][0] + known[row.previous_token][1] for row in rows])
 
     def _know(self, tokens: list[int]) -> None:
         new = list({token for token in tokens if token not in self._token_states})

@@ -100,6 +100,10 @@ class PredictionGovernor:
             self._end_round()
             if not self.disabled:
                 self._start_run()
+        return self.predicts(kind)
+
+    def predicts(self, kind: int) -> bool:
+        """What ``begin_step`` has decided last, for a step of this ``kind``."""
         return self._run.left > 0 and self._lengths.knows(kind)
 
     def end_step(self, seconds: float, stalled: float, predictor_seconds: float | None) -> None:

@@ -10,19 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..load_report import LoadReport
-from ..predict.base import Predictor, RequestState, Step, TokenContext, TokenMap, union_probability
+from ..predict.base import Predictor, RequestState, Step, union_probability
 from ..running_mean import blend
 from ..stats import Stats
 from ..trace.recorder import RequestMaps, ScheduledTokens
 from .governor import PredictionGovernor, kind_of
 from .optional import Switch, optional
 from .planner import Estimates, Outlook, Phase, Planner
+from .request_states import RequestStates
 
 MOST_ROWS = 32
 """Steps with more rows need nearly every expert of a layer: nothing to predict."""
 _MOST_AHEAD = 3
-_REMEMBERED_PREFILL = 64
-"""Of a prefill chunk, the last tokens count towards the request's frequency: earlier ones have decayed to nothing."""
 
 
 class PrefetchPool(Protocol):
@@ -110,7 +109,7 @@ class Prefetcher:
         self._governor = PredictionGovernor()
         self._is_governed = False
         """Whether the governor was asked about the running step."""
-        self._states: dict[str, RequestState] = {}
+        self._states = RequestStates(predictor)
         self._step: Step | None = None
         self._phase = Phase.DECODE
         self._layer = -1
@@ -147,16 +146,14 @@ class Prefetcher:
         self._step, self._layer = None, -1
         self._predictor_seconds = self._step_stalled = self._stalled = 0.0
         self._phase = Phase.PREFILL if any(part.is_prefill for part in rows) else Phase.DECODE
-        for part in rows:
-            if part.request not in self._states:
-                self._states[part.request] = self.predictor.start_request(embeddings.get(part.request))
+        self._states.start(rows, embeddings)
         num_rows = sum(len(part.tokens) for part in rows)
         self._is_governed = 0 < num_rows <= MOST_ROWS
         self.planner.begin_step(self._phase)
         predicts = self._is_governed and self._governor.begin_step(kind_of(self._phase, num_rows))
         predicts = predicts and not self.planner.is_off(self._phase)
         if predicts:
-            self._step = self.predictor.begin([row for part in rows for row in self._contexts(part)])
+            self._step = self.predictor.begin(self._states.contexts(rows))
             self._look_from(-1)
             self._predictor_seconds = self._clock() - began
 
@@ -203,15 +200,12 @@ class Prefetcher:
             seconds = self._clock() - self._step_began
             predictor_seconds = None if self._step is None else self._predictor_seconds
             self._governor.end_step(seconds, self._step_stalled, predictor_seconds)
-        for part in maps:
-            state = self._states.get(part.rows.request)
-            if state is not None and len(part.tokens):
-                self._remember(state, part)
+        self._states.remember(maps)
         self._step, self._is_governed = None, False
 
     def end_request(self, request: str) -> RequestState | None:
         """A request has ended. Returns what was known of it."""
-        return self._states.pop(request, None)
+        return self._states.end(request)
 
     def _look_from(self, layer: int) -> None:
         assert self._step is not None
@@ -236,24 +230,3 @@ class Prefetcher:
             now = self._clock()
             self._ask_seconds = blend(self._ask_seconds, now - began)
             began = now
-
-    def _contexts(self, part: ScheduledTokens) -> Sequence[TokenContext]:
-        state = self._states[part.request]
-        if len(part.tokens) == 1:
-            return [state.context(int(part.tokens[0]))]
-        return state.contexts_side_by_side(part.tokens)
-
-    def _remember(self, state: RequestState, part: RequestMaps) -> None:
-        tokens = part.tokens.tolist()
-        maps = [TokenMap(*one) for one in zip(part.experts, part.weights, strict=True)]
-        if len(maps) > 1:
-            # what is kept of one token must not keep the whole step
-            maps = [TokenMap(experts.copy(), weights.copy()) for experts, weights in maps]
-        early = max(0, len(maps) - _REMEMBERED_PREFILL)
-        for token, token_map in zip(tokens[:early], maps[:early], strict=True):
-            self.predictor.memory.remember(token, token_map)
-        for token, token_map in zip(tokens[early:], maps[early:], strict=True):
-            state.advance(token, token_map)
-        if self.predictor.learns_from_each_token:
-            for token, token_map in zip(tokens, maps, strict=True):
-                self.predictor.learn(state, token, token_map)

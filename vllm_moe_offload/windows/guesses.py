@@ -136,7 +136,8 @@ class Guesses:
         self._stream = device.stream("guesses")
         self._under_way: Event | None = None
         """Behind what guesses do beside a layer, until main has waited for it."""
-        self._step = 0
+        self.step = 0
+        """The number of the step that is next or under way, in the ring."""
         self._followed: int | None = None
         """The layer of the running step that was followed last; None where none was."""
         self.enabled = True
@@ -157,7 +158,7 @@ class Guesses:
         Args:
             step: its number in the ring.
         """
-        self._step, self.enabled = step, False
+        self.step, self.enabled = step, False
         self._heads.copy_next()
 
     def begin(self, state: NDArray[np.float32], known: NDArray[np.float32]) -> bool:
@@ -171,7 +172,7 @@ class Guesses:
             whether the step guesses: not while heads are on their way.
         """
         assert 0 < len(state) <= MOST_ROWS
-        self.enabled = self.loaded and self._given.give(self._step, state, known)
+        self.enabled = self.loaded and self._given.give(self.step, state, known)
         return self.enabled
 
     def end_step(self) -> None:
