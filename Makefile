@@ -11,7 +11,7 @@ STAMP := $(VENV)/.ready
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); [ "$$n" -ge 2 ] && echo 2 || echo 0)
 
 .DEFAULT_GOAL := help
-.PHONY: help env test demo lint bench clean
+.PHONY: help env test demo lint docs bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 	done; \
 	[ -n "$$python" ] || { echo "make env: no Python 3.11 or newer found; name one with PYTHON=..." >&2; exit 1; }; \
 	[ -x $(BIN)/python ] || "$$python" -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,dev]' --constraint constraints-cpu.txt \
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,dev,docs]' --constraint constraints-cpu.txt \
 	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
 	    || { echo "make env: pip failed; if it found no torch +cpu, set TORCH_INDEX (see make help)" >&2; exit 1; }
 	@# Not needed for text models, and what pip picks need not match the +cpu build of torch.
@@ -46,6 +46,9 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(STAMP) ## build the documentation into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(STAMP) ## compare with plain vLLM on a widened model (needs an idle machine)
 	$(BIN)/python benchmarks/decode.py $(BENCH_ARGS)
