@@ -88,6 +88,7 @@ class Model:
         self.real_rows = device.allocate(4).view(torch.int32)
         self.real_rows.fill_(1)
         self.ids = device.allocate(4 * case.layers * case.top_k).view(torch.int32).view(case.layers, 1, case.top_k)
+        self.weights = device.allocate(4 * case.top_k).view(torch.float32).view(1, case.top_k)
         self._replay: Callable[[], None] = self._launch
 
     def capture(self) -> None:
@@ -115,7 +116,7 @@ class Model:
 
     def _launch(self) -> None:
         for layer in range(self.case.layers):
-            self.managed.launch(layer, self.ids[layer], self.real_rows)
+            self.managed.launch(layer, self.ids[layer], self.weights, self.real_rows)
 
 
 def measure(device: Device, case: Case, steps: int) -> dict[str, Any]:

@@ -30,6 +30,11 @@ class HostRecords(RegisteredMemory):
         super().__init__(device, self.arrays, chunk_bytes=3 * max(part.nbytes for part in layout.components))
 
 
+def weights_of(ids: NDArray[np.integer]) -> NDArray[np.float32]:
+    """What the router gives these choices."""
+    return (1 / (3 + ids)).astype(np.float32)
+
+
 def marks(records: int) -> NDArray[np.uint8]:
     return (1 + np.arange(records) % 200).astype(np.uint8)
 
@@ -48,19 +53,16 @@ class ManagedModel:
     layers: list[ManagedLayer]
     real_rows: torch.Tensor
     check: Callable[[str, Callable[[], Rows], NDArray[np.uint8]], None]
-    weighted: bool = False
-    """Layers are launched with routing weights."""
 
     def step(self, ids: Sequence[NDArray[np.int32]], padding: int = 0) -> None:
         """One forward pass, ``ids[layer]`` ``[rows, top_k]`` with so many rows of padding at the end."""
         narrow = len(ids[0]) <= self.managed.narrow_rows
         for layer, chosen in enumerate(ids):
-            given = torch.from_numpy(chosen.copy())
+            given, weights = torch.from_numpy(chosen.copy()), torch.from_numpy(weights_of(chosen))
             if narrow:
-                weights = torch.full(given.shape, 1 / given.shape[1]) if self.weighted else None
-                view, rows = View.WINDOW, self.managed.launch(layer, given, self.real_rows, weights)
+                view, rows = View.WINDOW, self.managed.launch(layer, given, weights, self.real_rows)
             else:
-                view, rows = self.managed.launch_wide(layer, given, self.real_rows), given
+                view, rows = self.managed.launch_wide(layer, given, weights, self.real_rows), given
             self._run_kernel(layer, view, rows[: len(chosen) - padding], chosen[: len(chosen) - padding])
 
     def _run_kernel(self, layer: int, view: View, rows: torch.Tensor, chosen: NDArray[np.int32]) -> None:

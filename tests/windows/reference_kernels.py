@@ -29,6 +29,7 @@ class ReferenceKernels(Kernels):
         self,
         layer: LayerTables,
         ids: torch.Tensor,
+        weights: torch.Tensor,
         real_rows: torch.Tensor,
         out: torch.Tensor,
         misses: torch.Tensor,
@@ -37,7 +38,7 @@ class ReferenceKernels(Kernels):
         window = layer.window
 
         def compute(values: list[Memory]) -> None:
-            given, real, tables, header = (np.asarray(value) for value in values)
+            given, real, tables, header = (np.asarray(value) for value in values[:4])
             policy = policy_of(layer, tables)
             (slots, missing), outcomes = policy.serve_and_count(given, int(header[0]), int(real[0]))
             out.copy_(torch.from_numpy(np.where(slots >= 0, slots + window.base, ABSENT)))
@@ -45,31 +46,38 @@ class ReferenceKernels(Kernels):
             write_misses(misses, missing, np.full(len(missing), ABSENT))
             write_residents(layer, policy, tables)
             used = len(used_of(given, real))
-            write_ring(ring, layer, given, int(real[0]), used, len(missing), outcomes)
+            write_ring(ring, layer, given, values[4], int(real[0]), used, len(missing), outcomes)
 
         def writes() -> Sequence[Memory]:
-            return [layer.tables, out, misses, *entry_of(ring, layer, ids)]
+            return [layer.tables, out, misses, *entry_of(ring, layer, ids, real_rows)]
 
-        reads = [ids, real_rows, layer.tables, ring.header]
+        reads = [ids, real_rows, layer.tables, ring.header, weights]
         self.device.kernel(self.device.main, lambda: reads, compute, writes, "manage")
 
     def stage(
-        self, layer: LayerTables, ids: torch.Tensor, real_rows: torch.Tensor, misses: torch.Tensor, ring: Ring
+        self,
+        layer: LayerTables,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        real_rows: torch.Tensor,
+        misses: torch.Tensor,
+        ring: Ring,
     ) -> None:
         def compute(values: list[Memory]) -> None:
-            given, real, tables, _ = (np.asarray(value) for value in values)
+            given, real, tables = (np.asarray(value) for value in values[:3])
             used = used_of(given, real)
             used = used[tables[3][used] >= 0]
             records = tables[3][used]
             rows = tables[0][used]
             slots = np.where((rows >= 0) & (not layer.window.is_lent), rows - layer.window.base, ABSENT)
             write_misses(misses, np.stack([records, records], axis=1), slots)
-            write_ring(ring, layer, given, int(real[0]), len(used), len(used))
+            write_ring(ring, layer, given, values[4], int(real[0]), len(used), len(used))
 
-        reads = [ids, real_rows, layer.tables, ring.header]
-        self.device.kernel(
-            self.device.main, lambda: reads, compute, lambda: [misses, *entry_of(ring, layer, ids)], "stage"
-        )
+        def writes() -> Sequence[Memory]:
+            return [misses, *entry_of(ring, layer, ids, real_rows)]
+
+        reads = [ids, real_rows, layer.tables, ring.header, weights]
+        self.device.kernel(self.device.main, lambda: reads, compute, writes, "stage")
 
     def gather(
         self,
@@ -93,7 +101,7 @@ class ReferenceKernels(Kernels):
             ]
 
         def copied() -> torch.Tensor:
-            return ring.notes[int(ring.step[0]) % len(ring.notes), layer.number, 6:7]
+            return ring.notes[int(ring.step[0]) % len(ring.notes), layer.number, 5:6]
 
         def compute(values: list[Memory]) -> None:
             _, _, _, before, *sources = values
@@ -110,13 +118,18 @@ class ReferenceKernels(Kernels):
 
         self.device.kernel(self.stream, reads, compute, writes, "gather")
 
-    def note(self, layer: LayerTables, ids: torch.Tensor, real_rows: torch.Tensor, ring: Ring) -> None:
+    def note(
+        self, layer: LayerTables, ids: torch.Tensor, weights: torch.Tensor, real_rows: torch.Tensor, ring: Ring
+    ) -> None:
         def compute(values: list[Memory]) -> None:
-            given, real, _ = (np.asarray(value) for value in values)
-            write_ring(ring, layer, given, int(real[0]), 0, 0)
+            given, real = (np.asarray(value) for value in values[:2])
+            write_ring(ring, layer, given, values[2], int(real[0]), 0, 0)
 
-        reads = [ids, real_rows, ring.header]
-        self.device.kernel(self.device.main, lambda: reads, compute, lambda: entry_of(ring, layer, ids), "note")
+        def writes() -> Sequence[Memory]:
+            return entry_of(ring, layer, ids, real_rows)
+
+        reads = [ids, real_rows, weights, ring.header]
+        self.device.kernel(self.device.main, lambda: reads, compute, writes, "note")
 
     def forget(self, tables: DeviceTables) -> None:
         overwritten = [
@@ -243,26 +256,34 @@ def write_misses(misses: torch.Tensor, listed: NDArray[np.int32], slots: NDArray
     misses[1 : 1 + 3 * len(listed)] = torch.from_numpy(np.column_stack([listed, slots]).astype(np.int32).reshape(-1))
 
 
-def entry_of(ring: Ring, layer: LayerTables, ids: torch.Tensor) -> list[torch.Tensor]:
-    """The step's ids of the layer, and its note."""
-    entry = int(ring.step[0]) % len(ring.ids)
-    first = layer.number * ids.numel()
-    return [ring.ids[entry, first : first + ids.numel()], ring.notes[entry, layer.number]]
+def entry_of(ring: Ring, layer: LayerTables, ids: torch.Tensor, real_rows: torch.Tensor) -> list[torch.Tensor]:
+    """The layer's choices in the step, and its note."""
+    entry = int(ring.step[0]) % len(ring.choices)
+    count = min(int(real_rows[0]), len(ids)) * ids.shape[1]
+    first = layer.number * count
+    return [ring.choices[entry, first : first + count], ring.notes[entry, layer.number]]
 
 
 def write_ring(
     ring: Ring,
     layer: LayerTables,
     ids: NDArray[np.integer],
+    weights: Memory,
     real: int,
     used: int,
     misses: int,
     outcomes: Outcomes = NO_OUTCOMES,
 ) -> None:
-    kept, note = entry_of(ring, layer, torch.from_numpy(ids))
-    kept.copy_(torch.from_numpy(ids.reshape(-1)))
-    real_ids = min(real * ids.shape[1], ids.size)
-    note.copy_(torch.tensor([int(ring.step[0]), ids.size, real_ids, used, misses, 0, 0, *outcomes]))
+    kept, note = entry_of(ring, layer, torch.from_numpy(ids), torch.tensor([real]))
+    words = choices_in_words(ids[:real], np.asarray(weights)[:real])
+    kept.copy_(torch.from_numpy(words))
+    note.copy_(torch.tensor([int(ring.step[0]), len(words), used, misses, 0, 0, *outcomes]))
+
+
+def choices_in_words(ids: NDArray[np.integer], weights: NDArray[np.floating]) -> NDArray[np.int32]:
+    """As the ring holds them: ids in the lower halves, weights in the upper ones."""
+    halves = np.stack([ids.astype(np.int16), weights.astype(np.float16).view(np.int16)], axis=-1)
+    return halves.reshape(-1).view(np.int32)
 
 
 def at(address: int, nbytes: int) -> NDArray[np.uint8]:

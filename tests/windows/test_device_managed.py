@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.device.virtual import CorruptionError, Memory, VirtualDevice, VirtualEvent, VirtualStream
-from tests.windows.managed_model import Rows, managed_model
+from tests.windows.managed_model import Rows, managed_model, weights_of
 from tests.windows.reference_kernels import ReferenceKernels
 from vllm_moe_offload.device.base import DeviceError
 from vllm_moe_offload.windows import kernels as triton_kernels
@@ -99,6 +99,7 @@ def run(
     assert [step.number for step in seen] == list(routed)
     for step in seen:
         assert (step.ids == routed[step.number]).all()
+        assert (step.weights == weights_of(routed[step.number]).astype(np.float16)).all()
 
 
 def test_no_order_of_streams_shows_a_kernel_another_record(pytestconfig: pytest.Config) -> None:
@@ -160,13 +161,14 @@ def test_what_is_launched_for_a_step_can_be_captured(monkeypatch: pytest.MonkeyP
     device = SilentDevice(0)
     model = managed_model(device, launches.TritonKernels(EXPERTS), checked(device), gathered_rows=4)
     narrow, wide = torch.zeros((2, 1), dtype=torch.int64), torch.zeros((4, 1), dtype=torch.int32)
+    weights = torch.zeros((4, 1))
     device.captures = True
     with NothingAllocated():
         for layer in range(LAYERS):
-            ids = model.managed.launch(layer, narrow, model.real_rows)
+            ids = model.managed.launch(layer, narrow, weights[:2], model.real_rows)
             assert ids.shape == narrow.shape and ids.dtype == narrow.dtype
         for layer in range(LAYERS):
-            model.managed.launch_wide(layer, wide, model.real_rows)
+            model.managed.launch_wide(layer, wide, weights, model.real_rows)
     assert {name: kernel.count for name, kernel in launched.items()} == {
         "manage": 4,
         "stage": 4,
@@ -194,7 +196,7 @@ def test_a_step_that_does_not_fit_ends_the_worker() -> None:
     model.real_rows.fill_(2)
     model.step([np.array([[0], [1]], np.int32)] * LAYERS)
     device.drain()
-    model.managed._log.ring.notes[1, 2, 5] = 1
+    model.managed._log.ring.notes[1, 2, 4] = 1
     model.managed.read_back(2)
     device.drain()
     with pytest.raises(DeviceError, match="layer 2 than its window has slots"):
@@ -257,4 +259,4 @@ def test_ids_that_kernels_would_read_or_write_elsewhere_are_refused(ids: torch.T
     device = VirtualDevice(0)
     model = managed_model(device, ReferenceKernels(device), checked(device), most_rows=8)
     with pytest.raises(AssertionError, match="one after the other"):
-        model.managed.launch_wide(0, ids, model.real_rows)
+        model.managed.launch_wide(0, ids, torch.zeros(ids.shape), model.real_rows)

@@ -53,7 +53,6 @@ class BesideSteps(FaultyDevice):
 def guessing_model(device: VirtualDevice, distance: int) -> tuple[ManagedModel, Guesses, ReferenceGuessKernels]:
     kernels = ReferenceGuessKernels(device)
     model = managed_model(device, kernels, checked(device), layers=LAYERS, experts=EXPERTS, slots=SLOTS)
-    model.weighted = True
     guesses = model.managed.guess(HEAD_SIZES, kernels, distance=distance, threshold=0.05)
     return model, guesses, kernels
 
@@ -141,7 +140,7 @@ def test_a_guess_that_comes_true_is_no_miss(distance: int) -> None:
         assert step.started.tolist() == ([0] * LAYERS if useful else guessed)
         assert step.useful.tolist() == (guessed if useful else [0] * LAYERS)
         assert step.misses.tolist() == [1 - have if useful else 1 for have in guessed]
-    assert guesses._loaded.notes[0, :, 6].tolist() == [have * (4096 + 24) for have in guessed]
+    assert guesses._loaded.notes[0, :, 5].tolist() == [have * (4096 + 24) for have in guessed]
 
 
 def test_heads_are_replaced_between_steps_layer_by_layer_and_serve_when_all_are_there() -> None:
@@ -198,7 +197,7 @@ def test_guesses_can_be_captured_and_are_joined_before_the_graph_ends(monkeypatc
     device.captures, device.recorded = True, []
     with NothingAllocated():
         for layer in range(LAYERS):
-            model.managed.launch(layer, ids, model.real_rows, shares)
+            model.managed.launch(layer, ids, shares, model.real_rows)
     assert not guesses._under_way
     counts = {name: kernel.count for name, kernel in launched.items()}
     assert counts == {"observe": 2, "evaluate": 2, "select_guess": 2, "manage": 4, "gather": 4 + 2 * 2}
@@ -208,6 +207,7 @@ def test_a_step_that_is_not_captured_launches_nothing_for_guesses_it_does_not_ma
     device = VirtualDevice(random.Random(0))
     model, guesses, kernels = guessing_model(device, distance=1)
     load(model, guesses)
+    model.real_rows.fill_(1)
     model.managed.begin_step()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "observe", None)

@@ -50,7 +50,7 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
         self._default_dtype = torch.float32
         self.pooled: tuple[OffloadRuntime, PooledLayer] | None = None
         self.faces: Faces | None = None
-        self.managed: Callable[[torch.Tensor], tuple[View, torch.Tensor]] | None = None
+        self.managed: Callable[[torch.Tensor, torch.Tensor], tuple[View, torch.Tensor]] | None = None
         """``ManagedWindows.serve`` of this layer, where a device manages its slots."""
         self.report_failures: Callable[[], None] | None = None
         """Called when records of this layer could not be read, before its output is returned."""
@@ -143,7 +143,7 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
     ) -> torch.Tensor:
         """The host only enqueues: nothing here looks at the routing, so graphs may be captured of it."""
         assert self.managed is not None and self.faces is not None
-        view, ids = self.managed(topk_ids)
+        view, ids = self.managed(topk_ids, topk_weights)
         self.faces.show(view)
         return self._compute_wave(layer, x, topk_weights, ids)
 

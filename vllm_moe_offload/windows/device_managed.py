@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..device.base import Device, Event
 from ..device.registered import RegisteredMemory
-from .device_tables import DeviceTables, Kernels, Window, zeros
+from .device_tables import DeviceTables, Kernels, LayerTables, Window, zeros
 from .guesses import DISTANCE, THRESHOLD, Guesses, GuessKernels, HeadSizes
 from .memory import View, WindowMemory
 from .step_log import RoutedStep, StepLog
@@ -81,9 +81,13 @@ class DeviceManaged:
         self._device, self._layers, self._kernels = device, layers, kernels
         self._gathered_rows = gathered_rows
         most_slots = max(layer.window.slots for layer in layers)
-        self._most_rows = max(most_rows, -(-most_slots // top_k))
-        """That the log has room for: ``warm`` writes a window's slots there."""
+        self._most_rows = max(most_rows, -(-2 * most_slots // top_k))
+        """That the log has room for: ``warm`` writes the slots of two windows there, behind the layers."""
         self.tables = DeviceTables(device, [layer.window for layer in layers])
+        self._warm_tables = [
+            LayerTables(len(layers) + each.number, each.window, each.tables) for each in self.tables.layers
+        ]
+        """The same, with notes behind those of the step."""
         self._into_window = [_components(device, layer, View.WINDOW) for layer in layers]
         self._into_stage = [_components(device, layer, layer.stage_view) for layer in layers]
         record_bytes = [layer.memory.layout.payload_bytes for layer in layers]
@@ -98,6 +102,7 @@ class DeviceManaged:
         self._fills: dict[int, Event] = {}
         """By layer, behind the copies of all its experts to its stage that main has not waited for."""
         self._warm_ids = zeros(device, (most_ids,), torch.int32)
+        self._warm_weights = zeros(device, (most_ids,), torch.float32)
         self._warm_rows = zeros(device, (1,), torch.int32)
         self._warm_rows.fill_(1)
         self._warmed: deque[tuple[Event, torch.Tensor]] = deque()
@@ -131,41 +136,44 @@ class DeviceManaged:
         self,
         layer: int,
         topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
         real_rows: torch.Tensor,
-        topk_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Bring a narrow step's experts into the window of ``layer``.
 
         Args:
             topk_ids: ``[rows, top_k]`` on the device, contiguous.
+            topk_weights: likewise; what the router gave them.
             real_rows: int32 ``[1]`` on the device; rows behind them are padding.
-            topk_weights: ``[rows, top_k]`` on the device, contiguous; guesses need them.
 
         Returns:
             ids for the layer's kernel over ``View.WINDOW``, good until the next launch; with an ``expert_map``, those
             of the experts, rows of padding as row 0.
         """
         assert len(topk_ids) <= self.narrow_rows, "a wide step is served through stages"
-        assert topk_ids.is_contiguous()
+        assert topk_ids.is_contiguous() and topk_weights.is_contiguous()
         out = self._out[topk_ids.dtype][: topk_ids.numel()].view(topk_ids.shape)
         if self._guesses is not None:
             self._guesses.join()
-        self._serve(layer, topk_ids, real_rows, out)
-        if self._guesses is not None and topk_weights is not None:
+        self._serve(layer, self.tables.layers[layer], topk_ids, topk_weights, real_rows, out)
+        if self._guesses is not None:
             self._guesses.follow(layer, topk_ids, topk_weights)
         return out
 
-    def launch_wide(self, layer: int, topk_ids: torch.Tensor, real_rows: torch.Tensor) -> View:
+    def launch_wide(
+        self, layer: int, topk_ids: torch.Tensor, topk_weights: torch.Tensor, real_rows: torch.Tensor
+    ) -> View:
         """Bring a wide step's experts into a stage; the kernel is shown the view returned, and ``topk_ids``."""
-        assert topk_ids.is_contiguous() and len(topk_ids) <= self._most_rows, "kernels write them one after the other"
+        assert topk_ids.is_contiguous() and topk_weights.is_contiguous(), "kernels read them one after the other"
+        assert len(topk_ids) <= self._most_rows, "and write them one after the other"
         if layer == 0:
             self._begin_wide()
         managed, tables, ring = self._layers[layer], self.tables.layers[layer], self._log.ring
         if len(topk_ids) <= self._gathered_rows:
-            self._kernels.stage(tables, topk_ids, real_rows, self._misses, ring)
+            self._kernels.stage(tables, topk_ids, topk_weights, real_rows, self._misses, ring)
             self._kernels.gather(tables, self._into_stage[layer], self._misses, ring)
         else:
-            self._kernels.note(tables, topk_ids, real_rows, ring)
+            self._kernels.note(tables, topk_ids, topk_weights, real_rows, ring)
             self._fill(layer)
             if layer + 1 < len(self._layers) and not managed.shares_stage(self._layers[layer + 1]):
                 self._fill(layer + 1)
@@ -190,11 +198,12 @@ class DeviceManaged:
         ids.copy_(torch.from_numpy(experts.astype(np.int32)))
         self._device.copy(self._device.main, given.view(torch.uint8), ids.view(torch.uint8))
         self._warmed.append((self._device.record(self._device.main), pinned))
-        one_row = given.view(1, -1)
-        self._serve(layer, one_row, self._warm_rows, self._out[torch.int32][: len(experts)].view(one_row.shape))
+        one_row, weights = given.view(1, -1), self._warm_weights[: len(experts)].view(1, -1)
+        out = self._out[torch.int32][: len(experts)].view(one_row.shape)
+        self._serve(layer, self._warm_tables[layer], one_row, weights, self._warm_rows, out)
 
     def read_back(self, rows: int) -> list[RoutedStep]:
-        """End a step of so many ``rows`` at most, padding included; what is known by now of this and earlier ones.
+        """End a step of so many ``rows`` at most, padding left out; what is known by now of this and earlier ones.
 
         Raises:
             DeviceError: the device cannot be used any more.
@@ -204,6 +213,19 @@ class DeviceManaged:
             self._guesses.end_step()
         self._log.end_step(rows)
         return self._log.finished()
+
+    @property
+    def step(self) -> int:
+        """The number of the step that is next or under way."""
+        return self._log.step
+
+    def finished(self) -> list[RoutedStep]:
+        """What ``read_back`` has not returned yet of the steps that it has ended. Waits for the device.
+
+        Raises:
+            DeviceError: the device cannot be used any more.
+        """
+        return self._log.finished(wait=True)
 
     def reset(self) -> None:
         """All windows are empty: what was routed so far only warmed the engine up."""
@@ -215,9 +237,17 @@ class DeviceManaged:
             return self._warmed.popleft()[1]
         return self._device.allocate_pinned(self._warm_ids.nbytes).view(torch.int32)
 
-    def _serve(self, layer: int, ids: torch.Tensor, real_rows: torch.Tensor, out: torch.Tensor) -> None:
-        tables, ring = self.tables.layers[layer], self._log.ring
-        self._kernels.manage(tables, ids, real_rows, out, self._misses, ring)
+    def _serve(
+        self,
+        layer: int,
+        tables: LayerTables,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        real_rows: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        ring = self._log.ring
+        self._kernels.manage(tables, ids, weights, real_rows, out, self._misses, ring)
         self._kernels.gather(tables, self._into_window[layer], self._misses, ring)
 
     def _begin_wide(self) -> None:

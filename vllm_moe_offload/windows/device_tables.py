@@ -66,14 +66,15 @@ class Ring:
 
     Args:
         length: steps that are kept.
-        room: ids of all layers in one step, at most.
+        notes: of one step.
+        room: choices of all layers in one step, at most.
     """
 
-    def __init__(self, device: Device, length: int, layers: int, room: int):
-        self.ids = zeros(device, (length, room), torch.int16)
-        self.notes = zeros(device, (length, layers, NOTE), torch.int64)
+    def __init__(self, device: Device, length: int, notes: int, room: int):
+        self.choices = zeros(device, (length, room), torch.int32)
+        self.notes = zeros(device, (length, notes, NOTE), torch.int64)
         self.header = zeros(device, (RING,), torch.int64)
-        self.header.copy_(torch.tensor([1, length, room, layers, self.ids.data_ptr(), self.notes.data_ptr()]))
+        self.header.copy_(torch.tensor([1, length, room, notes, self.choices.data_ptr(), self.notes.data_ptr()]))
         self.step = self.header[:1]
         """The number of the step that is next or under way, from 1: notes without a step say 0."""
 
@@ -81,13 +82,15 @@ class Ring:
 class Kernels(Protocol):
     """Work that is enqueued on the stream where vLLM's kernels run, behind what has been enqueued there.
 
-    Ids are ``[T, top_k]``, contiguous; ``real_rows`` int32 ``[1]``, and rows behind them are padding.
+    Ids and the router's weights are ``[T, top_k]``, contiguous; ``real_rows`` int32 ``[1]``, and rows behind them are
+    padding. Choices of real rows go into the ring.
     """
 
     def manage(
         self,
         layer: LayerTables,
         ids: torch.Tensor,
+        weights: torch.Tensor,
         real_rows: torch.Tensor,
         out: torch.Tensor,
         misses: torch.Tensor,
@@ -97,7 +100,13 @@ class Kernels(Protocol):
         kernel's expert map, and list what is missing."""
 
     def stage(
-        self, layer: LayerTables, ids: torch.Tensor, real_rows: torch.Tensor, misses: torch.Tensor, ring: Ring
+        self,
+        layer: LayerTables,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        real_rows: torch.Tensor,
+        misses: torch.Tensor,
+        ring: Ring,
     ) -> None:
         """List all that a step uses which is too wide for the window, for the stage."""
 
@@ -112,8 +121,10 @@ class Kernels(Protocol):
     ) -> None:
         """Copy what is listed to where ``components`` says, or one of so many parts of each record."""
 
-    def note(self, layer: LayerTables, ids: torch.Tensor, real_rows: torch.Tensor, ring: Ring) -> None:
-        """Write ``ids`` into the ring where nothing else looks at them."""
+    def note(
+        self, layer: LayerTables, ids: torch.Tensor, weights: torch.Tensor, real_rows: torch.Tensor, ring: Ring
+    ) -> None:
+        """Write choices into the ring where nothing else looks at them."""
 
     def forget(self, tables: DeviceTables) -> None:
         """The windows that are lent are empty."""

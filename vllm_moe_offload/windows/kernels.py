@@ -11,11 +11,11 @@ slot or -1; last, by expert, ``WindowTables.mark``.
 *misses*: int32 ``[1 + 3 * M]``. Their number, then for each one its record, the row of the target, and the slot of the
 window that has it already, or -1.
 
-*ring*: what the last steps did, as ``RING`` int64: the number of the step under way, entries, ids that one has room
-for, layers, and the addresses of the ids (int16 ``[entries, room]``, in an entry those of all layers one after the
-other) and of the notes (int64 ``[entries, layers, NOTE]``: the step, its ids, those of real rows, experts used, misses,
-whether these did not fit, bytes that ``gather`` has copied, and of speculative loads since the note before: started,
-useful, wasted).
+*ring*: what the last steps did, as ``RING`` int64: the number of the step under way, entries, choices that one has room
+for, notes of one, and the addresses of the choices (int32 ``[entries, room]``, in an entry those of real rows, layer
+after layer: the id in the lower half, the router's weight as float16 in the upper one) and of the notes
+(int64 ``[entries, notes, NOTE]``: the step, choices of real rows, experts used, misses, whether these did not fit,
+bytes that ``gather`` has copied, and of speculative loads since the note before: started, useful, wasted).
 """
 
 import triton
@@ -25,7 +25,7 @@ from .tables import HALF_LIFE, MOST_HEAT, USE
 
 TABLES = 6
 RING = 6
-NOTE = 10
+NOTE = 9
 COMPONENT = 5
 """Numbers that ``gather`` needs of each component: addresses of row 0 of the target, of record 0 on the host and of
 slot 0 of the window; bytes of each of them; bytes per lane: 16, 8 or 1."""
@@ -37,13 +37,15 @@ _USE = tl.constexpr(USE)
 _MOST_HEAT = tl.constexpr(MOST_HEAT)
 _NEVER = tl.constexpr((1 << 63) - 1)
 _NOBODY = tl.constexpr(0xFFFF)
+_LOWER = tl.constexpr(0xFFFF)
 
 _SIZES = ["n_ids", "top_k", "width", "base", "experts", "slots", "keep_ids", "layer"]
 
 
-@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["ids"])
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["ids", "weights"])
 def manage(
     ids,
+    weights,
     n_ids,
     top_k,
     real_rows,
@@ -66,6 +68,7 @@ def manage(
 
     Args:
         ids: ``[n_ids]``, rows of ``top_k``; negative where there is none.
+        weights: ``[n_ids]``, of the router, of any float type.
         real_rows: int32 ``[1]``; rows behind them are padding.
         base: row of slot 0.
         keep_ids: 1 where the first table is the expert map of the layer's kernel: no id is rewritten.
@@ -97,13 +100,13 @@ def manage(
     tl.store(tables + width + lane, tl.minimum(cooled + _USE, _MOST_HEAT), mask=served)
     tl.store(tables + 2 * width + lane, tl.zeros_like(lane) + epoch, mask=served)
     _rewrite(ids, n_ids, n_real, top_k, row, base, keep_ids, out, CHUNK)
-    _keep_ids(ids, n_ids, ring, layer, 0, CHUNK)
+    _keep(ids, weights, n_real, 0, n_real, ring, layer, CHUNK)
     n_used = tl.sum(used.to(tl.int32), axis=0)
     useful = (mark > 0) & was_here & used
     wasted = (mark > 0) & ((was_here & (row >= 0)) == 0)
     tl.store(tables + 5 * width + lane, tl.where(useful | wasted, 0, tl.minimum(mark, 1)), mask=mark > 0)
     outcomes = _packed(mark >= 2, useful, wasted.to(tl.int64) + (mark == 3).to(tl.int64))
-    _note(ring, layer, n_ids, n_real, n_used, n_loaded, (n_loaded < n_missing).to(tl.int32), outcomes)
+    _note(ring, layer, n_real, n_used, n_loaded, (n_loaded < n_missing).to(tl.int32), outcomes)
 
 
 @triton.jit
@@ -164,30 +167,31 @@ def _rewrite(ids, n_ids, n_real, top_k, row, base, keep_ids, out, CHUNK: tl.cons
 
 
 @triton.jit
-def _keep_ids(ids, n_ids, ring, layer, begin, CHUNK: tl.constexpr):
-    """Write ids from ``begin`` on into the ring as they are."""
+def _keep(ids, weights, n_real, begin, end, ring, layer, CHUNK: tl.constexpr):
+    """Write the choices from ``begin`` to ``end`` into the ring, of ``n_real``."""
     entry = tl.load(ring) % tl.load(ring + 1)
-    kept = tl.load(ring + 4).to(tl.pointer_type(tl.int16)) + entry * tl.load(ring + 2) + layer * n_ids
-    for first in range(begin, n_ids, CHUNK):
+    kept = tl.load(ring + 4).to(tl.pointer_type(tl.int32)) + entry * tl.load(ring + 2) + layer * n_real
+    for first in range(begin, end, CHUNK):
         i = first + tl.arange(0, CHUNK)
-        own = tl.load(ids + i, mask=i < n_ids, other=-1)
-        tl.store(kept + i, own.to(tl.int16), mask=i < n_ids)
+        chosen = tl.load(ids + i, mask=i < end, other=-1).to(tl.int32)
+        weight = tl.load(weights + i, mask=i < end, other=0.0).to(tl.float16)
+        upper = weight.to(tl.int16, bitcast=True).to(tl.int32) << 16
+        tl.store(kept + i, upper | (chosen & _LOWER), mask=i < end)
 
 
 @triton.jit
-def _note(ring, layer, n_ids, n_real, used, misses, overflow, outcomes):
+def _note(ring, layer, n_real, used, misses, overflow, outcomes):
     """Write one layer's note; ``gather`` adds to its bytes. ``outcomes``: of speculative loads, ``_packed``."""
     note = _note_of(ring, layer)
     tl.store(note, tl.load(ring))
-    tl.store(note + 1, n_ids.to(tl.int64))
-    tl.store(note + 2, n_real.to(tl.int64))
-    tl.store(note + 3, used.to(tl.int64))
-    tl.store(note + 4, misses.to(tl.int64))
-    tl.store(note + 5, overflow.to(tl.int64))
-    tl.store(note + 6, tl.full((), 0, tl.int64))
-    tl.store(note + 7, outcomes & 0xFFFFF)
-    tl.store(note + 8, (outcomes >> 20) & 0xFFFFF)
-    tl.store(note + 9, outcomes >> 40)
+    tl.store(note + 1, n_real.to(tl.int64))
+    tl.store(note + 2, used.to(tl.int64))
+    tl.store(note + 3, misses.to(tl.int64))
+    tl.store(note + 4, overflow.to(tl.int64))
+    tl.store(note + 5, tl.full((), 0, tl.int64))
+    tl.store(note + 6, outcomes & 0xFFFFF)
+    tl.store(note + 7, (outcomes >> 20) & 0xFFFFF)
+    tl.store(note + 8, outcomes >> 40)
 
 
 @triton.jit
@@ -196,9 +200,10 @@ def _note_of(ring, layer):
     return tl.load(ring + 5).to(tl.pointer_type(tl.int64)) + (entry * tl.load(ring + 3) + layer) * _NOTE
 
 
-@triton.jit(do_not_specialize=[*_SIZES, "is_lent"], do_not_specialize_on_alignment=["ids"])
+@triton.jit(do_not_specialize=[*_SIZES, "is_lent"], do_not_specialize_on_alignment=["ids", "weights"])
 def stage(
     ids,
+    weights,
     n_ids,
     top_k,
     real_rows,
@@ -230,19 +235,19 @@ def stage(
     tl.store(listed + 1, record, mask=used)
     tl.store(listed + 2, slot, mask=used)
     tl.store(misses, count)
-    _keep_ids(ids, n_ids, ring, layer, 0, CHUNK)
-    _note(ring, layer, n_ids, n_real, count, count, tl.full((), 0, tl.int32), tl.full((), 0, tl.int64))
+    _keep(ids, weights, n_real, 0, n_real, ring, layer, CHUNK)
+    _note(ring, layer, n_real, count, count, tl.full((), 0, tl.int32), tl.full((), 0, tl.int64))
 
 
-@triton.jit(do_not_specialize=["n_ids", "top_k", "layer"], do_not_specialize_on_alignment=["ids"])
-def note(ids, n_ids, top_k, real_rows, ring, layer, CHUNK: tl.constexpr):
-    """Write the ids of a layer into the ring where nothing else looks at them. One program per ``CHUNK`` ids."""
+@triton.jit(do_not_specialize=["n_ids", "top_k", "layer"], do_not_specialize_on_alignment=["ids", "weights"])
+def note(ids, weights, n_ids, top_k, real_rows, ring, layer, CHUNK: tl.constexpr):
+    """Write the choices of a layer into the ring where nothing else looks at them. One program per ``CHUNK``."""
     begin = tl.program_id(0) * CHUNK
-    _keep_ids(ids, tl.minimum(begin + CHUNK, n_ids), ring, layer, begin, CHUNK)
+    n_real = tl.minimum(tl.load(real_rows) * top_k, n_ids)
+    _keep(ids, weights, n_real, begin, tl.minimum(begin + CHUNK, n_real), ring, layer, CHUNK)
     if begin == 0:
         nothing = tl.full((), 0, tl.int32)
-        n_real = tl.minimum(tl.load(real_rows) * top_k, n_ids)
-        _note(ring, layer, n_ids, n_real, nothing, nothing, nothing, tl.full((), 0, tl.int64))
+        _note(ring, layer, n_real, nothing, nothing, nothing, tl.full((), 0, tl.int64))
 
 
 @triton.jit
@@ -292,4 +297,4 @@ def gather(misses, components, n_components, programs, part, parts, ring, layer,
                 copied += _copy(to, source, nbytes, first, BLOCK, tl.int64, 1)
             else:
                 copied += _copy(to, source, nbytes, first, BLOCK, tl.int8, 1)
-    tl.atomic_add(_note_of(ring, layer) + 6, copied, sem="relaxed")
+    tl.atomic_add(_note_of(ring, layer) + 5, copied, sem="relaxed")

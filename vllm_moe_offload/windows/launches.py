@@ -42,6 +42,7 @@ class TritonKernels:
         self,
         layer: LayerTables,
         ids: torch.Tensor,
+        weights: torch.Tensor,
         real_rows: torch.Tensor,
         out: torch.Tensor,
         misses: torch.Tensor,
@@ -49,7 +50,7 @@ class TritonKernels:
     ) -> None:
         window, tables = layer.window, layer.tables
         kernels.manage[(1,)](
-            *(ids, ids.numel(), ids.shape[1], real_rows, tables, tables.shape[1]),
+            *(ids, weights, ids.numel(), ids.shape[1], real_rows, tables, tables.shape[1]),
             *(window.base, window.experts, window.slots, int(window.record_of is not None)),
             *(out, misses, ring.header, layer.number),
             P=self._lanes,
@@ -59,11 +60,17 @@ class TritonKernels:
         )
 
     def stage(
-        self, layer: LayerTables, ids: torch.Tensor, real_rows: torch.Tensor, misses: torch.Tensor, ring: Ring
+        self,
+        layer: LayerTables,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        real_rows: torch.Tensor,
+        misses: torch.Tensor,
+        ring: Ring,
     ) -> None:
         window, tables = layer.window, layer.tables
         kernels.stage[(1,)](
-            *(ids, ids.numel(), ids.shape[1], real_rows, tables, tables.shape[1]),
+            *(ids, weights, ids.numel(), ids.shape[1], real_rows, tables, tables.shape[1]),
             *(window.base, window.experts, int(window.is_lent), misses, ring.header, layer.number),
             P=self._lanes,
             CHUNK=_IDS_AT_ONCE,
@@ -86,9 +93,13 @@ class TritonKernels:
             **COMPILE_OPTIONS,
         )
 
-    def note(self, layer: LayerTables, ids: torch.Tensor, real_rows: torch.Tensor, ring: Ring) -> None:
+    def note(
+        self, layer: LayerTables, ids: torch.Tensor, weights: torch.Tensor, real_rows: torch.Tensor, ring: Ring
+    ) -> None:
         kernels.note[(triton.cdiv(ids.numel(), _NOTE_IDS),)](
-            *(ids, ids.numel(), ids.shape[1], real_rows, ring.header, layer.number), CHUNK=_NOTE_IDS, **COMPILE_OPTIONS
+            *(ids, weights, ids.numel(), ids.shape[1], real_rows, ring.header, layer.number),
+            CHUNK=_NOTE_IDS,
+            **COMPILE_OPTIONS,
         )
 
     def on(self, stream: Stream) -> AbstractContextManager[None]:

@@ -13,8 +13,9 @@ from .device_tables import Kernels, Ring
 
 AHEAD = 2
 """Steps that the host may be ahead of the device without waiting: vLLM waits for the tokens of the step before last."""
-STEPS = 2 * AHEAD + 1
-"""Kept on the device. Its kernels wait until the step ``AHEAD`` before theirs has been copied."""
+_ON_DEVICE = AHEAD
+"""Steps kept there: the kernels of a step wait until the one ``AHEAD`` before it has been copied."""
+_ON_HOST = AHEAD + 2
 
 
 class RoutedStep(NamedTuple):
@@ -23,6 +24,8 @@ class RoutedStep(NamedTuple):
     number: int
     ids: NDArray[np.int16]
     """``[layers, rows, top_k]`` of real rows: what they were routed to, -1 where there is none."""
+    weights: NDArray[np.float16]
+    """Likewise: the router's weights."""
     used: NDArray[np.int64]
     """``[layers]``: distinct experts, 0 where all of a layer were brought in."""
     misses: NDArray[np.int64]
@@ -33,6 +36,8 @@ class RoutedStep(NamedTuple):
     """``[layers]``: experts used for the first time since they were loaded speculatively."""
     wasted: NDArray[np.int64]
     """``[layers]``: experts overwritten since they were loaded speculatively, and not used between."""
+    warmed: NDArray[np.int64]
+    """``[layers]``: records that ``warm`` has brought into windows."""
 
 
 class _Read(NamedTuple):
@@ -44,75 +49,90 @@ class _Read(NamedTuple):
 class StepLog:
     """Copies the ring's entries to the host on a stream of their own.
 
+    The first half of an entry's notes is of the layers of its step, the second of what they were warmed with.
+
     Args:
         record_bytes: of one record of each layer.
-        most_rows: of any step, padding included.
+        most_rows: of any step.
     """
 
     def __init__(self, device: Device, kernels: Kernels, record_bytes: Sequence[int], top_k: int, most_rows: int):
         self._device, self._kernels, self._top_k = device, kernels, top_k
         self._record_bytes = np.array(record_bytes)
         self._layers = len(record_bytes)
-        self.ring = Ring(device, STEPS, self._layers, self._layers * most_rows * top_k)
+        self.ring = Ring(device, _ON_DEVICE, 2 * self._layers, self._layers * most_rows * top_k)
         self._stream = device.stream("step log")
-        self._ids, self._notes = (
-            [device.allocate_pinned(entry.nbytes).view(entry.dtype) for entry in kept]
-            for kept in (self.ring.ids, self.ring.notes)
+        self._choices, self._notes = (
+            device.allocate_pinned(_ON_HOST * kept[0].nbytes).view(kept.dtype).view(_ON_HOST, -1)
+            for kept in (self.ring.choices, self.ring.notes)
         )
-        self._step = 1
+        self.step = 1
+        """The number of the step that is next or under way, in the ring and in ``RoutedStep``."""
         self._reads: deque[_Read] = deque()
         self._complete: list[RoutedStep] = []
 
-    @property
-    def step(self) -> int:
-        """The number of the step that is next or under way, in the ring and in ``RoutedStep``."""
-        return self._step
-
     def end_step(self, rows: int) -> None:
-        """The kernels of a step of so many ``rows`` at most, padding included, have been enqueued."""
-        entry = self._step % STEPS
-        if self._reads and self._reads[0].step == self._step - STEPS:
+        """The kernels of a step of so many ``rows`` at most, padding left out, have been enqueued."""
+        self._take_finished()
+        if self._reads and self._reads[0].step == self.step - _ON_HOST:
             self._device.synchronize(self._reads[0].event)
             self._take(self._reads.popleft())
         self._device.wait(self._stream, self._device.record(self._device.main))
-        ids = self.ring.ids[entry, : self._layers * rows * self._top_k]
-        for target, source in ((self._ids[entry], ids), (self._notes[entry], self.ring.notes[entry].reshape(-1))):
+        here, there = self.step % _ON_HOST, self.step % _ON_DEVICE
+        choices = self.ring.choices[there, : self._layers * rows * self._top_k]
+        notes = self.ring.notes[there].reshape(-1)
+        for target, source in ((self._choices[here], choices), (self._notes[here], notes)):
             if len(source):  # memory of no bytes has no address
                 self._device.copy(self._stream, target[: len(source)].view(torch.uint8), source.view(torch.uint8))
-        self._reads.append(_Read(self._step, rows, self._device.record(self._stream)))
-        self._step += 1
+        self._reads.append(_Read(self.step, rows, self._device.record(self._stream)))
+        self.step += 1
         for read in self._reads:
-            if read.step == self._step - AHEAD:
+            if read.step == self.step - AHEAD:
                 self._device.wait(self._device.main, read.event)
         self._kernels.advance(self.ring)
 
-    def finished(self) -> list[RoutedStep]:
+    def finished(self, wait: bool = False) -> list[RoutedStep]:
         """Steps that have come to the host and were not returned before, oldest first.
+
+        Args:
+            wait: for all that have ended.
 
         Raises:
             DeviceError: a step has used more experts than a window has slots, or copied other than it planned.
         """
-        while self._reads and self._device.finished(self._reads[0].event):
-            self._take(self._reads.popleft())
+        if wait and self._reads:
+            self._device.synchronize(self._reads[-1].event)
+        self._take_finished()
         complete, self._complete = self._complete, []
         return complete
 
+    def _take_finished(self) -> None:
+        while self._reads and self._device.finished(self._reads[0].event):
+            self._take(self._reads.popleft())
+
     def _take(self, read: _Read) -> None:
-        entry = read.step % STEPS
-        notes = self._notes[entry].view(self._layers, -1).numpy()
-        steps, n_ids, n_real, used, misses, overflow, copied, *outcomes = notes.T.copy()
+        place = read.step % _ON_HOST
+        notes = self._notes[place].view(2, self._layers, -1).numpy()
+        _, _, _, warmed, _, warm_bytes, *before = np.where(notes[1, :, :1] == read.step, notes[1], 0).T
+        steps, n_real, used, misses, overflow, copied, *outcomes = notes[0].T.copy()
+        self._check_bytes(read.step, warmed, warm_bytes)
         if (steps != read.step).any():
             return  # not all layers ran: nothing of it is to be learned from
         if overflow.any():
             layer = int(np.flatnonzero(overflow)[0])
             raise DeviceError(f"step {read.step} used more experts of layer {layer} than its window has slots")
-        if (copied != misses * self._record_bytes).any():
-            layer = int(np.flatnonzero(copied != misses * self._record_bytes)[0])
-            planned = misses[layer] * self._record_bytes[layer]
-            raise DeviceError(f"step {read.step} copied {copied[layer]} bytes to layer {layer}, planned {planned}")
-        rows = int(n_ids[0]) // self._top_k
-        shape = self._layers, rows, self._top_k
-        assert rows <= read.rows and (n_ids == rows * self._top_k).all(), (n_ids, shape)
-        ids = self._ids[entry][: int(np.prod(shape))].view(shape).numpy()
-        real = int(n_real[0]) // self._top_k
-        self._complete.append(RoutedStep(read.step, ids[:, :real].copy(), used, misses, *outcomes))
+        self._check_bytes(read.step, misses, copied)
+        rows = int(n_real[0]) // self._top_k
+        assert rows <= read.rows and (n_real == rows * self._top_k).all(), (n_real, read)
+        choices = self._choices[place][: self._layers * rows * self._top_k].numpy().copy()
+        ids, weights = choices.view(np.int16).reshape(self._layers, rows, self._top_k, 2).transpose(3, 0, 1, 2)
+        started, useful, wasted = (own + warm for own, warm in zip(outcomes, before, strict=True))
+        self._complete.append(
+            RoutedStep(read.step, ids, weights.view(np.float16), used, misses, started, useful, wasted, warmed)
+        )
+
+    def _check_bytes(self, step: int, records: NDArray[np.int64], copied: NDArray[np.int64]) -> None:
+        planned = records * self._record_bytes
+        if (copied != planned).any():
+            layer = int(np.flatnonzero(copied != planned)[0])
+            raise DeviceError(f"step {step} copied {copied[layer]} bytes to layer {layer}, planned {planned[layer]}")

@@ -69,7 +69,7 @@ class Windows:
         )
 
     def run(self, layer: int, ids: np.ndarray) -> tuple[View, list[torch.Tensor]]:
-        view, rows = self.managed.serve(layer, torch.from_numpy(ids))
+        view, rows = self.managed.serve(layer, torch.from_numpy(ids), torch.ones(ids.shape))
         place = self.managed.layers[layer]
         return view, [part[rows.long()] for part in place.memory.tensors(place.member, view)]
 
@@ -214,7 +214,7 @@ def test_what_a_pass_is_for_decides_whether_a_layer_brings_experts_in(
     shown: list[View] = []
     method: Any = OffloadedMoEMethod.__new__(OffloadedMoEMethod)
     method.faces = SimpleNamespace(show=shown.append)
-    method.managed = lambda ids: (View.STAGE_1, ids + 3)
+    method.managed = lambda ids, _: (View.STAGE_1, ids + 3)
     method.real = SimpleNamespace(apply=lambda layer, x, weights, ids, *_: ids)
     layer: Any = SimpleNamespace(_expert_map=None)
     ids = torch.arange(TOP_K)[None]

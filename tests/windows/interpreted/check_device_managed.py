@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.device.virtual import VirtualDevice
-from tests.windows.managed_model import Rows, managed_model
+from tests.windows.managed_model import Rows, managed_model, weights_of
 from vllm_moe_offload.windows.launches import TritonKernels
 
 LAYERS, EXPERTS, SLOTS = 4, 8, 4
@@ -54,6 +54,7 @@ def test_steps_of_all_widths(slots: int) -> None:
         device.drain()
         steps += model.managed._log.finished()
         assert (steps[-1].ids == np.stack(ids)[:, :rows]).all()
+        assert (steps[-1].weights == weights_of(steps[-1].ids).astype(np.float16)).all()
     assert [step.number for step in steps] == list(range(1, 11))
     assert all((step.misses <= step.used).all() for step in steps)
 

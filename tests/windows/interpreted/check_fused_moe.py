@@ -190,9 +190,9 @@ def test_the_same_bits_over_windows_and_stages(name: str) -> None:
         for layer in range(LAYERS):
             ids = routed(rng, rows)
             if rows <= model.managed.narrow_rows:
-                model.compare(layer, View.WINDOW, ids, model.managed.launch(layer, ids, model.real_rows))
+                model.compare(layer, View.WINDOW, ids, model.managed.launch(layer, ids, ids.float(), model.real_rows))
             else:
-                model.compare(layer, model.managed.launch_wide(layer, ids, model.real_rows), ids, ids)
+                model.compare(layer, model.managed.launch_wide(layer, ids, ids.float(), model.real_rows), ids, ids)
         model.managed.read_back(rows)
 
 
@@ -209,9 +209,9 @@ def test_the_same_bits_where_ranks_share_out_the_experts(name: str) -> None:
             ids = routed(rng, rows, 2 * EXPERTS)
             ids[0, 0] = 2 * EXPERTS - 1
             if rows <= model.managed.narrow_rows:
-                model.compare(layer, View.WINDOW, ids, model.managed.launch(layer, ids, model.real_rows))
+                model.compare(layer, View.WINDOW, ids, model.managed.launch(layer, ids, ids.float(), model.real_rows))
             else:
-                model.compare(layer, model.managed.launch_wide(layer, ids, model.real_rows), ids, ids)
+                model.compare(layer, model.managed.launch_wide(layer, ids, ids.float(), model.real_rows), ids, ids)
 
 
 def test_another_configuration_gives_other_bits() -> None:

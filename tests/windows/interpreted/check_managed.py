@@ -10,7 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tests.windows.interpreted.windowed import MOST_IDS, WindowedLayer
+from tests.windows.interpreted.windowed import MOST_IDS, WindowedLayer, weights_of
 from vllm_moe_offload.trace.trace_file import read_trace
 
 TRACE = Path(__file__).parents[3] / "examples" / "traces" / "gpt-oss-20b-small.npz"
@@ -99,7 +99,7 @@ def test_speculative_loads_between_steps_are_counted() -> None:
         for _ in range(int(rng.integers(3))):
             started += layer.guess(rng.normal(-1, 1, 24).astype(np.float32), step)
         layer.serve(routed(rng, 24, 4, 2, 3), step, 2)
-        outcomes += layer.ring.notes[step % len(layer.ring.notes), layer.layer.number, 7:].numpy()
+        outcomes += layer.ring.notes[step % len(layer.ring.notes), layer.layer.number, 6:].numpy()
         if step % 20 == 0:
             layer.forget()
     pending = np.count_nonzero(layer.policy.mark)
@@ -118,5 +118,6 @@ def test_noted_ids_are_in_the_ring() -> None:
     layer = WindowedLayer(16, 4, [16])
     ids = np.arange(12, dtype=np.int32).reshape(6, 2)
     layer.real_rows[0], layer.ring.step[0] = 4, 5
-    layer.kernels.note(layer.layer, torch.from_numpy(ids), layer.real_rows, layer.ring)
-    layer._compare_ring(ids, 5, [12, 8, 0, 0, 0, 0, 0, 0, 0])
+    weights = weights_of(ids)
+    layer.kernels.note(layer.layer, torch.from_numpy(ids), weights, layer.real_rows, layer.ring)
+    layer.compare_ring(ids, weights, 5, [8, 0, 0, 0, 0, 0, 0, 0])

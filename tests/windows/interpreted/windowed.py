@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from tests.device.virtual import VirtualDevice
+from tests.windows.reference_kernels import choices_in_words
 from vllm_moe_offload.windows.device_tables import DeviceTables, Ring, Window
 from vllm_moe_offload.windows.launches import TritonKernels
 from vllm_moe_offload.windows.tables import ABSENT, Outcomes, TooManyExpertsError, WindowTables
@@ -74,7 +75,8 @@ class WindowedLayer:
         given = torch.from_numpy(ids.astype(np.int32)).to(dtype)
         self.real_rows[0], self.ring.step[0] = real, step
         out = torch.full_like(given, 77)
-        self.kernels.manage(self.layer, given, self.real_rows, out, self.misses, self.ring)
+        weights = weights_of(ids)
+        self.kernels.manage(self.layer, given, weights, self.real_rows, out, self.misses, self.ring)
         self.kernels.gather(self.layer, self.into_window, self.misses, self.ring)
         overflow = 0
         try:
@@ -87,8 +89,8 @@ class WindowedLayer:
         used = np.unique(ids[:real][ids[:real] >= 0])
         used = used[self.record_of[used] >= 0]
         loaded = len(misses) * sum(part.host.shape[1] for part in self.parts)
-        self._compare_ring(
-            ids, step, [ids.size, real * ids.shape[1], len(used), len(misses), overflow, loaded, *outcomes]
+        self.compare_ring(
+            ids, weights, step, [real * ids.shape[1], len(used), len(misses), overflow, loaded, *outcomes]
         )
 
     def serve_wide(self, ids: NDArray[np.integer], step: int, real: int) -> None:
@@ -97,7 +99,8 @@ class WindowedLayer:
         for part in self.parts:
             part.stage[:] = UNTOUCHED
             part.window ^= 0xFF  # to tell what comes from there
-        self.kernels.stage(self.layer, torch.from_numpy(ids), self.real_rows, self.misses, self.ring)
+        weights = weights_of(ids)
+        self.kernels.stage(self.layer, torch.from_numpy(ids), weights, self.real_rows, self.misses, self.ring)
         self.kernels.gather(self.layer, self.into_stage, self.misses, self.ring)
         used = np.unique(ids[:real][ids[:real] >= 0])
         local = self.record_of[used]
@@ -112,13 +115,13 @@ class WindowedLayer:
             part.window ^= 0xFF
             assert (np.delete(part.stage, local, axis=0) == UNTOUCHED).all()
         loaded = len(used) * sum(part.host.shape[1] for part in self.parts)
-        self._compare_ring(ids, step, [ids.size, real * ids.shape[1], len(used), len(used), 0, loaded, *NOTHING])
+        self.compare_ring(ids, weights, step, [real * ids.shape[1], len(used), len(used), 0, loaded, *NOTHING])
 
     def guess(self, scores: NDArray[np.float32], step: int) -> int:
         """Load an absent expert with a score above 0 in two halves; how many that were."""
         self.ring.step[0] = step
-        misses, rows = torch.full((4,), -9, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
-        self.kernels.select_guess(self.layer, torch.from_numpy(scores[None]), rows, 0.0, misses, self.ring)
+        misses, given = torch.full((4,), -9, dtype=torch.int32), torch.tensor([1, step])
+        self.kernels.select_guess(self.layer, given, torch.from_numpy(scores[None]), 0.0, misses, self.ring)
         for half in range(2):
             self.kernels.gather(self.layer, self.into_window, misses, self.loaded, half, 2)
         guessed = self.policy.guess(scores, step, 0.0)
@@ -163,11 +166,19 @@ class WindowedLayer:
             assert (part.window[occupied] == part.host[self.record_of[policy.expert_of[occupied]]]).all()
             assert (np.delete(part.window, occupied, axis=0) == UNTOUCHED).all()
 
-    def _compare_ring(self, ids: NDArray[np.integer], step: int, info: list[int]) -> None:
-        entry, number = step % len(self.ring.ids), self.layer.number
+    def compare_ring(self, ids: NDArray[np.integer], weights: torch.Tensor, step: int, info: list[int]) -> None:
+        entry, number, count = step % len(self.ring.choices), self.layer.number, info[0]
         assert self.ring.notes[entry, number].tolist() == [step, *info]
-        kept = self.ring.ids[entry, number * ids.size : (number + 1) * ids.size]
-        assert kept.tolist() == ids.ravel().tolist()
+        kept = self.ring.choices[entry, number * count : (number + 1) * count]
+        real = count // ids.shape[1]
+        assert kept.tolist() == choices_in_words(ids[:real], weights.numpy()[:real]).tolist()
+
+
+def weights_of(ids: NDArray[np.integer]) -> torch.Tensor:
+    """Any that a router may give: also what no float16 holds, and what is no number."""
+    weights = np.random.default_rng(ids.size).lognormal(0, 3, ids.shape).astype(np.float32)
+    weights.flat[::7] = [np.nan, np.inf, 1e9, -0.5, 1e-9, 0.0, 1.0][ids.size % 7]
+    return torch.from_numpy(weights)
 
 
 def aligned(count: int, nbytes: int) -> NDArray[np.uint8]:

@@ -1,6 +1,6 @@
 """Windows that a GPU manages by itself, as the layers and steps of one model see them.
 
-Routing that comes back from the device comes a step or two late and without weights: it is counted, not traced.
+Routing that comes back from the device comes a step or two late.
 """
 
 from collections.abc import Mapping, Sequence
@@ -95,7 +95,7 @@ class ManagedWindows:
         self._real_rows = device.allocate(4).view(torch.int32)
         self._real_rows.fill_(0)
         self._rows = 0
-        """That layers were given by this process in the running step; graphs that are replayed do not say."""
+        """Of the running step."""
         self._steps = 0
         self.runs = False
         """Whether a step runs. Passes outside of steps serve no request."""
@@ -116,28 +116,28 @@ class ManagedWindows:
         if not self._steps:
             self._windows.reset()
         self._steps += 1
-        self._rows, self.runs = 0, True
+        self._rows, self.runs = rows, True
         self._real_rows.fill_(rows)
 
-    def serve(self, layer: int, topk_ids: torch.Tensor) -> tuple[View, torch.Tensor]:
+    def serve(self, layer: int, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> tuple[View, torch.Tensor]:
         """Bring what a layer needs to the device; enqueued, and never waited for. May be captured in a graph.
 
         Args:
             layer: counted in the order in which they run.
             topk_ids: ``[rows, top_k]`` on the device.
+            topk_weights: likewise; what the router gave them.
 
         Returns:
             what the layer's kernel is to be shown, and the ids there of the experts chosen.
         """
-        rows, ids = len(topk_ids), topk_ids.contiguous()
+        rows, ids, weights = len(topk_ids), topk_ids.contiguous(), topk_weights.contiguous()
         if not self.runs and rows > self._gathered_rows:
             return View.WINDOW, ids
-        self._rows = max(self._rows, rows)
         if rows <= self._windows.narrow_rows:
-            return View.WINDOW, self._windows.launch(layer, ids, self._real_rows)
+            return View.WINDOW, self._windows.launch(layer, ids, weights, self._real_rows)
         if rows > self._gathered_rows:
             self.copied_whole += self._experts[layer] * self._record_bytes[layer]
-        return self._windows.launch_wide(layer, ids, self._real_rows), ids
+        return self._windows.launch_wide(layer, ids, weights, self._real_rows), ids
 
     def end_step(self) -> list[RoutedStep]:
         """The step has been enqueued. Returns what is known by now of this one and those before it.
@@ -146,7 +146,7 @@ class ManagedWindows:
             DeviceError: the device cannot be used any more.
         """
         self.runs = False
-        return self._windows.read_back(self._rows or self._gathered_rows)
+        return self._windows.read_back(self._rows)
 
     def count(self, steps: Sequence[RoutedStep], stats: Stats) -> None:
         """Add what the device has done in ``steps``, and the copies of whole layers enqueued since the last call."""
