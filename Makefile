@@ -11,7 +11,7 @@ STAMP := $(VENV)/.ready
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); [ "$$n" -ge 2 ] && echo 2 || echo 0)
 
 .DEFAULT_GOAL := help
-.PHONY: help env test demo lint docs bench clean
+.PHONY: help env test demo lint docs package lowest sbom bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,19 @@ lint: $(STAMP) ## ruff and mypy
 
 docs: $(STAMP) ## build the documentation into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+package: ## build wheel and sdist twice, compare, install each in empty environments (build/package)
+	.ci/package
+
+lowest: ## run the tests that need no vLLM with the oldest versions that pyproject.toml admits
+	.ci/lowest
+
+sbom: ## what the package needs, as CycloneDX JSON (build/sbom.json)
+	rm -rf build/sbom && python3 -m venv build/sbom/env && python3 -m venv build/sbom/tools
+	build/sbom/env/bin/python -m pip install --quiet .
+	build/sbom/tools/bin/python -m pip install --quiet 'cyclonedx-bom>=5'
+	build/sbom/tools/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+	    --output-format JSON --outfile build/sbom.json build/sbom/env/bin/python
 
 bench: $(STAMP) ## compare with plain vLLM on a widened model (needs an idle machine)
 	$(BIN)/python benchmarks/decode.py $(BENCH_ARGS)
