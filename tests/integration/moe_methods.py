@@ -81,13 +81,14 @@ METHODS: dict[str, Callable[[], Loaded]] = {
     "unquantized with biases, Triton": unquantized_for_triton,
     "fp8 per block, Triton": lambda: fp8("TritonExperts", [128, 128]),
     "fp8 per tensor, Triton": lambda: fp8("TritonExperts", None),
+    "fp8 per tensor, Triton, static": lambda: fp8("TritonExperts", None, "static"),
     "fp8 per tensor, Triton or CUTLASS": lambda: fp8("TritonOrCutlassExperts", None),
     "int4, Triton": lambda: wna16(False),
     "int4 with zero points, Triton": lambda: wna16(True),
 }
 
 
-def created(layer: MoELayer, real: Any) -> Loaded:
+def created(layer: MoELayer, real: Any, weight_loader: Callable[..., Any] | None = None) -> Loaded:
     """The layer as vLLM makes it, without weights."""
     method = OffloadedMoEMethod(real, lambda *_: None, lambda *_: None)
     layer.quant_method = method
@@ -97,6 +98,6 @@ def created(layer: MoELayer, real: Any) -> Loaded:
         hidden_size=HIDDEN,
         intermediate_size_per_partition=INTERMEDIATE,
         params_dtype=layer.params_dtype,
-        weight_loader=None,
+        weight_loader=weight_loader,
     )
     return layer, method

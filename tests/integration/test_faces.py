@@ -1,7 +1,7 @@
 """Kernels that are shown windows and stages: all they read per expert lies there, or the layer is refused by name."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,15 +12,28 @@ from tests.integration.moe_methods import METHODS, Loaded, one_host
 from vllm_moe_offload.errors import StoreError, UnsupportedError
 from vllm_moe_offload.integration.faces import LayerFaces, attach_slots, attach_windows
 from vllm_moe_offload.integration.kernel import held_by
-from vllm_moe_offload.integration.tensors import as_bytes, expert_tensors, names_of_tensors, record_layout
+from vllm_moe_offload.integration.tensors import (
+    as_bytes,
+    expert_tensors,
+    names_of_tensors,
+    record_layout,
+    stored,
+    tensors_of,
+)
 from vllm_moe_offload.pool.memory import HostMemory
 from vllm_moe_offload.store.layout import RecordLayout
+from vllm_moe_offload.store.manifest import LayerTensor
 from vllm_moe_offload.windows.memory import View, WindowMemory
 from vllm_moe_offload.windows.plan import WindowPlan
 
 MEMBER, SLOTS = 5, 3
-Records = list[torch.Tensor]
-"""Per component, uint8 ``[experts, nbytes]``."""
+
+
+class Recorded(NamedTuple):
+    layout: RecordLayout
+    records: list[torch.Tensor]
+    """Per component, uint8 ``[experts, nbytes]``."""
+    of_layer: list[LayerTensor]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -29,7 +42,7 @@ def host() -> Iterator[None]:
         yield
 
 
-def recorded(loaded: Loaded) -> tuple[RecordLayout, Records]:
+def recorded(loaded: Loaded) -> Recorded:
     """Load random weights, have vLLM process them, and take the records off the layer."""
     layer, method = loaded
     torch.manual_seed(7)
@@ -40,8 +53,9 @@ def recorded(loaded: Loaded) -> tuple[RecordLayout, Records]:
         else:
             tensor.data.copy_(torch.randint(0, 120, tensor.shape))
     method.real.process_weights_after_loading(layer)
-    tensors = expert_tensors(layer)
-    return record_layout(tensors), [torch.from_numpy(part.copy()) for part in as_bytes("layer", tensors)]
+    tensors, of_layer = tensors_of(layer)
+    records = [torch.from_numpy(part.copy()) for part in as_bytes("layer", tensors)]
+    return Recorded(record_layout(tensors), records, stored("layer", of_layer))
 
 
 def without_weights(loaded: Loaded) -> None:
@@ -57,14 +71,19 @@ def window_memory(layout: RecordLayout) -> WindowMemory:
 
 
 def attached(loaded: Loaded) -> tuple[WindowMemory, LayerFaces]:
-    layout, _ = recorded(loaded)
+    kept = recorded(loaded)
     without_weights(loaded)
-    memory = window_memory(layout)
-    return memory, attach_windows(*loaded, memory, MEMBER)
+    memory = window_memory(kept.layout)
+    return memory, attach_windows(*loaded, memory, MEMBER, kept.of_layer)
 
 
 def addresses(tensors: Any) -> set[int]:
     return {tensor.data_ptr() for tensor in tensors if tensor.numel()}
+
+
+def per_expert(layer: Any) -> list[torch.Tensor]:
+    """What the layer has under any name but scales of its activations."""
+    return [getattr(layer, alias) for names in names_of_tensors(layer) for alias in names if "input_scale" not in alias]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -76,11 +95,11 @@ def test_a_kernel_reads_the_view_that_is_shown_under_all_names_and_through_all_c
     for view in (*View, View.WINDOW):
         faces.show(view)
         shown = addresses(memory.tensors(MEMBER, view))
-        assert addresses(getattr(layer, alias) for names in names_of_tensors(layer) for alias in names) == shown
+        assert addresses(per_expert(layer)) == shown
         read = {
             held.path: held.value
             for held in held_by(method.real)
-            if isinstance(held.value, torch.Tensor) and "strides" not in held.path
+            if isinstance(held.value, torch.Tensor) and held.value.dim() and "strides" not in held.path
         }
         assert addresses(read.values()) <= shown
         assert len(read) >= (0 if name == "unquantized, CPU" else 2), read
@@ -107,7 +126,7 @@ def test_every_configuration_inside_a_kernel_is_that_of_the_view(name: str) -> N
 def test_a_kernel_computes_the_same_over_a_window_over_stages_and_over_all_weights() -> None:
     loaded = METHODS["unquantized, CPU"]()
     layer, method = loaded
-    layout, records = recorded(loaded)
+    layout, records, _ = recorded(loaded)
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(5, HIDDEN, generator=generator).to(torch.bfloat16)
     weights = torch.rand(5, 2, generator=generator)
@@ -135,14 +154,14 @@ def test_a_kernel_computes_the_same_over_a_window_over_stages_and_over_all_weigh
 @pytest.mark.parametrize("name", METHODS)
 def test_slots_of_a_pool_are_read_under_all_names(name: str) -> None:
     loaded = METHODS[name]()
-    layout, _ = recorded(loaded)
+    layout, _, of_layer = recorded(loaded)
     without_weights(loaded)
     memory = HostMemory(layout, 11)
-    attach_slots(*loaded, memory, 2, 9)
+    attach_slots(*loaded, memory, 2, 9, of_layer)
     layer = loaded[0]
     rows = addresses(tensor[2:] for tensor in memory.tensors())
-    assert addresses(getattr(layer, alias) for names in names_of_tensors(layer) for alias in names) == rows
-    assert {tensor.shape[0] for tensor in layer.parameters(recurse=False) if tensor.numel()} == {9}
+    assert addresses(per_expert(layer)) == rows
+    assert {tensor.shape[0] for tensor in per_expert(layer) if tensor.numel()} == {9}
 
 
 def test_a_layer_whose_records_are_taken_keeps_no_weights_under_a_second_name() -> None:
@@ -155,9 +174,63 @@ def test_a_layer_whose_records_are_taken_keeps_no_weights_under_a_second_name() 
     assert not hasattr(layer, "w13_weight")
 
 
+STATIC = "fp8 per tensor, Triton, static"
+
+
+def with_activation_scales(loaded: Loaded, w13: list[float], w2: list[float]) -> Recorded:
+    """As a checkpoint brings them: one for each expert, of which vLLM's kernels take the largest."""
+    layer, method = loaded
+    method.create_real_weights(layer)
+    for tensor in expert_tensors(layer).values():
+        tensor.data.fill_(1)
+    layer.w13_input_scale.data.copy_(torch.tensor(w13))
+    layer.w2_input_scale.data.copy_(torch.tensor(w2))
+    method.real.process_weights_after_loading(layer)
+    tensors, of_layer = tensors_of(layer)
+    return Recorded(record_layout(tensors), [], stored("layer", of_layer))
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_scales_of_activations_come_back_from_the_store_whatever_is_shown(windows: bool) -> None:
+    w13, w2 = [0.5 + expert for expert in range(EXPERTS)], [3.25] * EXPERTS
+    kept = with_activation_scales(METHODS[STATIC](), w13, w2)
+    assert [(part.name, part.shape) for part in kept.of_layer] == [("w13_input_scale", ()), ("w2_input_scale", ())]
+    assert not any("input" in component.name for component in kept.layout.components)
+    _, method = found = METHODS[STATIC]()
+    without_weights(found)
+    if windows:
+        faces = attach_windows(*found, window_memory(kept.layout), MEMBER, kept.of_layer)
+    else:
+        attach_slots(*found, HostMemory(kept.layout, 4), 0, 4, kept.of_layer)
+    for view in View if windows else [None]:
+        if view is not None:
+            faces.show(view)
+        for config in (method.real.moe_quant_config, method.real.moe_kernel.fused_experts.quant_config):
+            assert (config.a1_scale.item(), config.a2_scale.item()) == (max(w13), 3.25)
+            assert config.a1_scale.dim() == 0
+
+
+@pytest.mark.parametrize("of_layer", [[], [LayerTensor("w13_input_scale", "float64", (), bytes(8))]])
+def test_a_store_without_the_scales_that_the_kernel_reads_is_refused(of_layer: list[LayerTensor]) -> None:
+    kept = with_activation_scales(METHODS[STATIC](), [1.0] * EXPERTS, [1.0] * EXPERTS)
+    found = METHODS[STATIC]()
+    without_weights(found)
+    with pytest.raises(StoreError, match=r"the store holds .*, but the kernel reads .*'w13_input_scale', 'float32'"):
+        attach_windows(*found, window_memory(kept.layout), MEMBER, of_layer)
+
+
+def test_weights_that_experts_share_are_refused() -> None:
+    layer, method = METHODS["fp8 per tensor, Triton"]()
+    layer.quant_method = method
+    method.create_real_weights(layer)
+    layer.codebook = torch.zeros(3000)
+    with pytest.raises(UnsupportedError, match=r"Fp8MoEMethod keeps codebook \(3000,\) for all 8 experts together"):
+        tensors_of(layer)
+
+
 def test_records_of_another_format_are_refused() -> None:
     loaded = METHODS["fp8 per tensor, Triton"]()
-    layout, _ = recorded(METHODS["unquantized, CPU"]())
+    layout, *_ = recorded(METHODS["unquantized, CPU"]())
     without_weights(loaded)
     with pytest.raises(StoreError, match="the kernel reads"):
         attach_windows(*loaded, window_memory(layout), MEMBER)
@@ -214,7 +287,13 @@ def has_an_inner_kernel_that_computes_a_scale(real: Any) -> str:
     return r"TritonExperts keeps .* in moe_kernel\.impl\.fused_experts\.inner\.scales"
 
 
+def keeps_a_scale_of_activations(real: Any) -> str:
+    experts_with(real, lambda experts: vars(experts).update(kept=experts.quant_config.a1_scale))
+    return r"Changed keeps .* in moe_kernel\.impl\.fused_experts\.kept"
+
+
 KEEPS = [
+    keeps_a_scale_of_activations,
     computes_a_scale,
     keeps_a_scale,
     keeps_a_computed_scale,
@@ -225,21 +304,21 @@ KEEPS = [
 
 @pytest.mark.parametrize("keeps", KEEPS)
 def test_a_kernel_that_keeps_scales_of_its_own_is_refused_by_name(keeps: Callable[[Any], str]) -> None:
-    loaded = METHODS["fp8 per tensor, Triton"]()
-    layout, _ = recorded(loaded)
+    loaded = METHODS[STATIC]()
+    layout, _, of_layer = recorded(loaded)
     without_weights(loaded)
     message = keeps(loaded[1].real)
     with pytest.raises(UnsupportedError, match=f"moe-offload cannot serve layer.0: {message}; use another"):
-        attach_windows(*loaded, window_memory(layout), MEMBER)
+        attach_windows(*loaded, window_memory(layout), MEMBER, of_layer)
     without_weights(loaded)
     with pytest.raises(UnsupportedError, match=message):
-        attach_slots(*loaded, HostMemory(layout, 4), 0, 4)
+        attach_slots(*loaded, HostMemory(layout, 4), 0, 4, of_layer)
 
 
 def test_constants_of_a_kernel_with_one_number_per_expert_are_no_reason_to_refuse() -> None:
     """CUTLASS kernels keep strides, which depend on the number of experts and not on weights."""
     loaded = METHODS["fp8 per tensor, Triton"]()
-    layout, _ = recorded(loaded)
+    layout, *_ = recorded(loaded)
     without_weights(loaded)
     experts_with(loaded[1].real, lambda experts: vars(experts).update(strides=torch.full((EXPERTS,), HIDDEN)))
     attach_windows(*loaded, window_memory(layout), MEMBER)

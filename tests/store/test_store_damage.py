@@ -69,9 +69,9 @@ def test_any_flipped_bit_of_the_manifest(root: StoreRoot, identity: StoreIdentit
 
 def test_another_format_version(root: StoreRoot, identity: StoreIdentity) -> None:
     path = build(root, identity).path / "manifest.json"
-    path.write_text(path.read_text().replace('"format_version":2', '"format_version":1'))
+    path.write_text(path.read_text().replace('"format_version":3', '"format_version":1'))
     assert [info.state for info in root.prunable()] == ["outdated"]
-    assert_rebuilt(root, identity, "format version 1, this package reads 2")
+    assert_rebuilt(root, identity, "format version 1, this package reads 3")
 
 
 def test_a_store_of_another_identity_at_our_place(root: StoreRoot, identity: StoreIdentity) -> None:

@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from store_samples import EXPERTS, LAYERS, LAYOUT, build, layer_bytes
 
 from vllm_moe_offload.errors import StoreError
-from vllm_moe_offload.store import ALIGNMENT, Component, RecordLayout, Store, StoreIdentity, StoreRoot, StoreWriter
+from vllm_moe_offload.store import (
+    ALIGNMENT,
+    Component,
+    LayerTensor,
+    RecordLayout,
+    Store,
+    StoreIdentity,
+    StoreRoot,
+    StoreWriter,
+)
 
 sizes = st.one_of(st.integers(1, 40), st.sampled_from([4095, 4096, 4097, 12288]), st.integers(1, 30000))
 layouts = st.lists(sizes, min_size=1, max_size=4).map(
@@ -74,6 +83,20 @@ def test_every_record_comes_back(shapes: list[tuple[RecordLayout, int]]) -> None
                 assert Store.record_digest(layout.parts(memoryview(record))) == store.checksum(index, expert)
         assert store.verify() == []
         store.close()
+
+
+def test_tensors_of_a_layer_come_back_bit_for_bit(root: StoreRoot, identity: StoreIdentity) -> None:
+    writer = root.open_or_build(identity)
+    assert isinstance(writer, StoreWriter)
+    scale = LayerTensor("w13_input_scale", "float32", (), np.float32(0.1).tobytes())
+    table = LayerTensor("lookup", "uint8", (2, 128), bytes(range(256)))
+    writer.add_layer("with", LAYOUT, layer_bytes(0), [scale, table])
+    writer.add_layer("without", LAYOUT, layer_bytes(1))
+    writer.finish().close()
+    store = root.open_or_build(identity)
+    assert isinstance(store, Store)
+    assert [layer.tensors for layer in store.layers] == [[scale, table], []]
+    store.close()
 
 
 def test_progress_reaches_the_announced_total(root: StoreRoot, identity: StoreIdentity) -> None:

@@ -1,41 +1,58 @@
 """Shows a layer's kernel slots in place of the weights it was built for."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from ..pool.memory import SlotMemory
 from ..store.layout import RecordLayout
+from ..store.manifest import LayerTensor
 from ..windows.memory import View, WindowMemory
 from .kernel import Template, build_template, refuse_kept
 from .method import OffloadedMoEMethod
-from .tensors import as_weights
+from .tensors import as_weights, restored
 
 
 def attach_slots(
-    layer: torch.nn.Module, method: OffloadedMoEMethod, memory: SlotMemory, first: int, count: int
+    layer: torch.nn.Module,
+    method: OffloadedMoEMethod,
+    memory: SlotMemory,
+    first: int,
+    count: int,
+    of_layer: Sequence[LayerTensor] = (),
 ) -> None:
     """Make slots ``first … first + count - 1`` the experts that ``method``'s kernel computes with.
 
+    Args:
+        of_layer: what the store has for all experts of the layer together.
+
     Raises:
-        StoreError: the records are not what this kernel reads.
+        StoreError: the records, or these tensors, are not what this kernel reads.
         UnsupportedError: the kernel keeps a tensor of its own that slots cannot replace.
     """
     rows = tuple(tensor[first : first + count] for tensor in memory.tensors())
-    Faces(layer, method, build_template(layer, method, memory.layout), memory.layout, [rows])
+    template = build_template(layer, method, memory.layout, of_layer)
+    Faces(layer, method, template, memory.layout, [rows], restored(of_layer))
 
 
 def attach_windows(
-    layer: torch.nn.Module, method: OffloadedMoEMethod, memory: WindowMemory, member: int
+    layer: torch.nn.Module,
+    method: OffloadedMoEMethod,
+    memory: WindowMemory,
+    member: int,
+    of_layer: Sequence[LayerTensor] = (),
 ) -> "LayerFaces":
     """Build ``method``'s kernel on the device and let it read windows and stages; the window is shown first.
 
+    Args:
+        of_layer: what the store has for all experts of the layer together.
+
     Raises:
-        StoreError: the records are not what this kernel reads.
+        StoreError: the records, or these tensors, are not what this kernel reads.
         UnsupportedError: the kernel keeps a tensor of its own that slots cannot replace.
     """
-    return LayerFaces(layer, method, memory, member)
+    return LayerFaces(layer, method, memory, member, of_layer)
 
 
 class _Face(NamedTuple):
@@ -52,6 +69,7 @@ class Faces:
 
     Args:
         rows: per set and component of the layout, uint8 ``[rows, nbytes]``.
+        of_layer: tensors of the layer by name, the same whatever is shown.
 
     Raises:
         UnsupportedError: the kernel keeps a tensor of its own that rows cannot replace.
@@ -64,12 +82,13 @@ class Faces:
         template: Template,
         layout: RecordLayout,
         rows: Sequence[Sequence[torch.Tensor]],
+        of_layer: Mapping[str, torch.Tensor],
     ):
         self._layer, self._method, self._holders = layer, method, template.holders
         self._shown = -1
         self._faces: list[_Face] = []
         for number, tensors in enumerate(rows):
-            weights = as_weights(layout, tensors)
+            weights = {**as_weights(layout, tensors), **of_layer}
             self._faces.append(self._face(template, weights))
             self.show(number)
             refuse_kept(layer, method.real, template, weights)
@@ -109,8 +128,17 @@ class Faces:
 class LayerFaces(Faces):
     """A layer's window and stages, by ``View``."""
 
-    def __init__(self, layer: torch.nn.Module, method: OffloadedMoEMethod, memory: WindowMemory, member: int):
+    def __init__(
+        self,
+        layer: torch.nn.Module,
+        method: OffloadedMoEMethod,
+        memory: WindowMemory,
+        member: int,
+        of_layer: Sequence[LayerTensor],
+    ):
         rows = [memory.tensors(member, view) for view in memory.views]
-        with torch.device(rows[View.WINDOW][0].device):
-            template = build_template(layer, method, memory.layout)
-        super().__init__(layer, method, template, memory.layout, rows)
+        device = rows[View.WINDOW][0].device
+        with torch.device(device):
+            template = build_template(layer, method, memory.layout, of_layer)
+        on_device = {name: tensor.to(device) for name, tensor in restored(of_layer).items()}
+        super().__init__(layer, method, template, memory.layout, rows, on_device)

@@ -1,14 +1,15 @@
 """Builds a layer's kernel without the layer's weights, and finds what it keeps of those it was built on."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import StoreError, UnsupportedError
 from ..store.layout import RecordLayout
+from ..store.manifest import LayerTensor
 from .method import OffloadedMoEMethod
-from .tensors import expert_tensors, names_of_tensors, record_layout, remove
+from .tensors import LayerTensors, expert_tensors, names_of_tensors, record_layout, remove, stored, tensors_of
 
 _VLLM_LAYERS = "vllm.model_executor.layers."
 
@@ -17,7 +18,7 @@ class Template(NamedTuple):
     """The kernel of a layer, built on a few experts that are zero: kernels take formats from weights, not values."""
 
     names: dict[str, list[str]]
-    """By component of the layer's records: the names under which the layer has the tensor."""
+    """By component of the layer's records, and by tensor of the layer: the names under which the layer has it."""
     storages: frozenset[int]
     """Addresses of the tensors that the kernel was built on."""
     per_expert: frozenset[str]
@@ -35,18 +36,26 @@ class Held(NamedTuple):
     value: Any
 
 
-def build_template(layer: torch.nn.Module, method: OffloadedMoEMethod, layout: RecordLayout) -> Template:
+def build_template(
+    layer: torch.nn.Module, method: OffloadedMoEMethod, layout: RecordLayout, of_layer: Sequence[LayerTensor]
+) -> Template:
     """Build ``method``'s kernel for records of ``layout``, by vLLM's own processing.
 
+    Args:
+        of_layer: what the store has for all experts of the layer together.
+
     Raises:
-        StoreError: the records are not what this kernel reads.
+        StoreError: the records, or these tensors, are not what this kernel reads.
     """
     real = method.real
-    tensors = _build(layer, method, 3 if layer.local_num_experts == 2 else 2)
-    if record_layout(tensors) != layout:
+    built = _build(layer, method, 3 if layer.local_num_experts == 2 else 2)
+    tensors = built.of_experts
+    held_in_store = *layout.components, *map(_shape_of, of_layer)
+    read = *record_layout(tensors).components, *map(_shape_of, stored(layer.layer_name, built.of_layer))
+    if held_in_store != read:
         raise StoreError(
-            f"{layer.layer_name}: the store holds {layout.components}, but the kernel reads "
-            f"{record_layout(tensors).components}; remove it with 'vllm-moe-offload store prune --all'"
+            f"{layer.layer_name}: the store holds {held_in_store}, but the kernel reads {read}; remove it with "
+            "'vllm-moe-offload store prune --all'"
         )
     experts = real.moe_kernel.fused_experts
     configs = [config for config in (real.moe_quant_config, experts.quant_config) if config is not None]
@@ -57,8 +66,8 @@ def build_template(layer: torch.nn.Module, method: OffloadedMoEMethod, layout: R
             holders[id(one.holder), one.attribute] = one.holder
     count = len(next(iter(tensors.values())))
     return Template(
-        names={names[0]: names for names in names_of_tensors(layer) if names[0] in tensors},
-        storages=frozenset(_storage(tensor) for tensor in tensors.values()),
+        names={names[0]: names for names in names_of_tensors(layer) if names[0] in tensors | built.of_layer},
+        storages=frozenset(_storage(tensor) for part in built for tensor in part.values()),
         per_expert=frozenset(one.path for one in held if _is_tensor(one.value) and one.value.shape[:1] == (count,)),
         holders=[(holder, attribute) for (_, attribute), holder in holders.items()],
     )
@@ -70,7 +79,7 @@ def refuse_kept(layer: torch.nn.Module, real: Any, template: Template, slots: Ma
     One that it was built on would stay zero; one computed from slots would stay as the slots were then.
 
     Args:
-        slots: the tensors that the layer has now.
+        slots: the tensors that the layer has now, those of the whole layer among them.
 
     Raises:
         UnsupportedError: the kernel or its configuration keeps one of its own; names it.
@@ -126,7 +135,11 @@ def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _build(layer: torch.nn.Module, method: OffloadedMoEMethod, count: int) -> dict[str, torch.Tensor]:
+def _shape_of(tensor: LayerTensor) -> tuple[str, str, tuple[int, ...]]:
+    return tensor.name, tensor.dtype, tensor.shape
+
+
+def _build(layer: torch.nn.Module, method: OffloadedMoEMethod, count: int) -> LayerTensors:
     """Build on ``count`` experts: not one, as tensors of one element are not per expert, nor as many as there are."""
     remove(layer)
     experts = layer.local_num_experts
@@ -139,6 +152,6 @@ def _build(layer: torch.nn.Module, method: OffloadedMoEMethod, count: int) -> di
             zeros.__dict__.update(tensor.__dict__)
             setattr(layer, name, zeros)
         method.real.process_weights_after_loading(layer)
-        return expert_tensors(layer)
+        return tensors_of(layer)
     finally:
         layer.local_num_experts = experts

@@ -30,7 +30,7 @@ from .method import OffloadedMoEMethod, register_op
 from .placement import LoadedModel
 from .streaming import DIRECT_WRITERS, DirectlyWrittenLayers, StreamedLayer, refuse_late_loads
 from .support import refuse_layer, refuse_loading, refuse_method, refuse_unsupported
-from .tensors import NOT_EXPERT_WEIGHTS, as_bytes, expert_tensors, move, record_layout
+from .tensors import NOT_EXPERT_WEIGHTS, as_bytes, expert_tensors, move, record_layout, stored, tensors_of
 
 logger = init_logger(__name__)
 
@@ -222,12 +222,13 @@ class ModelOffload:
             else:
                 move(layer, self._device)
             method.real.process_weights_after_loading(layer)
-        tensors = expert_tensors(layer)
-        layout = record_layout(tensors)
+        tensors = tensors_of(layer)
+        layout = record_layout(tensors.of_experts)
         self._recorded[name] = layout.record_bytes * layer.local_num_experts
         self._announce_size(name)
-        self._writer.add_layer(name, layout, as_bytes(layer.layer_name, tensors))
-        del tensors
+        records = as_bytes(layer.layer_name, tensors.of_experts)
+        self._writer.add_layer(name, layout, records, stored(layer.layer_name, tensors.of_layer))
+        del tensors, records
         self._show_progress()
         method.real.moe_kernel = method.real.moe_quant_config = None
         method.create_placeholders(layer)

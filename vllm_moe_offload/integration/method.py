@@ -32,6 +32,9 @@ class Faces(Protocol):
 class OffloadedMoEMethod(FusedMoEMethodBase):
     """Stands in for ``real``, which keeps doing everything that is about numbers.
 
+    Its class has the name of that of ``real``, and all attributes: by these vLLM's weight loaders decide how a format
+    is loaded.
+
     Until the model is loaded it hands weights to the store. After that the layer's per-expert parameters are slots:
     its own window of the pool if all experts are resident (then ``real`` runs as ever), else the whole pool, and
     each step asks the runtime to bring the chosen experts in.
@@ -40,6 +43,9 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
         take_layer: called when vLLM makes the layer, which has no parameters yet.
         record: called when vLLM takes the layer for loaded.
     """
+
+    def __new__(cls, real: FusedMoEMethodBase, *_: LayerConsumer) -> "OffloadedMoEMethod":
+        return super().__new__(type(type(real).__name__, (cls,), {}))
 
     def __init__(self, real: FusedMoEMethodBase, take_layer: LayerConsumer, record: LayerConsumer):
         self.real = real
@@ -62,6 +68,11 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
         """vLLM's own opaque op is around ``apply``."""
         self.kept_outputs = KeptOutputs() if current_platform.is_cuda_alike() else None
         """Where the layer's outputs lie for CUDA graphs that end at MoE layers."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "real":
+            raise AttributeError(name)
+        return getattr(self.real, name)
 
     def create_weights(self, layer: torch.nn.Module, **kwargs: Any) -> None:
         self._create_arguments = kwargs

@@ -279,19 +279,20 @@ class ServedModel:
         ``compute`` takes out.
         """
         pooled = self.runtime.layers[name]
+        of_layer = self.runtime.store.layers[pooled.index].tensors
         resident = self._resident and layer._expert_map is None
         if self._managed is not None:
             managed = self._managed.layers[pooled.index]
-            method.faces = attach_windows(layer, method, managed.memory, managed.member)
+            method.faces = attach_windows(layer, method, managed.memory, managed.member, of_layer)
             method.managed = partial(self._managed.serve, pooled.index)
             return
         if isinstance(pooled.pool, WindowPool):
-            method.faces = attach_windows(layer, method, pooled.pool.memory, pooled.pool.member)
+            method.faces = attach_windows(layer, method, pooled.pool.memory, pooled.pool.member, of_layer)
         else:
             assert isinstance(pooled.pool, HostPool)
             memory = pooled.pool.memory
             first, count = (pooled.first, pooled.experts) if resident else (0, memory.slots)
-            attach_slots(layer, method, memory, first, count)
+            attach_slots(layer, method, memory, first, count, of_layer)
         if not resident:
             method.pooled = (self.runtime, pooled)
             method.report_failures = self.report_failures

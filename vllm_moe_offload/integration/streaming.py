@@ -42,6 +42,8 @@ class StreamedLayer:
         self._loads: list[tuple[str, inspect.BoundArguments]] = []
         self._loaders: dict[str, Callable[..., Any]] = {}
         self._tensors = expert_tensors(layer)
+        self._targets = {name: _target(name, parameter) for name, parameter in self._tensors.items()}
+        """What loaders write into until all has come."""
         self._coverage = Coverage(self._tensors)
         for name, parameter in self._tensors.items():
             self._loaders[name] = parameter.weight_loader
@@ -80,7 +82,8 @@ class StreamedLayer:
         def keep_back(*args: Any, **kwargs: Any) -> Any:
             arguments = signature.bind(*args, **kwargs)
             arguments.apply_defaults()
-            with WrittenParts(self._tensors) as written:
+            arguments.arguments["param"] = self._targets[name]
+            with WrittenParts(self._targets) as written:
                 answer = loader(*arguments.args, **arguments.kwargs)
             if written.parts:
                 self._loads.append((name, arguments))
@@ -114,6 +117,16 @@ class StreamedLayer:
         """The number by which the checkpoint knows an expert of this rank."""
         expert_map = self._layer._expert_map
         return local if expert_map is None else int((expert_map == local).nonzero()[0])
+
+
+def _target(name: str, parameter: torch.Tensor) -> torch.Tensor:
+    """``parameter``, or where loaders look at what they have loaded before, one like it that has values."""
+    if "input_scale" not in name:
+        return parameter
+    values = torch.nn.Parameter(torch.ones(parameter.shape, dtype=parameter.dtype, device="cpu"), requires_grad=False)
+    values.__class__ = parameter.__class__
+    values.__dict__.update(parameter.__dict__)
+    return values
 
 
 class DirectlyWrittenLayers:
@@ -187,19 +200,22 @@ def refuse_late_loads(layer: torch.nn.Module, tensors: dict[str, torch.Tensor]) 
     """
     for name, parameter in tensors.items():
         if hasattr(parameter, "weight_loader"):  # nothing is loaded into what only processing makes
-            parameter.weight_loader = _refusing(layer, name, parameter.weight_loader, tensors)
+            parameter.weight_loader = _refusing(layer, name, parameter.weight_loader, parameter)
 
 
 def _refusing(
-    layer: torch.nn.Module, name: str, loader: Callable[..., Any], tensors: dict[str, torch.Tensor]
+    layer: torch.nn.Module, name: str, loader: Callable[..., Any], parameter: torch.Tensor
 ) -> Callable[..., Any]:
     signature = inspect.signature(loader)
+    target = _target(name, parameter)
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
-        with WrittenParts(tensors) as written:
-            answer = loader(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        given = bound.arguments
+        given["param"] = target
+        with WrittenParts({name: target}) as written:
+            answer = loader(*bound.args, **bound.kwargs)
         if written.parts:
-            given = signature.bind(*args, **kwargs).arguments
             raise StoreError(
                 f"cannot build a store: {layer.layer_name}: the checkpoint names {given.get('shard_id')} of expert "
                 f"{given.get('expert_id')} ({name}) more than once, the last time when the layer was complete; remove "

@@ -1,6 +1,7 @@
 """A layer's tensors seen as records, and records seen as a layer's tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 
 from ..errors import UnsupportedError
 from ..store.layout import Component, RecordLayout
+from ..store.manifest import LayerTensor
 
 NOT_EXPERT_WEIGHTS = frozenset(
     {
@@ -22,26 +24,78 @@ NOT_EXPERT_WEIGHTS = frozenset(
 )
 
 
-def expert_tensors(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of a layer that hold one part per expert, by name.
+MOST_LAYER_BYTES = 4096
+"""Of a tensor that a layer has for all its experts together: scales, which take a few bytes."""
+
+
+class LayerTensors(NamedTuple):
+    """The tensors of a layer by their first names."""
+
+    of_experts: dict[str, torch.Tensor]
+    """``[experts, …]``: one part per expert."""
+    of_layer: dict[str, torch.Tensor]
+    """Small ones that belong to no expert, such as a scale of activations."""
+
+
+def tensors_of(layer: torch.nn.Module) -> LayerTensors:
+    """All tensors of a layer that may hold weights, except those that stand for what its checkpoint does not have.
 
     Raises:
-        UnsupportedError: a loaded tensor is shared by the experts, so that it has no place in a record.
+        UnsupportedError: the experts share a tensor that is too large for a scale.
     """
     experts = layer.local_num_experts
-    found: dict[str, torch.Tensor] = {}
+    found = LayerTensors({}, {})
     for name, *_ in names_of_tensors(layer):
         tensor = getattr(layer, name)
-        if not tensor.numel() and tensor.shape[:1] != (experts,):
-            continue  # stands for what this checkpoint does not have
-        if tensor.dim() == 0 or tensor.shape[0] != experts or name.endswith("input_scale"):
-            raise UnsupportedError(
-                f"moe-offload cannot serve {layer.layer_name}: {layer.quant_method.method_name} keeps {name} "
-                f"{tuple(tensor.shape)} for all {experts} experts together; use another quantization, or switch "
-                "moe-offload off"
-            )
-        found[name] = tensor
+        if tensor.shape[:1] == (experts,):
+            found.of_experts[name] = tensor
+        elif tensor.nbytes > MOST_LAYER_BYTES:
+            _refuse_shared(layer, name, tensor)
+        elif tensor.numel():
+            found.of_layer[name] = tensor
     return found
+
+
+def expert_tensors(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a layer into which a checkpoint is loaded, each with one part per expert, by name.
+
+    Raises:
+        UnsupportedError: the experts share one.
+    """
+    of_experts, of_layer = tensors_of(layer)
+    for name, tensor in of_layer.items():
+        _refuse_shared(layer, name, tensor)
+    return of_experts
+
+
+def _refuse_shared(layer: torch.nn.Module, name: str, tensor: torch.Tensor) -> NoReturn:
+    raise UnsupportedError(
+        f"moe-offload cannot serve {layer.layer_name}: {layer.quant_method.method_name} keeps {name} "
+        f"{tuple(tensor.shape)} for all {layer.local_num_experts} experts together; use another quantization, or "
+        "switch moe-offload off"
+    )
+
+
+def stored(layer_name: str, of_layer: Mapping[str, torch.Tensor]) -> list[LayerTensor]:
+    """Tensors of a layer as its store keeps them.
+
+    Raises:
+        UnsupportedError: a kernel reads a strided one.
+    """
+    parts = []
+    for name, tensor in of_layer.items():
+        _refuse_strided(layer_name, name, tensor)
+        content = tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy().tobytes()
+        parts.append(LayerTensor(name, _dtype_name(tensor), tuple(tensor.shape), content))
+    return parts
+
+
+def restored(parts: Sequence[LayerTensor]) -> dict[str, torch.Tensor]:
+    """Tensors of a layer out of its store, on the host."""
+    return {
+        part.name: torch.frombuffer(bytearray(part.data), dtype=getattr(torch, part.dtype)).view(part.shape)
+        for part in parts
+    }
 
 
 def names_of_tensors(layer: torch.nn.Module) -> list[list[str]]:
@@ -62,7 +116,7 @@ def record_layout(tensors: dict[str, torch.Tensor]) -> RecordLayout:
         tuple(
             Component(
                 name,
-                str(tensor.dtype).removeprefix("torch."),
+                _dtype_name(tensor),
                 tuple(tensor.shape[1:]),
                 tensor[0].numel() * tensor.element_size(),
             )
@@ -78,12 +132,20 @@ def as_bytes(layer_name: str, tensors: dict[str, torch.Tensor]) -> list[NDArray[
         UnsupportedError: a kernel reads a strided tensor, which slots could not reproduce.
     """
     for name, tensor in tensors.items():
-        if not tensor.is_contiguous():
-            raise UnsupportedError(
-                f"moe-offload cannot serve {layer_name}: its kernel reads {name} with strides {tensor.stride()}; "
-                "use another quantization or --moe-backend, or switch moe-offload off"
-            )
+        _refuse_strided(layer_name, name, tensor)
     return [tensor.detach().view(tensor.shape[0], -1).view(torch.uint8).cpu().numpy() for tensor in tensors.values()]
+
+
+def _refuse_strided(layer_name: str, name: str, tensor: torch.Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise UnsupportedError(
+            f"moe-offload cannot serve {layer_name}: its kernel reads {name} with strides {tensor.stride()}; "
+            "use another quantization or --moe-backend, or switch moe-offload off"
+        )
+
+
+def _dtype_name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def as_weights(layout: RecordLayout, rows: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ of another checkpoint, another kernel or an unfinished build.
 from vllm_moe_offload.store.checkpoint import FileDigests
 from vllm_moe_offload.store.identity import StoreIdentity
 from vllm_moe_offload.store.layout import ALIGNMENT, Component, RecordLayout
-from vllm_moe_offload.store.manifest import FORMAT_VERSION, LayerEntry
+from vllm_moe_offload.store.manifest import FORMAT_VERSION, LayerEntry, LayerTensor
 from vllm_moe_offload.store.reader import Store, UnusableStoreError
 from vllm_moe_offload.store.root import StoreInfo, StoreRoot, default_root
 from vllm_moe_offload.store.writer import StoreWriter
@@ -18,6 +18,7 @@ __all__ = [
     "Component",
     "FileDigests",
     "LayerEntry",
+    "LayerTensor",
     "RecordLayout",
     "Store",
     "StoreIdentity",

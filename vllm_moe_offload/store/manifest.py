@@ -8,7 +8,7 @@ import msgspec
 from vllm_moe_offload.errors import StoreError
 from vllm_moe_offload.store.layout import RecordLayout
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 RECORDS_NAME = "records.bin"
 
@@ -17,11 +17,20 @@ class OutdatedError(StoreError):
     """What was written by an earlier version of this package, in a form that no engine of this one can use."""
 
 
+class LayerTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A small tensor that a layer has for all its experts together, such as a scale of activations."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
 class LayerEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One MoE layer: its records lie back to back from byte `offset` of the record file.
 
     `first_record` is the index of its expert 0 among all records of the store; `checksums` holds one
-    `record_digest` per expert.
+    `record_digest` per expert. `tensors` are kept here, under the manifest's own checksum.
     """
 
     name: str
@@ -30,6 +39,7 @@ class LayerEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     first_record: int
     offset: int
     checksums: list[int]
+    tensors: list[LayerTensor] = []
 
     @property
     def end(self) -> int:

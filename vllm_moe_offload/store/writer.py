@@ -23,7 +23,7 @@ from vllm_moe_offload.store.files import explained, require_space, sync_folder, 
 from vllm_moe_offload.store.identity import StoreIdentity
 from vllm_moe_offload.store.layout import RecordLayout, record_digest
 from vllm_moe_offload.store.lock import BuildLock
-from vllm_moe_offload.store.manifest import LayerEntry
+from vllm_moe_offload.store.manifest import LayerEntry, LayerTensor
 from vllm_moe_offload.store.reader import Store
 
 CHUNK_BYTES = 8 << 20
@@ -89,10 +89,17 @@ class StoreWriter:
         with self._or_abort():
             require_space(self._building, total_bytes - self._end)
 
-    def add_layer(self, name: str, layout: RecordLayout, components: Sequence[NDArray[uint8]]) -> None:
+    def add_layer(
+        self,
+        name: str,
+        layout: RecordLayout,
+        components: Sequence[NDArray[uint8]],
+        tensors: Sequence[LayerTensor] = (),
+    ) -> None:
         """Append one layer: per component of `layout` a uint8 array `[experts, nbytes]`, free again on return.
 
-        Waits for the layer before it. Raises StoreError, also for a failure to write that earlier layer.
+        `tensors` are what the layer has for all experts together. Waits for the layer before it. Raises StoreError,
+        also for a failure to write that earlier layer.
         """
         self._check_open()
         with self._or_abort():
@@ -102,7 +109,7 @@ class StoreWriter:
             self._wait()
             records = self._buffer.put(layout, components)
             experts, first = len(components[0]), sum(layer.experts for layer in self._layers)
-            entry = LayerEntry(name, experts, layout, first, self._end, [])
+            entry = LayerEntry(name, experts, layout, first, self._end, [], list(tensors))
             self._layers.append(entry)
             self._end = entry.end
             self._in_flight = self._thread.submit(self._write, entry, records)

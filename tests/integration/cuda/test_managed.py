@@ -212,7 +212,7 @@ def test_what_a_pass_is_for_decides_whether_a_layer_brings_experts_in(
     metadata: Any, mode: CUDAGraphMode, brings_in: bool
 ) -> None:
     shown: list[View] = []
-    method: Any = OffloadedMoEMethod.__new__(OffloadedMoEMethod)
+    method: Any = object.__new__(OffloadedMoEMethod)
     method.faces = SimpleNamespace(show=shown.append)
     method.managed = lambda ids, _: (View.STAGE_1, ids + 3)
     method.real = SimpleNamespace(apply=lambda layer, x, weights, ids, *_: ids)
