@@ -23,7 +23,7 @@ FLOORS = (
     ("integration",),
     ("replay", "client", "daemon"),
     ("runtime", "learning"),
-    ("ipc",),
+    ("ipc", "page"),
     ("windows",),
     ("pool",),
     ("prefetch", "config"),

@@ -122,6 +122,10 @@ class OffloadConfig(BaseModel):
         description="the daemon that keeps experts for all engines of this host: 'auto' (use it if one runs), "
         "'unix:PATH' (of its socket), 'start' (start one where none runs, of the size of 'cache'), or 'off'",
     )
+    page: bool = Field(
+        False,
+        description="serve a live page of what experts are doing at /moe-offload; its data asks for the API's key",
+    )
 
     @field_validator("policy")
     @classmethod

@@ -41,7 +41,7 @@ def page() -> str:
 
 
 def section(name: str, field: FieldInfo) -> str:
-    default = "none" if field.default is None else f"`{field.default}`"
+    default = {None: "none", False: "off"}.get(field.default, f"`{field.default}`")
     described = field.description or ""
     return f"""## `{name}`
 

@@ -105,6 +105,12 @@ def test_a_budget_that_is_not_text_is_refused_with_an_example(value: object) -> 
         OffloadConfig.from_mapping({"cache": value}, "here")
 
 
+def test_a_page_is_wanted_or_not() -> None:
+    assert OffloadConfig.from_mapping({"page": True}, "here").page
+    with pytest.raises(ConfigError, match="here: page = 'perhaps': Input should be a valid boolean"):
+        OffloadConfig.from_mapping({"page": "perhaps"}, "here")
+
+
 @pytest.mark.parametrize(
     ("key", "hint"),
     [("cahce", "did you mean 'cache'"), ("polcy", "did you mean 'policy'"), ("stores", "did you mean 'store'")],

@@ -35,7 +35,10 @@ def test_help_has_a_group_with_one_flag_per_setting(
     group = capsys.readouterr().out.partition("\nMoE offloading:\n")[2]
     assert end.value.code == 0
     assert "Serve MoE models larger than fast memory" in group
-    settings = (f"--moe-offload-{name.replace('_', '-')} {name.upper()}" for name in OffloadConfig.model_fields)
+    settings = (
+        f"--moe-offload-{name.replace('_', '-')}" + ("" if field.annotation is bool else f" {name.upper()}")
+        for name, field in OffloadConfig.model_fields.items()
+    )
     for flag in ("--plugin NAME", *settings):
         assert f"  {flag} " in group or f"  {flag}\n" in group
     assert "like '25%'" in group
@@ -53,6 +56,8 @@ def test_no_flag_means_off_and_changes_nothing(engine_args: EngineArguments) -> 
         (["--moe-offload-cache=4GiB"], OffloadConfig(cache="4GiB")),
         (["--moe_offload_policy", "lru"], OffloadConfig(policy="lru")),
         (["--moe-offload-store", "/a"], OffloadConfig(store=Path("/a"))),
+        (["--moe-offload-page"], OffloadConfig(page=True)),
+        (["--additional-config.moe_offload.page", "true"], OffloadConfig(page=True)),
         (["--additional-config.moe_offload.cache", "25%"], OffloadConfig(cache="25%")),
         (["--additional-config", '{"moe_offload": {"cache": "25%"}}'], OffloadConfig(cache="25%")),
         (["--additional-config", '{"moe_offload": true}'], OffloadConfig()),

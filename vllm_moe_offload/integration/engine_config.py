@@ -93,6 +93,8 @@ def _resolve_first(create: Callable[..., Any]) -> Callable[..., Any]:
                 logger.warning("%s", sentence)
             if config is None:
                 return create(self, *args, **kwargs)
+            if config.page:
+                seams.refuse_where_moved(seams.PAGE)
             settings = config.model_dump(mode="json", exclude_unset=True, exclude_none=True)
             asked = settings_from_additional_config(requested) is not None and FROM_ENVIRONMENT not in requested
             mark = {} if asked else {FROM_ENVIRONMENT: True}

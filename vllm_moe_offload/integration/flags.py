@@ -47,12 +47,13 @@ def _add_flags(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
                 help=f"Enable an installed plugin by name (repeatable). '{PLUGIN_NAME}' switches MoE offloading on.",
             )
         for name, field in OffloadConfig.model_fields.items():
+            value: dict[str, Any] = (
+                {"action": "store_true"}
+                if field.annotation is bool
+                else {"metavar": name.upper(), "type": functools.partial(_value_of, name)}
+            )
             group.add_argument(
-                f"--{(_PREFIX + name).replace('_', '-')}",
-                default=argparse.SUPPRESS,
-                metavar=name.upper(),
-                type=functools.partial(_value_of, name),
-                help=_help(field),
+                f"--{(_PREFIX + name).replace('_', '-')}", default=argparse.SUPPRESS, help=_help(field), **value
             )
         return parser
 
@@ -86,7 +87,7 @@ def _with_flags(additional_config: dict[str, Any], flags: dict[str, Any]) -> dic
 
 
 def _help(field: FieldInfo) -> str:
-    default = "" if field.default is None else f" Default: {field.default}."
+    default = "" if field.default in (None, False) else f" Default: {field.default}."
     return f"{field.description}.{default} Switches MoE offloading on.".replace("%", "%%")
 
 

@@ -15,6 +15,7 @@ FLAGS = "the --moe-offload-* flags (additional_config and VLLM_MOE_OFFLOAD still
 LAST_LINE = "the reason as the last line of an engine that does not start (it is in the output above)"
 GATE_PREDICTOR = "the predictor 'gate'"
 PREPARE = "the command 'prepare'"
+PAGE = "the live page"
 
 ENGINE_CONFIG = Seam(
     "vllm.engine.arg_utils",
@@ -120,6 +121,18 @@ REQUEST_OUTPUT = Seam(
     "RequestState.make_request_output",
     "tell the caller of a pooling model why a request failed",
     ("self", "new_token_ids", "pooling_output", "finish_reason", "stop_reason", "error"),
+)
+
+
+ENDPOINT_PLUGINS = Seam(
+    "vllm.plugins", "load_endpoint_plugins", "add the live page to vLLM's server", ("supported_tasks",), feature=PAGE
+)
+AUTHENTICATION = Seam(
+    "vllm.entrypoints.serve.middleware.authenticate",
+    "AuthenticationMiddleware",
+    "ask for the API's key before the page's data is given away",
+    ("app", "tokens"),
+    feature=PAGE,
 )
 
 
@@ -332,6 +345,36 @@ LEANED_ON = (
     ),
     Seam("vllm.v1.executor", "Executor.collective_rpc", "ask workers for their stores", ("method",), feature=PREPARE),
     Seam("vllm.utils.argparse_utils", "FlexibleArgumentParser", "read engine arguments", feature=PREPARE),
+    AUTHENTICATION,
+    Seam(
+        f"{AUTHENTICATION.module}",
+        "AuthenticationMiddleware.verify_token",
+        "ask for the API's key",
+        ("headers",),
+        feature=PAGE,
+    ),
+    Seam(
+        "vllm.plugins.endpoint_plugins.interface",
+        "attach_endpoint_plugins",
+        "add the live page's routes",
+        ("app", "supported_tasks"),
+        names=("attach_router",),
+        feature=PAGE,
+    ),
+    Seam(
+        "vllm.plugins.endpoint_plugins.interface",
+        "init_endpoint_plugins_state",
+        "know which engine the live page shows",
+        ("engine_client", "state", "args"),
+        feature=PAGE,
+    ),
+    Seam(
+        "vllm.config",
+        "ParallelConfig",
+        "name the live page in the log once",
+        ("_api_process_count", "_api_process_rank"),
+        feature=PAGE,
+    ),
     Seam("vllm.distributed", "cleanup_dist_env_and_memory", "end workers", feature=PREPARE),
 )
 
@@ -357,6 +400,7 @@ SEAMS: tuple[Seam, ...] = (
     FREE_BLOCKS,
     POP_BLOCKS,
     REQUEST_OUTPUT,
+    ENDPOINT_PLUGINS,
     *WEIGHTS_READ,
     *WEIGHTS_REPLACED,
     *LEANED_ON,
