@@ -13,7 +13,7 @@ from vllm_moe_offload.integration.method import OffloadedMoEMethod
 
 @contextmanager
 def one_host() -> Iterator[None]:
-    """A process that is all ranks, with the operation that processing needs and that vLLM for CPUs does not have."""
+    """A process that is all ranks, with the operations that processing needs and that vLLM for CPUs does not have."""
     from vllm import _custom_ops, distributed
     from vllm.config import VllmConfig, set_current_vllm_config
 
@@ -22,8 +22,13 @@ def one_host() -> Iterator[None]:
     def scaled_fp8_quant(values: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return (values.float() / scale).to(torch.float8_e4m3fn), scale
 
+    def repack(weights: torch.Tensor, size_k: int, size_n: int, bits: int, is_a_8bit: bool) -> torch.Tensor:
+        """Of the shape that Marlin reads, if not in its order."""
+        return weights.reshape(len(weights), size_k // 16, size_n * (bits // 2)).clone()
+
     with (
         set_current_vllm_config(VllmConfig()),
+        mock.patch.object(_custom_ops, "gptq_marlin_moe_repack", repack),
         mock.patch.object(_custom_ops, "scaled_fp8_quant", scaled_fp8_quant),
         mock.patch.object(distributed, "get_tensor_model_parallel_world_size", lambda: 1),
     ):
@@ -76,6 +81,18 @@ def wna16(has_zero_points: bool) -> Loaded:
         return created(MoELayer(config), module.MoeWNA16Method(quantization, config))
 
 
+def gptq() -> Loaded:
+    from vllm.model_executor.layers.fused_moe.experts.marlin_moe import MarlinExperts
+    from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend
+    from vllm.model_executor.layers.quantization import auto_gptq as module
+
+    config = moe_config(torch.float16)
+    quantization = module.AutoGPTQConfig(4, 32, False, True, False, {}, {})
+    chosen = WNA16MoEBackend.MARLIN, MarlinExperts
+    with mock.patch.object(module, "select_wna16_moe_backend", lambda *_, **__: chosen):
+        return created(MoELayer(config), module.AutoGPTQMoEMethod(quantization, config))
+
+
 METHODS: dict[str, Callable[[], Loaded]] = {
     "unquantized, CPU": unquantized_on_cpu,
     "unquantized with biases, Triton": unquantized_for_triton,
@@ -85,6 +102,7 @@ METHODS: dict[str, Callable[[], Loaded]] = {
     "fp8 per tensor, Triton or CUTLASS": lambda: fp8("TritonOrCutlassExperts", None),
     "int4, Triton": lambda: wna16(False),
     "int4 with zero points, Triton": lambda: wna16(True),
+    "GPTQ, Marlin": gptq,
 }
 
 

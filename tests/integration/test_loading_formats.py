@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from tests.integration.moe_layers import EXPERTS, HIDDEN, INTERMEDIATE, MoELayer, moe_config
-from tests.integration.moe_methods import Loaded, created, one_host
+from tests.integration.moe_methods import Loaded, created, gptq, one_host
 from vllm_moe_offload.errors import StoreError
+from vllm_moe_offload.integration.faces import attach_slots
 from vllm_moe_offload.integration.method import OffloadedMoEMethod
 from vllm_moe_offload.integration.streaming import StreamedLayer
+from vllm_moe_offload.integration.tensors import record_layout, stored, tensors_of
+from vllm_moe_offload.pool.memory import HostMemory
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -110,6 +113,52 @@ def test_a_missing_scale_of_activations_is_named_and_a_late_one_refused() -> Non
     streamed.materialize()
     with pytest.raises(StoreError, match=r"names w2 of expert 2 \(w2_input_scale\) more than once"):
         looked_up_before.weight_loader(looked_up_before, torch.tensor(3.0), "experts.w2_input_scale", "w2", 2)
+
+
+def gptq_loading() -> Loaded:
+    """vLLM makes biases for every such layer, and takes those for absent that its loader has not seen."""
+    layer, method = gptq()
+    return loading(loading_layer(layer.moe_config), method.real)
+
+
+def load_gptq(layer: MoELayer, biases: range) -> None:
+    groups, packed = HIDDEN // 32, HIDDEN // 8
+    for expert in range(EXPERTS):
+        for shard, name in (("w1", "w13"), ("w3", "w13"), ("w2", "w2")):
+            load(layer, f"{name}_qweight", shard, expert, torch.ones(packed, HIDDEN, dtype=torch.int32))
+            load(layer, f"{name}_scales", shard, expert, torch.ones(groups, HIDDEN, dtype=torch.float16))
+            load(layer, f"{name}_qzeros", shard, expert, torch.ones(groups, packed, dtype=torch.int32))
+            if expert in biases:
+                load(layer, f"{name}_bias", shard, expert, torch.full((HIDDEN,), 2.0 + expert))
+
+
+@pytest.mark.parametrize("has_biases", [False, True])
+def test_gptq_is_served_with_the_biases_that_its_checkpoint_has(has_biases: bool) -> None:
+    """Also by an engine that finds the store, and so loads nothing."""
+    layer, method = gptq_loading()
+    recorded: list[str] = []
+    streamed = StreamedLayer(
+        layer, partial(method.create_real_weights, layer), lambda: recorded.append(layer.layer_name)
+    )
+    load_gptq(layer, range(EXPERTS if has_biases else 0))
+    assert not recorded, "a bias may come until the checkpoint ends"
+    streamed.materialize()
+    method.real.process_weights_after_loading(layer)
+    tensors, of_layer = tensors_of(layer)
+    assert {name for name in tensors if "bias" in name} == ({"w13_bias", "w2_bias"} if has_biases else set())
+    if has_biases:
+        assert tensors["w2_bias"].unique().tolist() == [2.0 + expert for expert in range(EXPERTS)]
+    found = gptq_loading()
+    attach_slots(*found, HostMemory(record_layout(tensors), EXPERTS), 0, EXPERTS, stored("layer", of_layer))
+    assert (found[1].real.moe_quant_config.w1_bias is not None) == has_biases
+
+
+def test_a_bias_that_only_some_experts_have_is_named() -> None:
+    layer, method = gptq_loading()
+    streamed = StreamedLayer(layer, partial(method.create_real_weights, layer), None)
+    load_gptq(layer, range(EXPERTS - 1))
+    with pytest.raises(StoreError, match=rf"w1 and w3 of expert {EXPERTS - 1} \(w13_bias\)"):
+        streamed.materialize()
 
 
 def test_loaders_take_the_method_for_the_one_it_stands_for() -> None:

@@ -48,6 +48,7 @@ def build_template(
         StoreError: the records, or these tensors, are not what this kernel reads.
     """
     real = method.real
+    _announce_biases(layer, layout)
     built = _build(layer, method, 3 if layer.local_num_experts == 2 else 2)
     tensors = built.of_experts
     held_in_store = *layout.components, *map(_shape_of, of_layer)
@@ -137,6 +138,15 @@ def _storage(tensor: torch.Tensor) -> int:
 
 def _shape_of(tensor: LayerTensor) -> tuple[str, str, tuple[int, ...]]:
     return tensor.name, tensor.dtype, tensor.shape
+
+
+def _announce_biases(layer: torch.nn.Module, layout: RecordLayout) -> None:
+    """Say which biases the checkpoint has, as vLLM's loaders do, where it was not read because its store was found.
+
+    Formats that make biases in case a checkpoint has them remove those that were not announced.
+    """
+    if hasattr(layer, "_loaded_expert_biases"):
+        layer._loaded_expert_biases |= {part.name for part in layout.components if part.name.endswith("_bias")}
 
 
 def _build(layer: torch.nn.Module, method: OffloadedMoEMethod, count: int) -> LayerTensors:

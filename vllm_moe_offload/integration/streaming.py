@@ -31,20 +31,22 @@ class StreamedLayer:
     Args:
         layer: has parameters on the meta device, each with its ``weight_loader``.
         create: gives the layer parameters with memory, initialised as vLLM does.
-        complete: called once, when every element of every parameter has been offered. None: nothing is called;
-            ``materialize`` is, when everything has been offered.
+        complete: called once, when every element of every parameter has been offered, unless the checkpoint may go
+            without some. None: nothing is called; ``materialize`` is, when everything has been offered.
     """
 
     def __init__(self, layer: torch.nn.Module, create: Callable[[], None], complete: Callable[[], None] | None):
         self._layer = layer
         self._create = create
-        self._complete = complete
         self._loads: list[tuple[str, inspect.BoundArguments]] = []
         self._loaders: dict[str, Callable[..., Any]] = {}
         self._tensors = expert_tensors(layer)
         self._targets = {name: _target(name, parameter) for name, parameter in self._tensors.items()}
         """What loaders write into until all has come."""
         self._coverage = Coverage(self._tensors)
+        self._optional = {name for name in self._tensors if name.endswith("_bias") and not layer.moe_config.has_bias}
+        """What vLLM makes in case a checkpoint has it: zeros where it has not."""
+        self._complete = None if self._optional else complete
         for name, parameter in self._tensors.items():
             self._loaders[name] = parameter.weight_loader
             parameter.weight_loader = self._keep_back(name)
@@ -56,7 +58,7 @@ class StreamedLayer:
             UnsupportedError: a parameter was never offered to its loader, so its values went elsewhere.
             StoreError: the checkpoint lacks a tensor of an expert.
         """
-        without = self._loaders.keys() - {name for name, _ in self._loads}
+        without = self._loaders.keys() - {name for name, _ in self._loads} - self._optional
         if without:
             raise UnsupportedError(
                 f"moe-offload cannot load {self._layer.layer_name}: nothing came for {', '.join(sorted(without))} "
