@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 from comparison import checkout
-from demands import read_everything
 from report import Spread
 from rich.console import Console
 from rich.table import Table
@@ -29,6 +28,7 @@ from vllm_moe_offload.client.connection import Connection
 from vllm_moe_offload.client.launch import start_daemon
 from vllm_moe_offload.config import CacheBudget
 from vllm_moe_offload.ipc.protocol import Attach, Stop
+from vllm_moe_offload.plan.loads import read_everything
 from vllm_moe_offload.pool import local_pools
 from vllm_moe_offload.runtime import Batch, OffloadRuntime
 from vllm_moe_offload.stats import Stats

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from comparison import PLAIN, Arm, checkout, console, variants_of, write_result
-from demands import Demands
 from engines import Engine, Variant, wait_until_quiet
 from prompts import EXAMPLES, read_prompts
 from reads import DEPTH, SHARE, demand_rate
@@ -21,6 +20,7 @@ from report import Spread
 from rich.table import Table
 from warm import TINY_MOE
 
+from vllm_moe_offload.plan.loads import Demands
 from vllm_moe_offload.store.reader import Store
 
 RECORDS = 64

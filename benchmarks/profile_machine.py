@@ -12,31 +12,22 @@ long a prompt's step takes in that engine.
 import argparse
 import json
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
-from demands import Demands
 from engines import Engine, Variant
 from prompts import EXAMPLES, read_prompts
-from reads import LOADER_THREADS, SHARE
 from remembering import all_but_one
 from safetensors import safe_open
 from warm import TINY_MOE
 
-from vllm_moe_offload.pool import local_pools
+from vllm_moe_offload.plan.loads import AT_ONCE, demand_seconds, finding_seconds, fit_loads
 from vllm_moe_offload.replay.hardware import HardwareProfile, ModelProfile
-from vllm_moe_offload.runtime import Batch, OffloadRuntime
-from vllm_moe_offload.stats import Stats
-from vllm_moe_offload.store.pools import pools_of
 from vllm_moe_offload.store.reader import Store
 
-AT_ONCE = LOADER_THREADS + 1
-"""The thread that demands reads along with the loader's."""
 BATCHES = (1, 8)
 TOKENS = 96
 ROUNDS = 4
@@ -53,54 +44,6 @@ class LayerTimes(NamedTuple):
     """From a step's last layer to the next step's first."""
     distinct: float
     """Experts a layer used."""
-
-
-def demand_seconds(store: Store, pause: float, rounds: int = 24) -> list[float]:
-    """Median seconds of a demand of 1, 2, … AT_ONCE records, a `pause` of computing before each."""
-    taken: list[list[float]] = [[] for _ in range(AT_ONCE)]
-    work = np.ones(1 << 20, np.float32)
-    with Demands(store, SHARE) as demands:
-        for _ in range(rounds):
-            for count in range(1, AT_ONCE + 1):
-                until = time.perf_counter() + pause
-                while time.perf_counter() < until:
-                    work.sum()
-                taken[count - 1].append(demands.load(count)[0])
-    return [median(seconds) for seconds in taken]
-
-
-def finding_seconds(store: Store, top_k: int, steps: int = 60, seed: int = 0) -> float:
-    """What a demanded record costs besides its load: a victim, a slot, and the books. From random decode steps."""
-    quarter = {members.layout: max(2 * top_k, members.experts // 4) for members in pools_of(store.layers)}
-    draw = np.random.default_rng(seed)
-    runtime = OffloadRuntime(store, local_pools(store, quarter, "lfu", None), Stats())
-    misses, seconds = [], []
-    try:
-        for _ in range(steps):
-            runtime.begin_step(Batch(1))
-            for layer in runtime.layers.values():
-                chosen = draw.choice(layer.experts, (1, top_k), replace=False).astype(np.int32)
-                missed, stalled = runtime.stats.misses, runtime.stats.stall_seconds
-                began = time.perf_counter()
-                for _ in runtime.serve(layer, chosen):
-                    took = time.perf_counter() - began
-                misses.append(runtime.stats.misses - missed)
-                seconds.append(took - (runtime.stats.stall_seconds - stalled))
-    finally:
-        for pool in runtime.pools:
-            pool.close()
-    per_count = {count: median(s for s, m in zip(seconds, misses, strict=True) if m == count) for count in set(misses)}
-    most = max(per_count)
-    return max(0.0, (per_count[most] - per_count.get(0, 0.0)) / most)
-
-
-def fit_loads(seconds: Sequence[float]) -> tuple[float, float]:
-    """Latency, and time per record, of demands of 1, 2, … records: the nearest straight line that is not below zero."""
-    counts = np.arange(1, len(seconds) + 1)
-    moving, latency = np.polyfit(counts, seconds, 1)
-    if latency < 0 or moving <= 0:
-        moving, latency = float(counts @ np.asarray(seconds) / (counts @ counts)), 0.0
-    return float(latency), float(moving)
 
 
 def layer_times(engine: Engine, texts: Sequence[str], batch: int) -> LayerTimes:

@@ -16,18 +16,16 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from demands import Demands
 from report import Spread
 from rich.console import Console
 from rich.table import Table
 
+from vllm_moe_offload.plan.loads import AT_ONCE, SHARE, Demands
 from vllm_moe_offload.store.direct import aligned_buffer
 from vllm_moe_offload.store.reader import Store
 
-LOADER_THREADS = 4
 # The loader's caller reads along with its threads.
-DEPTH = LOADER_THREADS + 1
-SHARE = 0.25
+DEPTH = AT_ONCE
 
 
 class BareReads:

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "vllm_moe_offload"
 FLOORS = (
     ("__main__",),
     ("plugin", "cli"),
-    ("integration",),
+    ("integration", "plan"),
     ("replay", "client", "daemon"),
     ("runtime", "learning"),
     ("ipc", "page"),

@@ -5,9 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from profile_machine import LayerTimes, fit, fit_loads
+from profile_machine import LayerTimes, fit
 from remembering import all_but_one
 
+from vllm_moe_offload.plan.loads import fit_loads
 from vllm_moe_offload.replay.hardware import ModelProfile, hardware_profile
 
 MODEL = ModelProfile(record_bytes=1 << 20, dense_bytes_per_layer=300_000, expert_parameters=1 << 19)

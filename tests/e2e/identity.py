@@ -8,6 +8,8 @@ from typing import Any
 
 from tests.e2e.engines import EngineServer
 from tests.models import Checkpoint
+from vllm_moe_offload.plan.checkpoint import read_folder
+from vllm_moe_offload.plan.sizes import model_sizes
 
 VOCABULARY = 512
 
@@ -44,6 +46,7 @@ def check_engaged(stats: dict[str, Any], checkpoint: Checkpoint, slots: int) -> 
     assert stats["layers"] == checkpoint.routed_layers
     assert stats["slots"] == slots
     assert stats["slot_bytes"] * experts == stats["expert_bytes"] * slots
+    assert stats["expert_bytes"] == model_sizes(read_folder(checkpoint.path), on_cpu=True).expert_bytes
     assert stats["loads"] >= slots and stats["failed_loads"] == 0
     assert (stats["misses"] > 0) == (slots < experts)
     if slots == checkpoint.top_k:

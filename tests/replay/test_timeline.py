@@ -91,9 +91,30 @@ def test_without_prefetching_every_load_is_waited_for(short):
     assert report.tokens == report.steps == short.num_tokens
 
 
-def test_with_all_experts_resident_only_the_first_uses_stall(short):
+def test_with_all_experts_resident_nothing_is_loaded(short):
     report = run(short, slots=768)
-    assert report.tally.demand_loads == len(np.unique(short.experts + np.arange(24)[:, None] * 32))
+    assert report.tally.demand_loads == report.stall_seconds == 0 < report.tpot_seconds
+    assert run(short, slots=767).tally.demand_loads > 0
+
+
+def test_a_layer_costs_more_where_the_host_looks_for_slots_and_where_it_waits(short):
+    plain = run(short)
+    slower = replace(GPU, lookup_seconds=1e-3, miss_overhead_seconds=0.1)
+    stalls = len({(row, layer) for row in range(short.num_tokens) for layer in range(24)})
+    dearer = run(short, hardware=slower)
+    waiting = round((dearer.total_seconds - plain.total_seconds - 1e-3 * stalls) / 0.1)
+    assert 0 < waiting <= min(stalls, plain.tally.demand_loads)
+    assert dearer.stall_seconds == pytest.approx(plain.stall_seconds)
+    resident = run(short, slots=768, hardware=slower)
+    assert resident.total_seconds == pytest.approx(run(short, slots=768).total_seconds)
+
+
+def test_steps_that_warm_the_cache_up_do_not_count(short):
+    policy = create_policy("lfu", np.repeat(np.arange(24), 32))
+    cold = run(short)
+    warm = Timeline(short, 192, policy, None, GPU, MODEL, warm_up=20).run(steps(short, 1))
+    assert (warm.steps, warm.tally) == (cold.steps - 20, cold.tally)
+    assert warm.total_seconds < cold.total_seconds and warm.stall_seconds < cold.stall_seconds
 
 
 @pytest.mark.parametrize("hardware", ["rtx3090-pcie3", "gh200-c2c", "rtx5090-nvme5"])

@@ -9,6 +9,7 @@ from .daemon import daemon
 from .doctor import doctor
 from .errors import PlainErrors
 from .history import history
+from .plan import plan
 from .prepare import prepare
 from .replay import replay
 from .selftest import selftest
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.add_typer(store)
 app.add_typer(history)
 app.add_typer(daemon)
+app.command()(plan)
 app.command()(prepare)
 app.command()(doctor)
 app.command()(replay)

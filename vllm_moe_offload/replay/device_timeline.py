@@ -37,6 +37,7 @@ class DeviceTimeline:
         slots: in all windows together.
         manager_seconds: what deciding costs per layer: one of ``hardware.manager``.
         forecast: from one distance; None where nothing is guessed.
+        warm_up: as in ``Timeline``.
 
     Raises:
         ConfigError: a window would be too small for one token.
@@ -50,6 +51,7 @@ class DeviceTimeline:
         model: ModelProfile,
         manager_seconds: float,
         forecast: Forecast | None = None,
+        warm_up: int = 0,
     ):
         layers, experts, top_k = trace.shape
         assert forecast is None or len(forecast.distances) == 1
@@ -62,7 +64,7 @@ class DeviceTimeline:
         self._manager_seconds = manager_seconds
         self._latency = hardware.load_latency_seconds
         self._step_overhead = hardware.step_overhead_seconds
-        self._side, self._books, self._tally = SideStream(), Books(), Tally()
+        self._side, self._books, self._tally = SideStream(), Books(warm_up), Tally()
         self._seconds = self._stalled = 0.0
 
     def run(self, schedule: Iterable[NDArray[np.int64]]) -> TimelineReport:

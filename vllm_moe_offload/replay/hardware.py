@@ -8,7 +8,7 @@ runs on and writes a profile of it.
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,10 +60,17 @@ class HardwareProfile:
     """What a step costs besides its layers: scheduling, sampling."""
     demand_overhead_seconds: float = 0.0
     """What a demand costs besides its load: finding it a slot."""
+    lookup_seconds: float = 0.0
+    """What a layer costs more where some experts have no slot: the host looks between router and kernel."""
+    miss_overhead_seconds: float = 0.0
+    """What a layer costs more once it waits for a load, however many: queueing, waking the kernel's threads, whose
+    caches hold other things by then."""
     predictor_seconds: float = 0.0
     """Asking a predictor about one layer, where the step waits for the answer."""
     model: ModelProfile | None = None
     """What a layer's times were measured with; stands in for a model of the same records that is not known."""
+    memory_bytes: int = 0
+    """Of the device; 0 where it is not known."""
     manager: ManagerCosts | None = None
     """Of a GPU with a window of slots per layer in its memory; None where kernels read slots in host memory, or experts
     come from a disk."""
@@ -75,8 +82,9 @@ class HardwareProfile:
 
 
 class _Card(NamedTuple):
-    """A GPU. ``memory`` is the data sheet's, bytes per second; ``flops`` what prefill is taken to reach in bfloat16."""
+    """A GPU. ``gib`` and ``memory``, bytes per second, are its data sheet's; ``flops`` what prefill is to reach."""
 
+    gib: int
     memory: float
     flops: float
     layer_seconds: float
@@ -84,16 +92,16 @@ class _Card(NamedTuple):
 
 
 _CARDS = {
-    "rtx3090": _Card(936e9, 60e12, 20e-6, ("pcie3", "pcie4")),
-    "rtx4090": _Card(1008e9, 130e12, 20e-6, ("pcie3", "pcie4", "nvme4")),
-    "rtx5090": _Card(1792e9, 180e12, 20e-6, ("pcie4", "pcie5", "nvme5")),
-    "l4": _Card(300e9, 80e12, 20e-6, ("pcie4",)),
-    "a100": _Card(1935e9, 220e12, 15e-6, ("pcie4",)),  # 80 GB, PCIe card
-    "h100": _Card(3350e9, 600e12, 15e-6, ("pcie5",)),  # SXM; the PCIe card has 2000e9
-    "h200": _Card(4800e9, 600e12, 15e-6, ("pcie5",)),
-    "gh200": _Card(4000e9, 600e12, 15e-6, ("c2c",)),  # 96 GB of HBM3
-    "gb10": _Card(273e9, 80e12, 20e-6, ("unified",)),
-    "mi300x": _Card(5300e9, 500e12, 20e-6, ("pcie5",)),
+    "rtx3090": _Card(24, 936e9, 60e12, 20e-6, ("pcie3", "pcie4")),
+    "rtx4090": _Card(24, 1008e9, 130e12, 20e-6, ("pcie3", "pcie4", "nvme4")),
+    "rtx5090": _Card(32, 1792e9, 180e12, 20e-6, ("pcie4", "pcie5", "nvme5")),
+    "l4": _Card(24, 300e9, 80e12, 20e-6, ("pcie4",)),
+    "a100": _Card(80, 1935e9, 220e12, 15e-6, ("pcie4",)),  # 80 GB, PCIe card
+    "h100": _Card(80, 3350e9, 600e12, 15e-6, ("pcie5",)),  # SXM; the PCIe card has 2000e9
+    "h200": _Card(141, 4800e9, 600e12, 15e-6, ("pcie5",)),
+    "gh200": _Card(96, 4000e9, 600e12, 15e-6, ("c2c",)),  # 96 GB of HBM3
+    "gb10": _Card(128, 273e9, 80e12, 20e-6, ("unified",)),
+    "mi300x": _Card(192, 5300e9, 500e12, 20e-6, ("pcie5",)),
 }
 _REACHED = 0.8
 """Share of a card's memory bandwidth that decoding reaches."""
@@ -120,7 +128,16 @@ def _profiles() -> Iterator[HardwareProfile]:
                 speed, latency, manager = _DISKS[link], _DISK_LATENCY, None
             else:
                 overhead, speed, latency, manager = card.layer_seconds, _HOST_LINKS[link], _HOST_LATENCY, costs
-            yield HardwareProfile(f"{name}-{link}", speed, latency, memory, card.flops, overhead, manager=manager)
+            yield HardwareProfile(
+                f"{name}-{link}",
+                speed,
+                latency,
+                memory,
+                card.flops,
+                overhead,
+                memory_bytes=card.gib << 30,
+                manager=manager,
+            )
 
 
 _PROFILES = {profile.name: profile for profile in _profiles()}
@@ -139,6 +156,19 @@ _MODELS = {
     "deepseek-ai/DeepSeek-V3": ModelProfile(44_050_944, 231_000_000, 44_040_192),
 }
 """By the name that a trace of the model carries."""
+
+
+def behind_a_disk(hardware: HardwareProfile, disk: str = "nvme4") -> HardwareProfile:
+    """``hardware`` where every load comes from a disk, and the host finds the slots."""
+    assert hardware.manager is not None
+    return replace(
+        hardware,
+        name=f"{hardware.name} behind {disk}",
+        bytes_per_second=_DISKS[disk],
+        load_latency_seconds=_DISK_LATENCY,
+        layer_overhead_seconds=hardware.layer_overhead_seconds + hardware.manager.host_seconds,
+        manager=None,
+    )
 
 
 def hardware_profile(name: str) -> HardwareProfile:

@@ -63,13 +63,21 @@ class Share:
 
 
 class Books:
-    """What the steps of a replay took, added up."""
+    """What the steps of a replay took, added up.
 
-    def __init__(self) -> None:
+    Args:
+        warm_up: steps that are left out, the first ones.
+    """
+
+    def __init__(self, warm_up: int = 0) -> None:
         self._everything, self._decoding = Share(), Share()
+        self._left_out = warm_up
 
     def add(self, rows: int, prefill: int, seconds: float, stalled: float, uses: int, waited: int) -> None:
         """A step over ``rows``, of which ``prefill`` were not decoded; the rest as in ``Share``."""
+        if self._left_out:
+            self._left_out -= 1
+            return
         self._everything.add(rows, seconds, stalled, uses, waited)
         if prefill < rows:
             self._decoding.add(rows - prefill, seconds, stalled, uses, waited)
@@ -93,7 +101,11 @@ def experts_of(trace: Trace, rows: NDArray[np.int64], layer: int) -> NDArray[np.
 
 
 class Timeline:
-    """One replay on one machine."""
+    """One replay on one machine. Where there is a slot for every expert, all are there from the start.
+
+    Args:
+        warm_up: steps that fill the cache and do not count in the report's times and shares, the first ones.
+    """
 
     def __init__(
         self,
@@ -103,6 +115,7 @@ class Timeline:
         forecast: Forecast | None,
         hardware: HardwareProfile,
         model: ModelProfile,
+        warm_up: int = 0,
     ):
         layers, experts, _ = trace.shape
         known = hardware.model is not None and hardware.model.record_bytes == model.record_bytes
@@ -118,7 +131,10 @@ class Timeline:
         self._planner = Planner(Estimates(loads[0], layer_seconds, chunk if len(loads) == 1 else loads[0]))
         self._governor = PredictionGovernor()
         self._under_way: list[list[int]] = [[] for _ in range(layers)]
-        self._books = Books()
+        self._books = Books(warm_up)
+        self._all_resident = slots >= layers * experts
+        if self._all_resident:
+            self._cache.release(self._cache.cache.acquire(np.arange(layers * experts)).slots)
         self._phase = Phase.DECODE
         self._seconds = self._stalled = self._predictor_seconds = 0.0
 
@@ -164,6 +180,8 @@ class Timeline:
         self, layer: int, ids: NDArray[np.int64], rows: int, merged: NDArray[np.float32] | None, streaming: bool
     ) -> None:
         computing = self._time.layer(len(ids), rows)
+        if not self._all_resident:
+            computing += self._hardware.lookup_seconds
         busy_before = self._link.busy_seconds
         self._pass(computing / 2)
         pinned, report = self._stream(layer, ids, computing) if streaming else self._serve(layer, ids)
@@ -195,7 +213,9 @@ class Timeline:
         late = self._link.still_loading([expert for expert in ahead if expert in needed])
         ahead.clear()
         joining = self._link.demand(0, late)
-        self._pass(len(missing) * self._hardware.demand_overhead_seconds)
+        if len(missing) or late:
+            overhead = len(missing) * self._hardware.demand_overhead_seconds
+            self._pass(overhead + self._hardware.miss_overhead_seconds)
         loading = self._link.demand(len(missing), [])
         return pinned, report._replace(
             waited=joining + loading,

@@ -14,10 +14,10 @@ from vllm_moe_offload.integration.cuda.memory import (
     DeviceMemory,
     automatic_reason,
     automatic_slots,
-    estimated_activations,
     refuse_without_kv_cache,
 )
 from vllm_moe_offload.sizes import parse_size
+from vllm_moe_offload.windows.activations import estimated_activations
 
 GIB = 2**30
 sizes = st.integers(0, 2**37)

@@ -12,18 +12,13 @@ from vllm.config import CUDAGraphMode
 
 from ...errors import ConfigError
 from ...sizes import size_text
+from ...windows.activations import estimated_activations
 from .. import seams
 from ..start_errors import leaving_errors
 
 SEQUENCES = 8
 """``auto`` leaves room for the KV cache of so many of the longest sequences, if it can; of one it must."""
 
-MODEL_ROW_WIDTHS = 16
-"""Activations of one token outside of experts, in rows of the model's width."""
-SAMPLER_BYTES = 12
-"""For each logit while tokens are sampled: its 4 bytes, a copy and a rank."""
-GRAPH_BYTES = 512 << 20
-"""For captured CUDA graphs."""
 MARGIN = 0.03
 """Of the memory that vLLM may use: allocators' leftovers, and what the estimate of activations does not know."""
 
@@ -81,26 +76,6 @@ def _terms(memory: DeviceMemory, sequences: int) -> str:
         f"of {size_text(memory.requested)}, {size_text(memory.used)} used, {size_text(memory.activations)} for "
         f"activations, {size_text(sequences * memory.sequence)} for the KV cache{plural}"
     )
-
-
-def estimated_activations(
-    tokens: int, sequences: int, width: int, intermediate: int, top_k: int, vocabulary: int, element: int, graphs: bool
-) -> int:
-    """Bytes that vLLM's largest step takes beside weights, slots and KV cache.
-
-    Experts have two workspaces for each choice of each token: the wider of both projections' results, and the wider of
-    activation and output (vLLM's modular kernels). Logits are sampled in 32 bits.
-
-    Args:
-        tokens: of a step, at most.
-        sequences: that are sampled in it, at most.
-        width: of the model, as of one row of hidden states.
-        intermediate: width between the projections of one expert on this rank.
-        element: bytes of a number.
-    """
-    workspaces = top_k * (max(2 * intermediate, width) + max(intermediate, width))
-    forward = tokens * (workspaces + MODEL_ROW_WIDTHS * width) * element
-    return forward + sequences * vocabulary * SAMPLER_BYTES + (GRAPH_BYTES if graphs else 0)
 
 
 def device_memory(worker: Any, layer: torch.nn.Module) -> DeviceMemory:
