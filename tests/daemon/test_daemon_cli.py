@@ -99,6 +99,12 @@ def test_a_model_is_served_seen_and_counted(tmp_path: Path, stored: RecordStore)
         assert f"vllm_moe_offload_daemon_loads_total{labels} 3.0" in metrics
         assert "vllm_moe_offload_daemon_budget_bytes 1.048576e+06" in metrics
 
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/moe-offload", timeout=10) as answer:
+            assert answer.read().startswith(b"<!doctype html>")
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/moe-offload/data", timeout=10) as answer:
+            page = json.load(answer)
+        assert page["models"] == [model.model]
+
 
 def test_top_follows_until_interrupted(tmp_path: Path, stored: RecordStore) -> None:
     with daemon(tmp_path, stored), worker(tmp_path, stored) as engine:

@@ -1,25 +1,12 @@
 """The page over a folder of reports, on a real port, with or without an API key."""
 
-import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from socketserver import ThreadingMixIn
 from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from vllm_moe_offload.page import Model, Observer, Series, Site, models_of_reports
-from vllm_moe_offload.page.wsgi import with_page
+from vllm_moe_offload.page.wsgi import serve, with_page
 from vllm_moe_offload.report import read_reports
-
-
-class _Server(ThreadingMixIn, WSGIServer):
-    daemon_threads = True
-    allow_reuse_address = True
-
-
-class _Quiet(WSGIRequestHandler):
-    def log_message(self, *_: Any) -> None:
-        pass
 
 
 class PageServer:
@@ -34,11 +21,7 @@ class PageServer:
         self._folder = folder
         self._series = Series()
         self._observer = Observer(self._series, self._models)
-        self._server = make_server(
-            "127.0.0.1", port, _guarded(with_page(Site(self._series), _nothing), key), _Server, _Quiet
-        )
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-        self._thread.start()
+        self._server = serve(_guarded(with_page(Site(self._series), _nothing), key), "127.0.0.1", port)
         self.port = self._server.server_port
         self.url = f"http://127.0.0.1:{self.port}/moe-offload"
 
@@ -52,7 +35,6 @@ class PageServer:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
-        self._thread.join()
         self._observer.close()
 
 

@@ -12,8 +12,9 @@ from tests.report.reports import a_report
 from vllm_moe_offload.page.model import Model, Sample, models_of_reports
 from vllm_moe_offload.page.summary import State, Summary, Window, percent, summarize
 from vllm_moe_offload.report import Prediction, Role, WorkerReport
-from vllm_moe_offload.stats import Stats
+from vllm_moe_offload.stats import STATISTICS, Stats
 
+NAMES = tuple(each.name for each in STATISTICS)
 QUIET = Stats(experts=64, slots=16, expert_bytes=64 << 20, slot_bytes=16 << 20)
 
 
@@ -87,7 +88,7 @@ def test_nobody_asks_now() -> None:
 
 
 def test_a_model_that_nobody_uses() -> None:
-    summary = summarize(Model("store", "a-model", stats={"experts": 64}), [], now=5.0)
+    summary = summarize(Model("a-model", 0.0, 5.0, dict.fromkeys(NAMES, 0), 0, ()), [], now=5.0)
     assert summary.sentence == "No engine uses this model at present."
 
 
@@ -114,7 +115,7 @@ def test_prefetching_in_vain_and_a_predictor_that_is_paused() -> None:
     served = {"tokens": 1, "hits": 1, "prefetches": 200, "prefetch_wasted": 150}
     wasted, prediction = said(a_worker(0), a_worker(1, paused, **served)).advice
     assert wasted.startswith("75 % of what was prefetched was not used.")
-    assert prediction == "Prediction is paused: it has not paid lately"
+    assert prediction == "Prediction is paused: it has not paid lately."
 
 
 @given(st.floats(0, 1))
@@ -159,8 +160,8 @@ def test_ranks_of_a_replica_wait_together_and_replicas_add_up() -> None:
             of(1, 0, tokens=7, hits=1, stall_seconds=4.0),
         ]
     )
-    totals = model.totals()
-    assert (totals["tokens"], totals["hits"], totals["stall_seconds"]) == (17, 12, 3.0)
+    totals = model.totals
+    assert (totals["tokens"], totals["hits"], totals["stall_seconds"]) == (17, 12, 6.0)
     assert (totals["slots"], totals["experts"]) == (16, 64)
 
 

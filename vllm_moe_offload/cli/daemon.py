@@ -16,10 +16,10 @@ from rich.live import Live
 from vllm_moe_offload.cache import POLICY_NAMES, policy_class
 from vllm_moe_offload.client.connection import Connection
 from vllm_moe_offload.daemon.histories import DaemonHistories
-from vllm_moe_offload.daemon.metrics import serve_metrics
 from vllm_moe_offload.daemon.notify import notify
 from vllm_moe_offload.daemon.server import DaemonServer
 from vllm_moe_offload.daemon.socket_file import SocketFile, find_group
+from vllm_moe_offload.daemon.web import serve_metrics
 from vllm_moe_offload.errors import ConfigError
 from vllm_moe_offload.ipc import membarrier
 from vllm_moe_offload.ipc.address import default_socket_path
@@ -67,7 +67,12 @@ def run(
     store: StoreOption = None,
     history: HistoryOption = "",
     metrics_port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Serve the statistics to Prometheus on this port of 127.0.0.1.")
+        int | None,
+        typer.Option(
+            min=1,
+            max=65535,
+            help="Serve the statistics to Prometheus, and a live page at /moe-offload, on this port of 127.0.0.1.",
+        ),
     ] = None,
     policy: Annotated[
         str, typer.Option(help=f"Eviction policy: {', '.join(POLICY_NAMES)}, or a class as package.module:Class.")
@@ -108,7 +113,7 @@ def run(
         stack.callback(histories.close)
         server = DaemonServer(place, models, histories, budget, gid, leave_after)
         if metrics_port is not None:
-            stack.callback(serve_metrics(metrics_port, server.status).shutdown)
+            stack.enter_context(serve_metrics(metrics_port, server.status))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda which, _: server.stop(signal.Signals(which).name))
         logger.info("pid %d serves %s of experts from %s at %s", os.getpid(), size_text(budget), root, place.path)

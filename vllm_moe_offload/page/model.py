@@ -1,8 +1,9 @@
 """Reports of workers, put together by the model they are of."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import msgspec
 
@@ -16,17 +17,19 @@ _ONCE_PER_REPLICA = frozenset({"tokens", "steps", "stall_seconds"})
 
 
 class Sample(msgspec.Struct):
-    """Counters of one model at one time, since its engine started."""
+    """Counters of one model at one time."""
 
     time: float
     """Seconds since 1970."""
     busy_seconds: float
-    """Of that time, in which tokens were computed."""
+    """In which tokens were computed, since the first sample."""
+    stall_seconds: float
+    """In which a forward pass waited, since the first sample: the mean of those that run side by side."""
+    stalled: float
+    """The same of all of them together, since the start."""
     tokens: int
     hits: int
     misses: int
-    stall_seconds: float
-    """Per replica."""
     loaded_bytes: int
     """From disk."""
     copied_bytes: int
@@ -37,46 +40,39 @@ class Sample(msgspec.Struct):
     prefetch_wasted: int
 
 
-@dataclass
+_SAMPLED = tuple(name for name in Sample.__struct_fields__ if name in _COUNTERS and name != "stall_seconds")
+
+
+@dataclass(frozen=True)
 class Model:
-    """One model, whoever computes with it.
+    """One model, whoever computes with it."""
 
-    Args:
-        key: no other model's of the same source.
-        reports: of its workers; none if nobody uses it.
-        stats: what is known of it without them.
-    """
-
-    key: str
     name: str
-    reports: Sequence[WorkerReport] = ()
-    stats: dict[str, Number] = field(default_factory=dict)
+    """No other model's of the same source."""
+    started: float
+    """Seconds since 1970 at which counting began."""
+    time: float
+    """Of what is known of it, likewise."""
+    totals: Mapping[str, Number]
+    """Of all workers, by the names in ``stats.Stats``."""
+    parallel: int
+    """How many forward passes run side by side, whose waiting ``totals`` adds up; 0 while nobody uses the model."""
+    reports: Sequence[WorkerReport]
+    """Of its workers, as far as they can be read."""
 
-    @property
-    def time(self) -> float:
-        """Of the latest report, 0 without any."""
-        return max((report.time for report in self.reports), default=0.0)
-
-    @property
-    def started(self) -> float:
-        return min((report.started for report in self.reports), default=0.0)
-
-    @property
-    def replicas(self) -> int:
-        """Data-parallel ones, of all engines."""
-        return len({(report.engine, report.replica) for report in self.reports})
-
-    def totals(self) -> dict[str, Number]:
-        """Of all workers, by the names in ``stats.Stats``; time waited is the mean over replicas."""
-        totals = dict.fromkeys((*_COUNTERS, *_GAUGES), 0) | self.stats
-        if not self.reports:
-            return totals
-        for name in _COUNTERS:
-            totals[name] = sum(self._of_replicas(name))
-        totals["stall_seconds"] /= self.replicas
-        for name in _GAUGES:
-            totals[name] = self.stats.get(name) or max(report.stats.get(name, 0) for report in self.reports)
-        return totals
+    @classmethod
+    def of(cls, name: str, reports: Sequence[WorkerReport]) -> "Model":
+        """What its workers report, at least one."""
+        totals = {name: sum(_of_replicas(reports, name)) for name in _COUNTERS}
+        totals |= {name: max(report.stats.get(name, 0) for report in reports) for name in _GAUGES}
+        return cls(
+            name=name,
+            started=min(report.started for report in reports),
+            time=max(report.time for report in reports),
+            totals=totals,
+            parallel=len(list(_replicas(reports))),
+            reports=reports,
+        )
 
     def sample(self, before: Sample | None) -> Sample:
         """What is counted now.
@@ -84,19 +80,20 @@ class Model:
         Args:
             before: the last one; tokens that came since say that the time between was busy.
         """
-        totals = self.totals()
-        names = [name for name in Sample.__struct_fields__ if name not in ("time", "busy_seconds")]
-        busy = before.busy_seconds if before else 0.0
-        if before and totals["tokens"] > before.tokens:
-            busy += self.time - before.time
-        return Sample(time=self.time, busy_seconds=busy, **{name: totals[name] for name in names})  # type: ignore[arg-type]
-
-    def _of_replicas(self, name: str) -> list[Number]:
-        together = max if name in _ONCE_PER_REPLICA else sum
-        return [
-            together(report.stats.get(name, 0) for report in reports)
-            for _, reports in groupby(self.reports, key=lambda report: (report.engine, report.replica))
-        ]
+        counted: dict[str, Any] = {name: self.totals[name] for name in _SAMPLED}
+        if before is None:
+            return Sample(
+                time=self.time, busy_seconds=0.0, stall_seconds=0.0, stalled=self.totals["stall_seconds"], **counted
+            )
+        busy = self.time - before.time if counted["tokens"] > before.tokens else 0.0
+        stalled = self.totals["stall_seconds"]
+        return Sample(
+            time=self.time,
+            busy_seconds=before.busy_seconds + busy,
+            stall_seconds=before.stall_seconds + max(0.0, stalled - before.stalled) / max(1, self.parallel),
+            stalled=stalled,
+            **counted,
+        )
 
 
 def models_of_reports(reports: Iterable[WorkerReport]) -> list[Model]:
@@ -108,10 +105,21 @@ def models_of_reports(reports: Iterable[WorkerReport]) -> list[Model]:
     groups: dict[tuple[bool, str], list[WorkerReport]] = {}
     for report in reports:
         groups.setdefault((report.role == Role.DRAFTER, _name(report)), []).append(report)
-    return [Model(name, name, members) for (_, name), members in sorted(groups.items(), key=lambda item: item[0])]
+    return [Model.of(name, members) for (_, name), members in sorted(groups.items(), key=lambda item: item[0])]
 
 
 def _name(report: WorkerReport) -> str:
     if report.role == Role.DRAFTER:
         return f"{report.model} (drafts for {report.served_model})"
     return report.served_model or report.model
+
+
+def _replicas(reports: Iterable[WorkerReport]) -> Iterator[list[WorkerReport]]:
+    """Ranks of one data-parallel replica of one engine together."""
+    for _, ranks in groupby(reports, key=lambda report: (report.engine, report.replica)):
+        yield list(ranks)
+
+
+def _of_replicas(reports: Iterable[WorkerReport], name: str) -> list[Number]:
+    together = max if name in _ONCE_PER_REPLICA else sum
+    return [together([report.stats.get(name, 0) for report in ranks]) for ranks in _replicas(reports)]

@@ -26,11 +26,11 @@ class Series:
         with self._lock:
             seen = {}
             for model in models:
-                _, samples = self._seen.get(model.key, (model, deque[Sample](maxlen=SAMPLES_KEPT)))
+                _, samples = self._seen.get(model.name, (model, deque[Sample](maxlen=SAMPLES_KEPT)))
                 last = samples[-1] if samples else None
                 if model.time > (last.time if last else 0):
                     samples.append(model.sample(last))
-                seen[model.key] = model, samples
+                seen[model.name] = model, samples
             self._seen = seen
 
     def models(self) -> list[tuple[Model, list[Sample]]]:

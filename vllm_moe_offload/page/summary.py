@@ -1,6 +1,6 @@
 """What is going on, in a sentence, and what would make it better."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
 import msgspec
@@ -74,10 +74,10 @@ def summarize(model: Model, samples: Sequence[Sample], now: float) -> Summary:
     Args:
         now: seconds since 1970.
     """
-    totals = model.totals()
+    totals = model.totals
     window = Window.of(samples)
     advice = _advice(model, totals, window)
-    if not model.reports:
+    if not model.parallel:
         return Summary(State.IDLE, "No engine uses this model at present.", advice)
     if now - model.time > STALE_SECONDS:
         return Summary(State.PROBLEM, f"The workers have not reported for {now - model.time:.0f} s.", advice)
@@ -104,11 +104,11 @@ def percent(share: float) -> str:
     return f"{number:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
-def _found(totals: dict[str, Number]) -> str:
+def _found(totals: Mapping[str, Number]) -> str:
     return f"{percent(totals['hits'] / (totals['hits'] + totals['misses']))} of experts were found in memory"
 
 
-def _failures(totals: dict[str, Number]) -> str:
+def _failures(totals: Mapping[str, Number]) -> str:
     parts = []
     if failed := totals["failed_loads"]:
         parts.append(f"{failed:,} experts could not be read, and requests that needed them failed")
@@ -118,7 +118,7 @@ def _failures(totals: dict[str, Number]) -> str:
     return sentence[0].upper() + sentence[1:]
 
 
-def _advice(model: Model, totals: dict[str, Number], window: Window | None) -> list[str]:
+def _advice(model: Model, totals: Mapping[str, Number], window: Window | None) -> list[str]:
     advice = []
     if totals["failed_loads"]:
         advice.append("Compare the store with its checksums: vllm-moe-offload store verify. The log names the record.")
@@ -139,12 +139,12 @@ def _advice(model: Model, totals: dict[str, Number], window: Window | None) -> l
         )
     for report in model.reports:
         if report.prediction == Prediction.PAUSED:
-            advice.append(f"Prediction is paused: {report.prediction_reason}")
+            advice.append(f"Prediction is paused: {report.prediction_reason}.")
             break
     return advice
 
 
-def _larger_cache(reports: Sequence[WorkerReport], totals: dict[str, Number]) -> str:
+def _larger_cache(reports: Sequence[WorkerReport], totals: Mapping[str, Number]) -> str:
     """What twice the slots would hold, from how often experts were used."""
     slots, experts = int(totals["slots"]), int(totals["experts"])
     more = min(experts, 2 * slots)
@@ -152,7 +152,7 @@ def _larger_cache(reports: Sequence[WorkerReport], totals: dict[str, Number]) ->
     size = size_text(totals["expert_bytes"] * more / experts)
     if more == experts:
         return f"{advice} holds all experts ({size} per worker)."
-    now, then = (_covered(reports[0], count) for count in (slots, more))
+    now, then = (_covered(reports[0], count) if reports else None for count in (slots, more))
     if now is None or then is None:
         return f"{advice} takes {size} per worker."
     return (

@@ -1,7 +1,7 @@
 """What the page is told at a time: one model, as JSON."""
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import msgspec
@@ -21,17 +21,12 @@ class Query(msgspec.Struct):
     """What the page asks for."""
 
     model: str = ""
-    """Key; the first model if there is none such."""
+    """Name; the first model if there is none such."""
     worker: Annotated[int, msgspec.Meta(ge=0)] = 0
     """Whose experts to show: an index into ``ModelView.workers``."""
     since: float = 0.0
     """Samples after this time are wanted."""
     requests: bool = False
-
-
-class Named(msgspec.Struct):
-    key: str
-    name: str
 
 
 class WorkerView(msgspec.Struct):
@@ -82,7 +77,6 @@ class MapView(msgspec.Struct):
 
 
 class ModelView(msgspec.Struct):
-    key: str
     name: str
     started: float
     time: float
@@ -90,7 +84,7 @@ class ModelView(msgspec.Struct):
     summary: Summary
     recent: Window | None
     """What the summary speaks of."""
-    totals: dict[str, Number]
+    totals: Mapping[str, Number]
     series: dict[str, list[float]]
     workers: list[WorkerView]
     experts: MapView | None
@@ -105,7 +99,7 @@ class ModelView(msgspec.Struct):
 class View(msgspec.Struct):
     version: str
     time: float
-    models: list[Named]
+    models: list[str]
     model: ModelView | None
     """The one that was asked for; None before any worker has reported."""
 
@@ -117,11 +111,11 @@ def view(models: Sequence[tuple[Model, list[Sample]]], query: Query, now: float)
         models: with their samples, oldest first.
         now: seconds since 1970.
     """
-    chosen = next((each for each in models if each[0].key == query.model), models[0] if models else None)
+    chosen = next((each for each in models if each[0].name == query.model), models[0] if models else None)
     return View(
         version=__version__,
         time=now,
-        models=[Named(model.key, model.name) for model, _ in models],
+        models=[model.name for model, _ in models],
         model=_model_view(*chosen, query, now) if chosen else None,
     )
 
@@ -130,13 +124,12 @@ def _model_view(model: Model, samples: list[Sample], query: Query, now: float) -
     reports = model.reports
     shown = reports[query.worker if query.worker < len(reports) else 0] if reports else None
     return ModelView(
-        key=model.key,
         name=model.name,
         started=model.started,
         time=model.time,
         summary=summarize(model, samples, now),
         recent=Window.of(samples),
-        totals=model.totals(),
+        totals=model.totals,
         series=columns(samples, query.since),
         workers=[
             WorkerView(

@@ -1,13 +1,39 @@
-"""The page beside another WSGI application, as on the daemon's port."""
+"""The page beside another WSGI application, and a server for both, as on the daemon's port."""
 
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
+from socketserver import ThreadingMixIn
 from typing import Any
 from urllib.parse import parse_qsl
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
+from ..threads import ReportedThread
 from .site import DATA_PATH, HEADERS, PATH, Answer, Site
 
 WsgiApp = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _Handler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nobody wants a line for each request."""
+
+
+def serve(app: WsgiApp, address: str, port: int) -> WSGIServer:
+    """Answer requests from a thread of its own, until ``shutdown`` and ``server_close`` of what is returned.
+
+    Args:
+        port: 0 for any.
+
+    Raises:
+        OSError: the port cannot be had.
+    """
+    server = make_server(address, port, app, _Server, _Handler)
+    ReportedThread(target=server.serve_forever, args=(0.1,), name="moe-offload-http", daemon=True).start()
+    return server
 
 
 def with_page(site: Site, others: WsgiApp) -> WsgiApp:

@@ -19,7 +19,7 @@ const cards = {
 };
 
 let series = null;
-let shown = { key: "", started: 0 };
+let shown = { name: "", started: 0 };
 let model = null;
 let paused = false;
 let timer = 0;
@@ -84,7 +84,7 @@ function setConnection(state, text) {
 function show(data) {
   model = data.model;
   $("version").textContent = data.version;
-  options($("choose-model"), data.models.map(({ key, name }) => [key, name]));
+  options($("choose-model"), data.models.map((name) => [name, name]));
   if (!model) {
     $("sentence").textContent = "No worker has reported yet.";
     $("as-of").textContent = "";
@@ -98,6 +98,7 @@ function show(data) {
   $("as-of").textContent = model.time ? `as of ${clock(model.time)}, running for ${seconds(data.time - model.started)}` : "";
   showSummary(model.summary);
   showCards(model.recent);
+  $("experts").hidden = !model.experts;
   if (model.experts) {
     map.show(model.experts);
     showExperts(model.experts);
@@ -108,15 +109,15 @@ function show(data) {
   showWorkers(model.workers);
 }
 
-function remember({ key, started, series: latest }) {
-  const isSame = series && shown.key === key && shown.started === started;
-  shown = { key, started };
+function remember({ name, started, series: latest }) {
+  const isSame = series && shown.name === name && shown.started === started;
+  shown = { name, started };
   if (!isSame) {
     series = latest;
     return;
   }
-  for (const [name, values] of Object.entries(latest)) {
-    series[name] = series[name].concat(values).slice(-SAMPLES_KEPT);
+  for (const [column, values] of Object.entries(latest)) {
+    series[column] = series[column].concat(values).slice(-SAMPLES_KEPT);
   }
 }
 
