@@ -10,6 +10,7 @@ import argparse
 import random
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,8 +66,8 @@ def planned(model: Path, shares: tuple[float, ...], eager: bool, trace: Path | N
     return make_plan(question)
 
 
-def compare(model: Path, workload: Workload, budgets: list[str], eager: bool) -> list[Row]:
-    """Plan, measure, and put them side by side. Raises EngineError."""
+def compare(model: Path, workload: Workload, budgets: list[str], eager: bool) -> tuple[list[Row], dict[str, Any]]:
+    """Planned and measured side by side, and the machine as it was measured. Raises EngineError."""
     arguments = {"model": str(model), "enforce_eager": eager, "enable_prefix_caching": False, "max_num_seqs": 1}
     shares = tuple(float(budget.removesuffix("%")) / 100 for budget in budgets)
     comparison = Comparison(
@@ -87,7 +88,7 @@ def compare(model: Path, workload: Workload, budgets: list[str], eager: bool) ->
             points = [min(plan.points, key=lambda point: abs(point.share - share)) for plan in plans]
             times = [value for point in points for value in (point.tpot_seconds, point.hit_rate)]
             rows.append(Row(budget, Spread.of([tpot(run) for run in runs]), hit_rate(runs), *times))
-    return rows
+    return rows, asdict(plans[0].hardware)
 
 
 def show(title: str, rows: list[Row]) -> None:
@@ -122,11 +123,12 @@ def main() -> None:
     random.Random(0).shuffle(texts)
     workload = Workload(texts, [1], options.tokens, options.rounds)
     results = {str(model): compare(model, workload, options.budgets, options.eager) for model in options.models}
-    for model, rows in results.items():
+    for model, (rows, _) in results.items():
         mode = "eager" if options.eager else "compiled"
         show(f"{model}, {mode}, one request at a time, {options.rounds} of {options.tokens} tokens", rows)
     if options.json:
-        write_result(options.json, results=results)
+        as_data = {model: {"rows": rows, "machine": machine} for model, (rows, machine) in results.items()}
+        write_result(options.json, results=as_data)
 
 
 if __name__ == "__main__":

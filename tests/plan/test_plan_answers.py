@@ -101,7 +101,7 @@ def test_a_plan_for_a_gpu(model: Path) -> None:
             str(model), 900 * MIB, 64 << 30, concurrency=2, context=512, hardware="rtx4090-pcie4", shares=(0.25, 0.5)
         )
     )
-    assert (made.tiers.fast_name, made.hardware, made.hardware_measured) == ("VRAM", "rtx4090-pcie4", False)
+    assert (made.tiers.fast_name, made.hardware.name, made.hardware_measured) == ("VRAM", "rtx4090-pcie4", False)
     assert made.points[-1].share == 1 and made.points[-1].hit_rate == 1 and made.points[-1].stall_seconds == 0
     assert all(one.tpot_seconds >= other.tpot_seconds for one, other in itertools.pairwise(made.points))
     assert "no GPU was measured: its figures are from data sheets and estimates" in made.notes
@@ -116,7 +116,7 @@ def test_a_plan_with_too_little_host_memory_reads_from_the_disk(model: Path) -> 
         for host in (1 << 30, 1 * MIB)
     )
     assert little.tiers.experts_on_disk_bytes > 0 == plenty.tiers.experts_on_disk_bytes
-    assert little.hardware == "rtx4090-pcie4 behind nvme4"
+    assert little.hardware.name == "rtx4090-pcie4 behind nvme4"
     assert little.points[0].tpot_seconds > plenty.points[0].tpot_seconds
 
 

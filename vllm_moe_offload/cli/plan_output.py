@@ -66,7 +66,7 @@ def _lines(plan: Plan) -> Iterator[str]:
 
 def _table(plan: Plan) -> Table:
     source = "measured" if plan.hardware_measured else "as described"
-    table = Table(title=f"decoding on {plan.hardware} ({source})", title_justify="left")
+    table = Table(title=f"decoding on {plan.hardware.name} ({source})", title_justify="left")
     for column in ("slots", "of all", "memory", "hits", "stall, ms", "ms per token"):
         table.add_column(column, justify="right")
     table.add_column(f"of {plan.concurrency} at once", justify="right")

@@ -6,7 +6,13 @@ What an earlier download left in the cache is used where the hub cannot be asked
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, NotASafetensorsRepoError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
+    RepositoryNotFoundError,
+)
 
 from ..errors import ConfigError
 from .checkpoint import CONFIG, INDEX, Checkpoint, StoredTensor, read_config, read_folder
@@ -40,6 +46,11 @@ def _config_of(model: str) -> Path:
         raise ConfigError(
             f"MODEL {model}: is not in the Hugging Face cache, and the hub cannot be asked (offline, or "
             f"HF_HUB_OFFLINE is set); {_WAYS_OUT}"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ConfigError(
+            f"MODEL {model}: the hub has no such model, or shows it only to whom it knows (`hf auth login`); "
+            f"{_WAYS_OUT}"
         ) from error
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -86,7 +86,8 @@ class Plan(msgspec.Struct, frozen=True):
     model: Model
     context: int
     concurrency: int
-    hardware: str
+    hardware: HardwareProfile
+    """What the times are of: replay takes it as a JSON file."""
     hardware_measured: bool
     tiers: Tiers
     routing: RoutingSource
@@ -135,7 +136,7 @@ def make_plan(question: Question, progress: Callable[[str], None] = lambda what:
         _model(checkpoint.name, config, sizes, sequence),
         question.context,
         question.concurrency,
-        hardware.name,
+        hardware,
         question.hardware == MEASURE,
         placed,
         source,
@@ -242,8 +243,14 @@ def _model(name: str, config: ModelConfig, sizes: ModelSizes, sequence: int) -> 
 
 def _command(question: Question, placed: Tiers, points: list[Point], chosen: int | None, on_gpu: bool) -> str:
     """What to start, whatever the verdict; without the plugin where everything fits."""
-    name = question.model.removesuffix("/config.json") or "."
-    words = ["vllm", "serve", name, "--max-model-len", str(question.context)]
+    alone = question.model.endswith(".json")
+    words = [
+        "vllm",
+        "serve",
+        str(Path(question.model).parent) if alone else question.model,
+        "--max-model-len",
+        str(question.context),
+    ]
     words += ["--max-num-seqs", str(question.concurrency)]
     words += ["--enforce-eager"] * question.enforce_eager
     if not on_gpu:
