@@ -61,7 +61,7 @@ sbom: ## what the package needs, as CycloneDX JSON (build/sbom.json)
 	build/sbom/env/bin/python -m pip install --quiet .
 	build/sbom/tools/bin/python -m pip install --quiet 'cyclonedx-bom>=5'
 	build/sbom/tools/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
-	    --output-format JSON --outfile build/sbom.json build/sbom/env/bin/python
+	    --output-format JSON --output-file build/sbom.json build/sbom/env/bin/python
 
 bench: $(STAMP) ## compare with plain vLLM on a widened model (needs an idle machine)
 	$(BIN)/python benchmarks/decode.py $(BENCH_ARGS)
