@@ -86,7 +86,8 @@ function niceTop(number, base) {
   if (number <= 0) return 1;
   if (base && number >= base) return base * niceTop(number / base, base);
   const power = 10 ** Math.floor(Math.log10(number));
-  return [1, 2, 5, 10].map((factor) => Math.min(factor * power, base ?? Infinity)).find((top) => top >= number);
+  const top = [1, 2, 5, 10].map((factor) => factor * power).find((end) => end >= number);
+  return base && top >= 1000 ? base : top;
 }
 
 // A bar of parts: [{part, share}], of together at most 1.

@@ -206,7 +206,7 @@ function showPrefetch({ totals, predictor, prediction, prediction_reason: reason
   const record = totals.experts ? totals.expert_bytes / totals.experts : 0;
   const rest = Math.max(0, started - useful - late - wasted);
   showParts("prefetch", [
-    ["good", "Useful", useful, share(useful), `there when first needed; saved about ${seconds(useful * each)} of waiting`],
+    ["good", "Useful", useful, share(useful), `there when needed; saved about ${seconds(useful * each)}`],
     ["late", "Late", late, share(late), "still on their way when needed"],
     ["wasted", "Wasted", wasted, share(wasted), `evicted unused; ${bytes(wasted * record)} read in vain`],
     ["rest", "Open", rest, share(rest), "not needed yet"],
