@@ -15,6 +15,10 @@ class LoadReport(NamedTuple):
     loads: int = 0
     """Reads that have ended, demanded or not."""
     loaded_bytes: int = 0
+    prefetched_bytes: int = 0
+    """Of ``loaded_bytes``, those of speculative loads."""
+    streamed_bytes: int = 0
+    """Of ``loaded_bytes``, those of loads started because a long prefill was about to reach their layer."""
     failed: int = 0
     """Of ``loads``, those whose record could not be read."""
     waited: float = 0.0
@@ -33,6 +37,8 @@ class LoadReport(NamedTuple):
     """Still loading when needed."""
     wasted: int = 0
     """Evicted before anyone needed them."""
+    evicted: int = 0
+    """Experts that lost their slots to others."""
     late_seconds: float = 0.0
     """Of ``waited``, what was spent on those that were late, all together."""
     host_hits: int = 0
@@ -40,6 +46,10 @@ class LoadReport(NamedTuple):
     copied: int = 0
     """Records copied from host memory to the device, demanded or not."""
     copied_bytes: int = 0
+    copied_prefetched_bytes: int = 0
+    """Of ``copied_bytes``, on a prediction."""
+    copied_streamed_bytes: int = 0
+    """Of ``copied_bytes``, for steps that need more experts of a layer than a window has slots."""
 
     def __add__(self, other: "LoadReport") -> "LoadReport":  # type: ignore[override]
         return LoadReport._make(map(sum, zip(self, other, strict=True)))

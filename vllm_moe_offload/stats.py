@@ -4,11 +4,11 @@ The log line, the RPC, the daemon's shared table, its status and Prometheus are 
 add a statistic, declare it in ``Stats`` and count it where it happens.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import Flag, auto
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from .load_report import LoadReport
 
@@ -27,6 +27,15 @@ class Source(Flag):
 WORKER, DAEMON = Source.WORKER, Source.DAEMON
 
 
+class Part(NamedTuple):
+    """Of a metric of Prometheus that several statistics are together."""
+
+    metric: str
+    help: str
+    labels: Mapping[str, str]
+    """What tells this statistic from the others."""
+
+
 @dataclass(frozen=True)
 class Statistic:
     name: str
@@ -41,26 +50,50 @@ class Statistic:
     it is only in ``daemon status --json``."""
     phrase: str
     """Follows the number in vLLM's log. Empty: it is not in the log."""
+    part: Part | None = None
+    """Of which metric of Prometheus it is a part; else it is one of its own, under its name."""
+
+    @property
+    def is_fraction(self) -> bool:
+        """Whether it is not counted in whole numbers."""
+        return self.unit in _FRACTIONS
 
     def to_word(self, value: Number) -> int:
-        """As it lies in shared memory: seconds as microseconds."""
-        return round(value * 1e6) if self.unit == "seconds" else int(value)
+        """As it lies in shared memory: seconds as microseconds, other fractions as millionths."""
+        return round(value * 1e6) if self.is_fraction else int(value)
 
     def from_word(self, word: int) -> Number:
-        return word / 1e6 if self.unit == "seconds" else word
+        return word / 1e6 if self.is_fraction else word
 
 
-def _counter(help: str, unit: str, source: Source, *, column: str = "", phrase: str = "") -> Any:
-    return _declare(help, unit, "counter", source, column, phrase)
+_FRACTIONS = ("seconds", "probability")
+
+
+def _counter(
+    help: str, unit: str, source: Source, *, column: str = "", phrase: str = "", part: Part | None = None
+) -> Any:
+    return _declare(help, unit, "counter", source, column, phrase, part)
 
 
 def _gauge(help: str, unit: str, source: Source, *, column: str = "", phrase: str = "") -> Any:
-    return _declare(help, unit, "gauge", source, column, phrase)
+    return _declare(help, unit, "gauge", source, column, phrase, None)
 
 
-def _declare(help: str, unit: str, kind: str, source: Source, column: str, phrase: str) -> Any:
-    declaration = {"help": help, "unit": unit, "kind": kind, "source": source, "column": column, "phrase": phrase}
-    return field(default=0.0 if unit == "seconds" else 0, metadata=declaration)
+def _declare(help: str, unit: str, kind: str, source: Source, column: str, phrase: str, part: Part | None) -> Any:
+    declaration = {
+        "help": help,
+        "unit": unit,
+        "kind": kind,
+        "source": source,
+        "column": column,
+        "phrase": phrase,
+        "part": part,
+    }
+    return field(default=0.0 if unit in _FRACTIONS else 0, metadata=declaration)
+
+
+def _moved(tier: str, reason: str) -> Part:
+    return Part("moved_bytes", "Bytes of records moved to a tier of memory, and why.", {"tier": tier, "reason": reason})
 
 
 @dataclass(slots=True)
@@ -85,6 +118,42 @@ class Stats:
     missed_bytes: int = _counter("Bytes of the records that workers waited for.", "bytes", DAEMON)
     loads: int = _counter("Records read.", "experts", WORKER | DAEMON, column="loads")
     loaded_bytes: int = _counter("Bytes of the records read.", "bytes", WORKER | DAEMON, phrase="loaded")
+    demanded_bytes: int = _counter(
+        "Bytes of records read from disk that forward passes waited for.",
+        "bytes",
+        WORKER | DAEMON,
+        part=_moved("host", "demand"),
+    )
+    prefetched_bytes: int = _counter(
+        "Bytes of records read from disk on a prediction.",
+        "bytes",
+        WORKER | DAEMON,
+        part=_moved("host", "prefetch"),
+    )
+    streamed_bytes: int = _counter(
+        "Bytes of records read from disk ahead of a long prefill.",
+        "bytes",
+        WORKER | DAEMON,
+        part=_moved("host", "stream"),
+    )
+    copied_demanded_bytes: int = _counter(
+        "Bytes of records copied to the device that kernels waited for.",
+        "bytes",
+        WORKER,
+        part=_moved("device", "demand"),
+    )
+    copied_prefetched_bytes: int = _counter(
+        "Bytes of records copied to the device on a prediction.",
+        "bytes",
+        WORKER,
+        part=_moved("device", "prefetch"),
+    )
+    copied_streamed_bytes: int = _counter(
+        "Bytes of records copied to the device for steps that need more experts than a layer has slots.",
+        "bytes",
+        WORKER,
+        part=_moved("device", "stream"),
+    )
     failed_loads: int = _counter("Records that could not be read, or were damaged.", "experts", WORKER | DAEMON)
     imported: int = _counter("Records taken over from the memory of an earlier daemon.", "experts", DAEMON)
     stall_seconds: float = _counter(
@@ -119,6 +188,13 @@ class Stats:
         column="wasted",
         phrase="wasted prefetches",
     )
+    prefetch_expected: float = _counter(
+        "Speculative loads expected to be used: the sum of their probabilities. As many as the useful and late ones "
+        "together where probabilities are calibrated.",
+        "probability",
+        WORKER,
+    )
+    evictions: int = _counter("Experts that lost their slots to others.", "experts", WORKER | DAEMON)
     prediction_failures: int = _counter(
         "Exceptions after which an engine goes on without prediction.", "exceptions", WORKER
     )
@@ -127,6 +203,7 @@ class Stats:
         "tokens",
         WORKER,
     )
+    failed_requests: int = _counter("Requests that failed because an expert could not be had.", "requests", WORKER)
     steps: int = _counter("Forward passes.", "steps", WORKER, column="steps")
     tokens: int = _counter("Tokens scheduled, those of prompts included.", "tokens", WORKER, column="tokens")
     waves: int = _counter(
@@ -141,7 +218,10 @@ class Stats:
     expert_bytes: int = _gauge("Bytes of all experts together.", "bytes", WORKER | DAEMON)
     slots: int = _gauge("Slots that may be occupied at present.", "slots", WORKER | DAEMON)
     slot_bytes: int = _gauge("Bytes of experts that these slots hold.", "bytes", WORKER | DAEMON)
-    resident_experts: int = _gauge("Experts that are resident.", "experts", DAEMON)
+    resident_experts: int = _gauge("Experts that are in slots.", "experts", WORKER | DAEMON)
+    pinned_slots: int = _gauge(
+        "Slots that could not be given away at the moment: being read or being loaded.", "slots", WORKER
+    )
     resident_bytes: int = _gauge("Bytes of experts that are resident.", "bytes", DAEMON)
     attached_workers: int = _gauge("Engine workers that use the model now.", "workers", DAEMON)
     history_requests: int = _gauge("Requests the model's history holds.", "requests", WORKER | DAEMON)
@@ -159,15 +239,24 @@ class Stats:
         self.misses += report.misses
         self.host_hits += report.host_hits
         self.copied_bytes += report.copied_bytes
+        self.copied_demanded_bytes += (
+            report.copied_bytes - report.copied_prefetched_bytes - report.copied_streamed_bytes
+        )
+        self.copied_prefetched_bytes += report.copied_prefetched_bytes
+        self.copied_streamed_bytes += report.copied_streamed_bytes
         self.streamed += report.streamed
         self.loads += report.loads
         self.loaded_bytes += report.loaded_bytes
+        self.demanded_bytes += report.loaded_bytes - report.prefetched_bytes - report.streamed_bytes
+        self.prefetched_bytes += report.prefetched_bytes
+        self.streamed_bytes += report.streamed_bytes
         self.failed_loads += report.failed
         self.stall_seconds += report.waited
         self.prefetches += report.started - report.withdrawn
         self.prefetch_useful += report.useful
         self.prefetch_late += report.late
         self.prefetch_wasted += report.wasted
+        self.evictions += report.evicted
 
     def merge(self, others: Iterable["Stats"]) -> "Stats":
         """Add the counters of others to these; gauges stay as they are. Returns itself."""

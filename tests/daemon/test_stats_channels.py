@@ -17,7 +17,7 @@ from tests.daemon.serving import serving
 from tests.runtime.record_stores import ALIGNED, build_store
 from vllm_moe_offload.cli.daemon_view import status_view
 from vllm_moe_offload.client.connection import Connection
-from vllm_moe_offload.daemon.metrics import PREFIX, DaemonCollector
+from vllm_moe_offload.daemon.metrics import PREFIX, DaemonCollector, described_daemon_metrics
 from vllm_moe_offload.ipc.protocol import GetStatus, OpenHistory, Remember, StatusReport
 from vllm_moe_offload.ipc.trace_codec import pack_trace
 from vllm_moe_offload.stats import DAEMON, MODEL_STATISTICS, STATISTICS, WORKER_STATISTICS, Number, Statistic, Stats
@@ -85,10 +85,13 @@ def test_every_statistic_is_in_prometheus_under_its_name_with_its_help(report: S
         (f"{PREFIX}_worker", WORKER_STATISTICS, worker.stats),
     ):
         for statistic in statistics:
-            family = families[f"{prefix}_{statistic.name}"]
-            assert (family.documentation, family.type) == (statistic.help, statistic.kind)
-            (sample,) = family.samples
+            metric, text, labels = statistic.part or (statistic.name, statistic.help, {})
+            family = families[f"{prefix}_{metric}"]
+            assert (family.documentation, family.type) == (text, statistic.kind)
+            (sample,) = [sample for sample in family.samples if labels.items() <= sample.labels.items()]
             assert sample.value == stats[statistic.name] > 0 and sample.labels["store"] == model.store
+    exported = {sample.name for family in families.values() for sample in family.samples}
+    assert exported == {described.name for described in described_daemon_metrics()}
 
 
 def test_every_statistic_with_a_heading_is_in_top(report: StatusReport) -> None:

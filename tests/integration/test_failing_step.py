@@ -12,7 +12,7 @@ import pytest
 from tests.runtime.record_stores import ODD, build_store
 from vllm_moe_offload.integration.failure_board import FailureBoard, board_bytes
 from vllm_moe_offload.integration.failures import StepFailures
-from vllm_moe_offload.integration.report import ChunkReport, StatsReport
+from vllm_moe_offload.integration.report import ChunkReport
 from vllm_moe_offload.integration.serving import ServedModel
 from vllm_moe_offload.integration.step import _attach_failures, _run_step, _warm_up_apart
 from vllm_moe_offload.integration.worker import WorkerOffload
@@ -35,7 +35,6 @@ class Worker:
         served.runtime = OffloadRuntime(self.made.store, pools, Stats())
         served._daemon = served._history = served._managed = served._step = None
         served.drafts = False
-        served._report = StatsReport(served.runtime.stats, lambda: None)
         served._chunks = ChunkReport(served.runtime.stats, most_tokens=8)
         self.served = served
         offload = WorkerOffload.__new__(WorkerOffload)

@@ -93,6 +93,7 @@ class Audit:
         gone = self.unused - after
         assert report.wasted + report.withdrawn == len(gone)
         self.unused -= gone
+        assert report.evicted + report.withdrawn == len(before - after)
         started = after - before if name == "prefetch" else set()
         assert report.started == len(started)
         self.unused |= started
@@ -105,6 +106,10 @@ class Audit:
         assert total.started - total.withdrawn == total.useful + total.late + total.wasted + len(self.unused)
         assert total.loads + len(self.pool.in_flight.loads) == self.submitted - total.withdrawn
         assert total.loaded_bytes == total.loads * ODD.payload_bytes
+        ahead = total.prefetched_bytes + total.streamed_bytes
+        assert total.loaded_bytes == ahead + total.demanded * ODD.payload_bytes
+        assert total.prefetched_bytes <= total.started * ODD.payload_bytes
+        assert total.streamed_bytes <= total.streamed * ODD.payload_bytes
         assert total.misses == total.demanded and total.failed == 0
         added = Stats(steps=stats.steps, tokens=stats.tokens, waves=stats.waves)
         added.add(total)
@@ -167,15 +172,18 @@ def test_reports_add_up_to_what_cache_and_loader_did(
 
 def test_counters_count_each_thing_a_report_says() -> None:
     report = LoadReport(
-        hits=1, misses=2, streamed=3, loads=4, loaded_bytes=5, failed=6, waited=7.0, demanded=8, demand_seconds=9.0,
-        started=20, withdrawn=9, useful=12, late=13, wasted=14, late_seconds=15.0,
+        hits=1, misses=2, streamed=3, loads=4, loaded_bytes=50, prefetched_bytes=15, streamed_bytes=5, failed=6,
+        waited=7.0, demanded=8, demand_seconds=9.0, started=20, withdrawn=9, useful=12, late=13, wasted=14, evicted=16,
+        late_seconds=15.0, host_hits=1, copied=2, copied_bytes=90, copied_prefetched_bytes=20, copied_streamed_bytes=7,
     )  # fmt: skip
     stats = Stats(hits=100)
     stats.add(report)
     stats.add(NOTHING)
     assert stats == Stats(
-        hits=101, misses=2, streamed=3, loads=4, loaded_bytes=5, failed_loads=6, stall_seconds=7.0, prefetches=11,
-        prefetch_useful=12, prefetch_late=13, prefetch_wasted=14,
+        hits=101, misses=2, streamed=3, loads=4, loaded_bytes=50, demanded_bytes=30, prefetched_bytes=15,
+        streamed_bytes=5, failed_loads=6, stall_seconds=7.0, prefetches=11, prefetch_useful=12, prefetch_late=13,
+        prefetch_wasted=14, evictions=16, host_hits=1, copied_bytes=90, copied_demanded_bytes=63,
+        copied_prefetched_bytes=20, copied_streamed_bytes=7,
     )  # fmt: skip
 
 

@@ -44,7 +44,7 @@ class DaemonLoad(Load):
         arrived: called at its end.
     """
 
-    __slots__ = ("_arrived", "copied", "flat", "pinned", "speculated_by")
+    __slots__ = ("_arrived", "copied", "flat", "pinned", "speculated_by", "streamed")
 
     def __init__(
         self,
@@ -61,6 +61,8 @@ class DaemonLoad(Load):
         self.flat = flat
         self.speculated_by = speculated_by
         self.pinned = pinned
+        self.streamed = pinned and speculated_by is None
+        """Whether it was started ahead of a long prefill."""
         self.copied = False
         """Whether it came from memory instead of the store."""
         self._arrived = arrived
@@ -206,4 +208,10 @@ class InFlightLoads:
                 else:
                     self.stats.loads += 1
                     self.stats.loaded_bytes += self._record_bytes
+                    if load.speculated_by is not None:
+                        self.stats.prefetched_bytes += self._record_bytes
+                    elif load.streamed:
+                        self.stats.streamed_bytes += self._record_bytes
+                    else:
+                        self.stats.demanded_bytes += self._record_bytes
             self._changed.notify_all()

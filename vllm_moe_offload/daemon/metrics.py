@@ -1,20 +1,19 @@
 """The daemon's statistics for Prometheus, on this machine's own address only. It must never change anything."""
 
 from collections.abc import Callable, Iterator
-from http.server import HTTPServer
 
-from prometheus_client import CollectorRegistry, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ..errors import ConfigError
-from ..ipc.protocol import StatusReport
-from ..stats import MODEL_STATISTICS, WORKER_STATISTICS, Statistic
+from ..ipc.protocol import StatusReport, WorkerStatus
+from ..report.metrics import Described, groups, statistic_families
+from ..stats import MODEL_STATISTICS, WORKER_STATISTICS
 
-ADDRESS = "127.0.0.1"
 PREFIX = "vllm_moe_offload_daemon"
 
 _LABELS = ("store", "model")
+_THREADS_HELP = "Threads of the daemon that have ended by an exception."
+_BUDGET_HELP = "Memory for experts the daemon was given."
 _WORKER_LABELS = (*_LABELS, "worker", "pid", "group", "rank")
 
 
@@ -31,41 +30,36 @@ class DaemonCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """The budget, then every statistic of models, then every statistic of attached workers."""
         report = self._status()
-        budget = GaugeMetricFamily(f"{PREFIX}_budget_bytes", "Memory for experts the daemon was given.")
+        budget = GaugeMetricFamily(f"{PREFIX}_budget_bytes", _BUDGET_HELP)
         budget.add_metric([], report.budget_bytes)
         yield budget
-        for statistic in MODEL_STATISTICS:
-            family = _family(statistic, f"{PREFIX}_{statistic.name}", _LABELS)
-            for model in report.models:
-                family.add_metric([model.store, model.model], model.stats[statistic.name])
-            yield family
-        for statistic in WORKER_STATISTICS:
-            family = _family(statistic, f"{PREFIX}_worker_{statistic.name}", _WORKER_LABELS)
-            for model in report.models:
-                for worker in model.workers:
-                    numbers = (str(worker.worker), str(worker.pid), worker.group, str(worker.rank))
-                    family.add_metric([model.store, model.model, *numbers], worker.stats[statistic.name])
-            yield family
+        threads = GaugeMetricFamily(f"{PREFIX}_failed_threads", _THREADS_HELP)
+        threads.add_metric([], len(report.failed_threads))
+        yield threads
+        models = [((model.store, model.model), model.stats) for model in report.models]
+        yield from statistic_families(f"{PREFIX}_", MODEL_STATISTICS, _LABELS, models)
+        workers = [
+            ((model.store, model.model, *_values(worker)), worker.stats)
+            for model in report.models
+            for worker in model.workers
+        ]
+        yield from statistic_families(f"{PREFIX}_worker_", WORKER_STATISTICS, _WORKER_LABELS, workers)
 
 
-def serve_metrics(port: int, status: Callable[[], StatusReport]) -> HTTPServer:
-    """Answer scrapes on a port of this machine's own address, from a thread of its own.
-
-    Returns:
-        The server; ``shutdown`` ends it.
-
-    Raises:
-        ConfigError: the port cannot be had.
-    """
-    registry = CollectorRegistry()
-    registry.register(DaemonCollector(status))
-    try:
-        server, _ = start_http_server(port, ADDRESS, registry)
-    except OSError as error:
-        raise ConfigError(f"--metrics-port {port}: cannot listen at {ADDRESS}:{port}: {error.strerror}") from None
-    return server
+def described_daemon_metrics() -> list[Described]:
+    """What a ``DaemonCollector`` yields."""
+    found = [
+        Described(f"{PREFIX}_budget_bytes", "gauge", _BUDGET_HELP, ()),
+        Described(f"{PREFIX}_failed_threads", "gauge", _THREADS_HELP, ()),
+    ]
+    for infix, statistics, labels in (("", MODEL_STATISTICS, _LABELS), ("worker_", WORKER_STATISTICS, _WORKER_LABELS)):
+        found += [
+            Described(f"{PREFIX}_{infix}{group.sample}", group.kind, group.help, labels, group.labels)
+            for group in groups(statistics)
+        ]
+    return found
 
 
-def _family(statistic: Statistic, name: str, labels: tuple[str, ...]) -> CounterMetricFamily | GaugeMetricFamily:
-    family = CounterMetricFamily if statistic.kind == "counter" else GaugeMetricFamily
-    return family(name, statistic.help, labels=labels)
+def _values(worker: WorkerStatus) -> list[str]:
+    """Of the labels of a worker."""
+    return [str(worker.worker), str(worker.pid), worker.group, str(worker.rank)]

@@ -255,6 +255,7 @@ class DaemonPool:
                 self.in_flight.take_back(load)
 
     def _note_evicted(self, experts: IntArray) -> None:
+        self.in_flight.stats.evictions += len(experts)
         if self.in_flight.speculative.includes_any(experts):
             self._collect_uses()
             self.in_flight.note_evicted(experts)

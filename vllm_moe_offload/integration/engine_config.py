@@ -18,6 +18,7 @@ from ..config import ADDITIONAL_CONFIG_KEY, PLUGIN_NAME, OffloadConfig, resolve,
 from ..errors import OffloadError
 from ..extensions import is_reference
 from ..predict.registry import predictor_class
+from ..report.engine import begin_engine
 from . import seams
 from .cuda.graphs import split_at_experts
 from .early_checks import refuse_what_is_known
@@ -106,6 +107,7 @@ def _resolve_first(create: Callable[..., Any]) -> Callable[..., Any]:
                 _refuse_missing_classes(config)
                 refuse_what_is_known(vllm_config, config)
                 split_at_experts(vllm_config)
+            begin_engine(launches=vllm_config.parallel_config._api_process_rank < 0)
             expect_errors(vllm_config, hasattr(self, FROM_COMMAND_LINE))
             return vllm_config
 

@@ -15,6 +15,7 @@ from vllm.distributed.parallel_state import get_world_group
 from vllm.logger import init_logger
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
+from ..stats import Stats
 from .failure_board import FailureBoard, board_bytes, create_board_file, map_board_file
 
 logger = init_logger(__name__)
@@ -38,6 +39,8 @@ class StepFailures:
         self._board = board
         self._wait_for_ranks = wait_for_ranks
         self._step = _RunningStep(0, ())
+        self.stats: Stats | None = None
+        """Where failed requests are counted."""
 
     def begin_step(self, scheduled: Mapping[str, int]) -> None:
         """A step over ``scheduled`` requests starts. Called on every rank for every step, in the same order."""
@@ -81,6 +84,8 @@ class StepFailures:
         failed = {} if self._board is None else self._board.read(step.number)
         if not failed:
             return output
+        if self.stats is not None:
+            self.stats.failed_requests += len(failed)
         for reason in sorted(set(failed.values())):
             logger.error("failing %d request(s): %s", list(failed.values()).count(reason), reason)
         output = copy(output)  # vLLM shares its empty output

@@ -1,6 +1,6 @@
 """Puts the wrappers around the seams. A wrapper does nothing in an engine that does not offload."""
 
-from . import engine_config, flags, loading, page, start_errors, step, weights, worker
+from . import engine_config, flags, loading, metrics, page, start_errors, step, tracing, weights, worker
 from .cuda import allow_list, batch_v2, graphs, memory
 from .log import log_through_vllm
 
@@ -8,6 +8,6 @@ from .log import log_through_vllm
 def install() -> None:
     """Wrap all seams, once per process, and let what this package logs appear in vLLM's log."""
     log_through_vllm()
-    ours = (engine_config, flags, loading, page, start_errors, step, weights, worker)
+    ours = (engine_config, flags, loading, metrics, page, start_errors, step, tracing, weights, worker)
     for module in (*ours, allow_list, graphs, memory, batch_v2):
         module.install()

@@ -7,15 +7,14 @@ import logging
 import os
 from argparse import Namespace
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
-import psutil
 from vllm.logger import init_logger
 
 from ..config import resolve
 from ..page import DATA_PATH, PATH, Model, Observer, Series, models_of_reports
-from ..report import WorkerReport, read_reports
+from ..report import read_reports
+from ..report.engine import engine_id
 from . import seams
 
 logger = init_logger(__name__)
@@ -47,22 +46,16 @@ class PagePlugin:
         if series is None or engine_client is None:
             return
         config = engine_client.vllm_config
-        several = config.parallel_config._api_process_count > 1
-        # One of several servers has a configuration of its own, and the engine from the process they share.
-        family = os.getppid() if several else os.getpid()
-        state.moe_offload_observer = Observer(series, lambda: models_of_engine(config.instance_id, family))
+        engine = engine_id()
+        state.moe_offload_observer = Observer(series, lambda: models_of_engine(engine))
         logging.getLogger("uvicorn.access").addFilter(_is_worth_a_line)
         if config.parallel_config._api_process_rank <= 0:
             logger.info("live page: %s", url(args))
 
 
-def models_of_engine(instance_id: str, family: int) -> list[Model]:
-    """What the workers of one engine report, or those that descend from process ``family``."""
-    return models_of_reports(
-        report
-        for report in read_reports()
-        if _belongs(report, instance_id) or _descends(report.pid, report.started, family)
-    )
+def models_of_engine(engine: str) -> list[Model]:
+    """What the workers of one engine report."""
+    return models_of_reports(report for report in read_reports() if report.engine == engine)
 
 
 def url(args: Namespace) -> str:
@@ -80,20 +73,6 @@ def _with_page(load: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
         return [*load(*args, **kwargs), PagePlugin()]
 
     return load_endpoint_plugins
-
-
-def _belongs(report: WorkerReport, instance_id: str) -> bool:
-    """vLLM adds ``_dp`` and a number for data-parallel replicas."""
-    return report.engine == instance_id or report.engine.startswith(f"{instance_id}_dp")
-
-
-@lru_cache(maxsize=1024)
-def _descends(pid: int, started: float, ancestor: int) -> bool:
-    try:
-        process = psutil.Process(pid)
-        return process.create_time() <= started and ancestor in (pid, *(each.pid for each in process.parents()))
-    except psutil.Error:
-        return False
 
 
 def _is_worth_a_line(record: logging.LogRecord) -> bool:

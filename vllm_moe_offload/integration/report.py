@@ -1,7 +1,6 @@
 """Says in vLLM's log what offloading has been doing, and what would make it faster."""
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 
 from vllm.logger import init_logger
@@ -11,7 +10,7 @@ from ..stats import STATISTICS, Number, Statistic, Stats
 
 logger = init_logger(__name__)
 
-SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_LINES = 60.0
 
 _SHOWN = tuple(each for each in STATISTICS if each.phrase)
 
@@ -21,32 +20,30 @@ class StatsReport:
 
     Args:
         stats: of the model's runtime.
-        measure: brings the gauges among them up to date.
         owner: whose experts, as it stands before that word; empty for the served model's.
     """
 
-    def __init__(self, stats: Stats, measure: Callable[[], None], owner: str = ""):
+    def __init__(self, stats: Stats, owner: str = ""):
         self._stats = stats
-        self._measure = measure
         self._owner = owner
         self._since = time.monotonic()
         self._before = replace(stats)
 
-    def maybe_log(self) -> None:
-        """Log the last period if it is over."""
+    def maybe_log(self, prediction: str) -> None:
+        """Log the last period if it is over. ``prediction``: what it does now."""
         now = time.monotonic()
         if now - self._since < SECONDS_BETWEEN_LINES:
             return
-        self._measure()
         stats, before = self._stats, self._before
         hits, misses = stats.hits - before.hits, stats.misses - before.misses
         if hits + misses:
             logger.info(
-                "%.1f%% of %d %sexperts were in fast memory; %s",
+                "%.1f%% of %d %sexperts were in fast memory; %s; prediction is %s",
                 100 * hits / (hits + misses),
                 hits + misses,
                 self._owner,
                 ", ".join(self._text(each, now - self._since) for each in _SHOWN),
+                prediction,
             )
         self._since, self._before = now, replace(stats)
 

@@ -1,4 +1,4 @@
-"""Writes once a second what a worker reports of one of its models, for whoever looks: metrics, ``top``, the page."""
+"""Reports once a second what a worker does with one of its models: to files for whoever looks, and to the log."""
 
 import os
 import time
@@ -8,9 +8,11 @@ from typing import Any
 from vllm.logger import init_logger
 
 from ..learning.background import Background
+from ..report.engine import engine_id
 from ..report.files import ReportFile, reports_folder
 from ..report.report import Role, WorkerReport
 from ..report.summary import Summary
+from .report import StatsReport
 from .serving import ServedModel
 
 logger = init_logger(__name__)
@@ -31,12 +33,13 @@ class Reporter:
     def __init__(self, served: ServedModel, vllm_config: Any, cpus: set[int]):
         self._served = served
         self._summary = Summary(served.runtime.activity)
+        self._log = StatsReport(served.runtime.stats, "the drafter's " if served.drafts else "")
         self._complained = False
         self._started = self._updated = time.time()
         parallel, model = vllm_config.parallel_config, vllm_config.model_config
         name = model.served_model_name
         self._facts: dict[str, Any] = {
-            "engine": vllm_config.instance_id,
+            "engine": engine_id() or vllm_config.instance_id,
             "model": Path(served.name).name,
             "served_model": name if isinstance(name, str) else name[0],
             "role": Role.DRAFTER if served.drafts else Role.TARGET,
@@ -46,7 +49,7 @@ class Reporter:
             "started": self._started,
             "predictor": served.predictor,
         }
-        file = f"{vllm_config.instance_id}-{os.getpid()}-{served.runtime.store.path.name}"
+        file = f"{self._facts['engine']}-{os.getpid()}-{served.runtime.store.path.name}"
         try:
             self._file: ReportFile | None = ReportFile(reports_folder(), file)
         except OSError as error:
@@ -82,6 +85,7 @@ class Reporter:
 
     def _write(self) -> None:
         report = self.report()
+        self._log.maybe_log(report.prediction)
         if self._file is not None:
             self._file.write(report)
 

@@ -16,6 +16,8 @@ LAST_LINE = "the reason as the last line of an engine that does not start (it is
 GATE_PREDICTOR = "the predictor 'gate'"
 PREPARE = "the command 'prepare'"
 PAGE = "the live page"
+SPANS = "how long requests have waited for experts, on their OpenTelemetry spans"
+METRICS = "our metrics on vLLM's page of them (the daemon's page, `top` and the RPC still work)"
 
 ENGINE_CONFIG = Seam(
     "vllm.engine.arg_utils",
@@ -122,8 +124,34 @@ REQUEST_OUTPUT = Seam(
     "tell the caller of a pooling model why a request failed",
     ("self", "new_token_ids", "pooling_output", "finish_reason", "stop_reason", "error"),
 )
-
-
+REQUEST_SPAN = Seam(
+    "vllm.v1.engine.output_processor",
+    "OutputProcessor.do_tracing",
+    "know whose span is made",
+    ("self", "engine_core_output"),
+    feature=SPANS,
+)
+SPAN = Seam(
+    "vllm.v1.engine.output_processor",
+    "instrument_manual",
+    "say on a request's span how long it has waited for experts",
+    ("span_name", "attributes"),
+    feature=SPANS,
+)
+METRICS_LOGGER = Seam(
+    "vllm.v1.metrics.loggers",
+    "PrometheusStatLogger.__init__",
+    "know which engines have metrics here",
+    ("self", "vllm_config"),
+    feature=METRICS,
+)
+METRICS_OF_PROCESSES = Seam(
+    "prometheus_client.multiprocess",
+    "MultiProcessCollector.collect",
+    "show metrics where several API servers answer",
+    ("self",),
+    feature=METRICS,
+)
 ENDPOINT_PLUGINS = Seam(
     "vllm.plugins", "load_endpoint_plugins", "add the live page to vLLM's server", ("supported_tasks",), feature=PAGE
 )
@@ -290,6 +318,13 @@ LEANED_ON = (
     ),
     Seam("vllm.v1.engine", "EngineCoreOutput", "tell the client"),
     Seam(
+        "vllm.config.parallel",
+        "ParallelConfig",
+        "tell API servers from the process that launches them",
+        ("_api_process_rank",),
+        feature=METRICS,
+    ),
+    Seam(
         "vllm.v1.worker.gpu_input_batch",
         "InputBatch.req_ids",
         "know which rows of a step belong to which request",
@@ -401,6 +436,10 @@ SEAMS: tuple[Seam, ...] = (
     POP_BLOCKS,
     REQUEST_OUTPUT,
     ENDPOINT_PLUGINS,
+    REQUEST_SPAN,
+    SPAN,
+    METRICS_LOGGER,
+    METRICS_OF_PROCESSES,
     *WEIGHTS_READ,
     *WEIGHTS_REPLACED,
     *LEANED_ON,

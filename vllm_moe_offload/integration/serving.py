@@ -13,7 +13,7 @@ from ..config import OffloadConfig
 from ..errors import StoreError, UnsupportedError
 from ..pool import HostPool
 from ..pool.loader import DamagedRecordError
-from ..report import Prediction
+from ..report import Prediction, Residency
 from ..runtime import OffloadRuntime
 from ..sizes import size_text
 from ..stats import WORKER_STATISTICS
@@ -25,7 +25,7 @@ from .faces import attach_slots, attach_windows
 from .failures import StepFailures
 from .method import OffloadedMoEMethod
 from .placement import LoadedModel, ModelSlots, daemon_socket, predicts_on_other_rank
-from .report import ChunkReport, StatsReport
+from .report import ChunkReport
 
 if TYPE_CHECKING:
     from .history import RoutingHistory
@@ -65,7 +65,6 @@ class ServedModel:
         self._unpredicted = ""
         """Why nothing is to be predicted."""
         self._history = self._build_prediction(model, config, io_cpus)
-        self._report = StatsReport(self.runtime.stats, self._measure, "the drafter's " if drafts else "")
         self._chunks = ChunkReport(self.runtime.stats, self._vllm_config.scheduler_config.max_num_batched_tokens)
         if not model.store.direct:
             logger.warning(
@@ -102,7 +101,6 @@ class ServedModel:
         if batch.tokens:
             self._step = batch, failures
             self._chunks.begin_step(batch.tokens)
-            self._report.maybe_log()
         self.runtime.begin_step(batch)
         if self._managed is not None:
             self._end_managed()
@@ -216,6 +214,10 @@ class ServedModel:
         stats.device_managed_layers = 0 if self._managed is None else len(self._managed.layers)
         stats.slots, stats.slot_bytes = self._slots
         stats.failed_threads = len(failed_threads())
+        if self._managed is None:
+            residency = [layer.pool.residency(layer.span) for layer in self.runtime.layers.values()]
+            stats.resident_experts = sum(int(np.count_nonzero(layer)) for layer in residency)
+            stats.pinned_slots = sum(int(np.count_nonzero(layer == Residency.PINNED)) for layer in residency)
         if self._history is not None:
             self._history.measure(stats)
 

@@ -6,6 +6,7 @@ from typing import Any
 from . import seams
 from .batch import V1Batch
 from .cuda.batch_v2 import V2Batch
+from .tracing import add_up, tell_frontend
 from .void_blocks import forget_released, remember_released, spread_over_shared_blocks
 from .worker import WorkerOffload
 
@@ -75,7 +76,9 @@ def _fail_requests(update_from_output: Callable[..., Any]) -> Callable[..., Any]
 
     def update(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
         failed: dict[str, str] = getattr(model_runner_output, "moe_offload_failed", {})
+        stalled = add_up(self, scheduler_output, model_runner_output)
         outputs = _update_without(self, failed, update_from_output, scheduler_output, model_runner_output)
+        tell_frontend(outputs, stalled)
         forget_released(self.kv_cache_manager, scheduler_output.num_scheduled_tokens)
         return outputs
 

@@ -19,6 +19,7 @@ from .placement import Budget, LoadedModel, ModelSlots, slots_of_models, worker_
 from .reporter import Reporter
 from .serving import ServedModel
 from .start_errors import leaving_errors
+from .tracing import traces_requests, with_stall
 from .weights import protect_weights
 from .windows import bytes_of_least, bytes_taken, window_needs, windows_of_worker
 
@@ -123,6 +124,7 @@ class WorkerOffload:
 
     def __init__(self, worker: Any, config: OffloadConfig, models: Sequence[LoadedModel], failures: StepFailures):
         self._failures = failures
+        self._traces = traces_requests(worker.vllm_config)
         self.device_slots: tuple[int, int] | None = None
         """Bytes of device memory that slots take, and that the smallest would take; None where there are none."""
         self.warms_up = False
@@ -144,6 +146,8 @@ class WorkerOffload:
             self._models.append(served)
             if served.leased:
                 failures.announce_late()
+        if self._models:
+            failures.stats = self._models[0].runtime.stats
         self._reporters = [Reporter(served, worker.vllm_config, cpus) for served in self._models]
         self._log(len(worker.vllm_config.compilation_config.static_all_moe_layers), budget.reason)
 
@@ -161,8 +165,11 @@ class WorkerOffload:
         self._failures.end_step()
 
     def with_failures(self, output: Any) -> Any:
-        """``output`` of the step, and the requests of it that failed on any rank."""
-        return self._failures.attach(output)
+        """``output`` of the step, with the requests that failed on any rank, and its stall where vLLM traces them."""
+        output = self._failures.attach(output)
+        if not self._traces:
+            return output
+        return with_stall(output, sum(model.runtime.activity.last_stall for model in self._models))
 
     def untouched_bytes(self) -> int:
         """Slot memory that has not been taken from the system yet by this process."""

@@ -43,14 +43,14 @@ class InFlightLoads:
         if speculative:
             self._speculative.start(experts)
 
-    def reap(self) -> list[Load]:
-        """Unpin what has arrived; what failed gives its slot back. Returns the finished loads."""
+    def reap(self) -> list[Started]:
+        """Unpin what has arrived; what failed gives its slot back. Returns what has finished."""
         finished = [started for started in self.loads if started.load.finished]
         if finished:
             self.loads = [started for started in self.loads if not started.load.finished]
             self.drop([started for started in finished if started.load.error is not None])
             self._cache.release(np.array([s.slot for s in finished if s.load.error is None], dtype=np.int32))
-        return [started.load for started in finished]
+        return finished
 
     def drop(self, started: Sequence[Started]) -> None:
         """These loads came to nothing: nobody has used their slots."""

@@ -114,7 +114,7 @@ class LocalPool(HostPool):
 
     def hold_resident(self, layer: Span, experts: IntArray) -> tuple[Hold, LoadReport]:
         with self._operations:
-            ended = self._ended(self.in_flight.reap())
+            ended = self._ended_ahead()
             under_way = [started.expert for started in self.in_flight.loads]
             there = (self.cache.slot_of[experts] != ABSENT) & ~np.isin(experts, under_way)
             there &= ~np.isin(experts, list(self._void))
@@ -279,7 +279,7 @@ class LocalPool(HostPool):
         arriving = [s.expert for s in awaited if s.speculative and s.expert in wanted and not s.load.finished]
         late = self.speculative.use(np.array(arriving, dtype=np.int64))
         waited = self._join([started.load for started in awaited])
-        ended = self._ended(self.in_flight.reap())
+        ended = self._ended_ahead()
         return ended + LoadReport(
             waited=waited,
             withdrawn=len(taken),
@@ -289,7 +289,9 @@ class LocalPool(HostPool):
         )
 
     def _evicted(self, acquired: Acquisition) -> LoadReport:
-        return LoadReport(wasted=self.speculative.evict(acquired.evicted)) if len(acquired.evicted) else NOTHING
+        if not len(acquired.evicted):
+            return NOTHING
+        return LoadReport(wasted=self.speculative.evict(acquired.evicted), evicted=len(acquired.evicted))
 
     def _loads(self, acquired: Acquisition) -> list[Load]:
         pairs = zip(acquired.missing.tolist(), acquired.missing_slots.tolist(), strict=True)
@@ -314,6 +316,17 @@ class LocalPool(HostPool):
         started = time.perf_counter()
         self.loader.join(loads)
         return time.perf_counter() - started
+
+    def _ended_ahead(self) -> LoadReport:
+        """Loads that were started ahead, as far as they have ended by now."""
+        finished = self.in_flight.reap()
+        if not finished:
+            return NOTHING
+        prefetched = sum(started.speculative for started in finished)
+        return self._ended([started.load for started in finished]) + LoadReport(
+            prefetched_bytes=prefetched * self._record_bytes,
+            streamed_bytes=(len(finished) - prefetched) * self._record_bytes,
+        )
 
     def _ended(self, loads: Sequence[Load]) -> LoadReport:
         failed = sum(load.error is not None for load in loads)

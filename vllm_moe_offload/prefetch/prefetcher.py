@@ -225,6 +225,7 @@ class Prefetcher:
                 if len(wanted):
                     report = target.prefetch(wanted)
                     self._stats.add(report)
+                    self._stats.prefetch_expected += float(probabilities[wanted[: report.started]].sum())
                     self._prefetches += report.started
                     self.planner.note(self._phase, report)
             now = self._clock()

@@ -45,6 +45,8 @@ class Activity:
         self.hits = [0] * len(layers)
         self.misses = [0] * len(layers)
         self.stall_seconds = [0.0] * len(layers)
+        self.last_stall = 0.0
+        """Seconds that the step ended last has waited."""
         self._stats = stats
         self._uses: deque[tuple[int, NDArray[np.integer]]] = deque(maxlen=_MOST_WAITING)
         self._routed: deque[NDArray[np.integer]] = deque(maxlen=_MOST_WAITING)
@@ -65,6 +67,7 @@ class Activity:
         experts_now, stalled_now, misses_now = self._counted()
         ended = EndedStep(self._scheduled, experts_now - experts, misses_now - misses, stalled_now - stalled)
         self._scheduled = None
+        self.last_stall = ended.stall_seconds
         self._steps.append(ended)
 
     def end_requests(self, requests: Collection[str]) -> None:

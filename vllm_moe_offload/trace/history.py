@@ -53,7 +53,7 @@ class HistoryStore:
         """Ever, whatever has been forgotten since."""
         self._redundancy: list[float] = []
         self._next_number = 0
-        self._nbytes = 0
+        self._nbytes = self._tokens = 0
 
     @property
     def nbytes(self) -> int:
@@ -65,7 +65,7 @@ class HistoryStore:
 
     @property
     def num_tokens(self) -> int:
-        return sum(past.trace.num_tokens for past in list(self.requests))
+        return self._tokens
 
     @property
     def width(self) -> int | None:
@@ -102,6 +102,7 @@ class HistoryStore:
         self.requests.append(past)
         self._redundancy.append(0.0)
         self._nbytes += past.trace.nbytes
+        self._tokens += past.trace.num_tokens
         self.tokens_added += past.trace.num_tokens
         while self._nbytes > self.budget_bytes:
             self._forget(self._least_valuable())
@@ -151,6 +152,7 @@ class HistoryStore:
         numbers = [past.number for past in self.requests]
         assert numbers == sorted(set(numbers)) and len(numbers) == len(self._redundancy)
         assert self._nbytes == sum(past.trace.nbytes for past in self.requests) <= self.budget_bytes
+        assert self._tokens == sum(past.trace.num_tokens for past in self.requests)
         assert all(past.trace.shape == self.shape for past in self.requests)
         widths = {past.trace.embeddings.shape[1] for past in self.requests if past.trace.embeddings is not None}
         assert len(widths) <= 1
@@ -165,7 +167,9 @@ class HistoryStore:
             self._redundancy = np.maximum(self._redundancy, _similarity(self.requests, newer.embedding)).tolist()
 
     def _forget(self, index: int) -> None:
-        self._nbytes -= self.requests.pop(index).trace.nbytes
+        forgotten = self.requests.pop(index).trace
+        self._nbytes -= forgotten.nbytes
+        self._tokens -= forgotten.num_tokens
         self._redundancy.pop(index)
 
     def _tokens_per_request(self, trace: Trace) -> int:

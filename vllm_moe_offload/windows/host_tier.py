@@ -196,7 +196,7 @@ class HostTier:
             ask = self.source.hold_streaming if streaming else self.source.hold
             hold, report = ask(layer, chunk)
             event, failures = self._copy(hold, targets[start : start + part], after)
-            report = self._of_misses(report, len(chunk) - len(failures)) + LoadReport(waited=waited)
+            report = self._of_misses(report, len(chunk) - len(failures), streaming) + LoadReport(waited=waited)
             done = Carried(done.event if event is None else event, done.failures + failures, done.report + report)
         return done
 
@@ -228,18 +228,24 @@ class HostTier:
         record = copies([target], self._in_place(hold.slots), after)
         return self._operations.loader.guess(self.source, hold, record)
 
-    def copied(self, records: int) -> LoadReport:
-        """So many records have been copied."""
-        return LoadReport(copied=records, copied_bytes=records * self._memory.layout.payload_bytes)
+    def copied(self, records: int, *, prefetched: bool = False, streamed: bool = False) -> LoadReport:
+        """So many records have been copied, on a prediction, through a stage, or because kernels wait for them."""
+        nbytes = records * self._memory.layout.payload_bytes
+        return LoadReport(
+            copied=records,
+            copied_bytes=nbytes,
+            copied_prefetched_bytes=nbytes * prefetched,
+            copied_streamed_bytes=nbytes * streamed,
+        )
 
-    def _of_misses(self, report: LoadReport, copied: int) -> LoadReport:
+    def _of_misses(self, report: LoadReport, copied: int, streamed: bool) -> LoadReport:
         """What a host pool reports of experts that a window lacks, of which so many are copied: all are demanded."""
         demands = LoadReport(
             host_hits=report.hits,
             demanded=report.hits,
             demand_seconds=copied * self._memory.layout.payload_bytes / LINK_BYTES_PER_SECOND,
         )
-        return report._replace(hits=0, misses=0) + demands + self.copied(copied)
+        return report._replace(hits=0, misses=0) + demands + self.copied(copied, streamed=streamed)
 
     def _records_at_a_time(self, streaming: bool) -> int:
         most = max(1, self.source.capacity // 2) if streaming else self.source.capacity

@@ -9,7 +9,7 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cache import ExpertCache
+from ..cache import Acquisition, ExpertCache
 from ..cache.base import IntArray
 from ..cache.cache import ABSENT
 from ..cache.outcomes import SpeculativeLoads
@@ -138,7 +138,7 @@ class WindowPool(SlotPool):
             wanted = experts - layer.start
             report = self._settle_guess(wanted)
             acquired = self.cache.acquire(wanted)
-            report += LoadReport(useful=self.speculative.use(wanted), wasted=self.speculative.evict(acquired.evicted))
+            report += LoadReport(useful=self.speculative.use(wanted)) + self._evicted(acquired)
             hold = self._new_hold(experts, acquired.slots + self._base, View.WINDOW)
             hold.window_slots = acquired.slots
             if len(acquired.missing):
@@ -181,7 +181,7 @@ class WindowPool(SlotPool):
                 stage.ready = self.tier.forward(hold, self._rows(stage, there), stage.free)
                 stage.filled[there] = True
                 stage.ahead = hold
-                report += self.tier.copied(len(there)) + LoadReport(streamed=len(there))
+                report += self.tier.copied(len(there), streamed=True) + LoadReport(streamed=len(there))
             return report + self.tier.source.stream_ahead(layer)
 
     def settle(self, layer: Span) -> NoReturn:
@@ -275,6 +275,11 @@ class WindowPool(SlotPool):
         self._operations.held += 1
         return _WindowHold(experts, slots, view, self._operations.generation)
 
+    def _evicted(self, acquired: Acquisition) -> LoadReport:
+        if not len(acquired.evicted):
+            return NOTHING
+        return LoadReport(wasted=self.speculative.evict(acquired.evicted), evicted=len(acquired.evicted))
+
     def _bring(self, missing: IntArray, slots: NDArray[np.int32]) -> Carried:
         """Copy experts into slots that were given to them; the kernels enqueued next wait for it."""
         carried = self.tier.bring(self._layer, missing + self._layer.start, self._slots(slots), self._readers())
@@ -328,7 +333,7 @@ class WindowPool(SlotPool):
         targets, sources = self._slots(kept.missing_slots), self._rows(stage, kept.missing)
         stage.ready = self._operations.loader.queue.demand(copies(targets, sources, self._readers()))
         self.cache.release(kept.missing_slots)
-        return LoadReport(wasted=self.speculative.evict(kept.evicted))
+        return self._evicted(kept)
 
     def _guess(self, hold: Hold) -> LoadReport:
         """Copy the expert that is held in host memory when nothing is demanded, if a slot can be spared for it."""
@@ -340,9 +345,9 @@ class WindowPool(SlotPool):
         slot = int(admitted.missing_slots[0])
         copy = self.tier.guess(hold, self.memory.slot(self.member, slot), self._readers())
         self._guessed = _Guessed(expert, slot, hold, copy)
-        wasted = self.speculative.evict(admitted.evicted)
+        evicted = self._evicted(admitted)
         self.speculative.start(admitted.missing)
-        return LoadReport(started=1, wasted=wasted)
+        return evicted + LoadReport(started=1)
 
     def _note_landing(self) -> LoadReport:
         """Unpin the slot of a guess whose copy has been made."""
@@ -357,7 +362,7 @@ class WindowPool(SlotPool):
         self._guessed = None
         if self.tier.failures(guessed.hold):
             return self._undo_guess(guessed)
-        return self.tier.copied(1)
+        return self.tier.copied(1, prefetched=True)
 
     def _undo_guess(self, guessed: _Guessed) -> LoadReport:
         self.cache.forget(np.array([guessed.expert]))

@@ -155,11 +155,15 @@ class ManagedWindows:
             stats.hits += int(step.used.sum()) - misses
             stats.misses += misses
             stats.host_hits += misses
-            stats.copied_bytes += int((step.misses + step.started) @ self._record_bytes)
+            demanded, guessed = (int(records @ self._record_bytes) for records in (step.misses, step.started))
+            stats.copied_bytes += demanded + guessed
+            stats.copied_demanded_bytes += demanded
+            stats.copied_prefetched_bytes += guessed
             stats.prefetches += int(step.started.sum())
             stats.prefetch_useful += int(step.useful.sum())
             stats.prefetch_wasted += int(step.wasted.sum())
         stats.copied_bytes += self.copied_whole
+        stats.copied_streamed_bytes += self.copied_whole
         self.copied_whole = 0
 
     def close(self) -> None:
