@@ -117,3 +117,14 @@ def test_parts_of_slots_lie_in_one_chunk_each(size: tuple[int, int], chunk_bytes
     parts = RegisteredMemory(device, [array], chunk_bytes).parts(0, range(first, last))
     assert (np.concatenate(parts) == array[first:last]).all()
     assert all(device.address(part) == part.ctypes.data for part in parts)
+
+
+def test_a_component_without_bytes_is_left_alone() -> None:
+    """Kernels are shown tensors without elements for what a checkpoint does not have."""
+    device = VirtualDevice()
+    arrays = [pages(4, 4096), np.empty((4, 0), np.uint8)]
+    memory = RegisteredMemory(device, arrays)
+    assert sum(part.nbytes for part in device.registered.values()) == arrays[0].nbytes
+    assert memory.address(1) == 0 and memory.parts(1, range(1, 3)) == []
+    memory.close()
+    assert not device.registered

@@ -15,8 +15,14 @@ from vllm_moe_offload.windows.device_tables import Kernels
 from vllm_moe_offload.windows.memory import View, WindowMemory
 from vllm_moe_offload.windows.plan import WindowPlan
 
-LAYOUT = RecordLayout((Component("w", "uint8", (4096,), 4096), Component("scale", "uint8", (24,), 24)))
-"""One component that windows share, and one that has rows of its own."""
+LAYOUT = RecordLayout(
+    (
+        Component("w", "uint8", (4096,), 4096),
+        Component("scale", "uint8", (24,), 24),
+        Component("order", "int32", (0,), 0),
+    )
+)
+"""One component that windows share, one that has rows of its own, and one that stands for what a checkpoint lacks."""
 Rows = list[tuple[torch.Tensor, ...]]
 
 

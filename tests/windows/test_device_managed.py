@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.device.virtual import CorruptionError, Memory, VirtualDevice, VirtualEvent, VirtualStream
-from tests.windows.managed_model import Rows, managed_model, weights_of
+from tests.windows.managed_model import LAYOUT, Rows, managed_model, weights_of
 from tests.windows.reference_kernels import ReferenceKernels
 from vllm_moe_offload.device.base import DeviceError
 from vllm_moe_offload.windows import kernels as triton_kernels
@@ -60,7 +60,7 @@ def checked(device: VirtualDevice) -> Callable[[str, Callable[[], Rows], NDArray
 
     def check(name: str, reads: Callable[[], Rows], expected: NDArray[np.uint8]) -> None:
         def compute(values: list[Memory]) -> None:
-            wanted = np.repeat(expected, 2).tolist()
+            wanted = np.repeat(expected, len(LAYOUT.components)).tolist()
             if any((np.asarray(value) != mark).any() for value, mark in zip(values, wanted, strict=True)):
                 raise CorruptionError(f"{name} did not read records {wanted}")
 

@@ -41,12 +41,14 @@ class RegisteredMemory:
         self._chunk_bytes = chunk_bytes
 
     def address(self, component: int) -> int:
-        """Where kernels of the device read the first byte of ``component``; the others follow it.
+        """Where kernels of the device read the first byte of ``component``; the others follow it. 0 if it has none.
 
         Raises:
             RegistrationError: the device sees the chunks of the component apart.
         """
         memory = self._components[component]
+        if not memory.nbytes:
+            return 0
         first = self._device.address(memory[0])
         for chunk in _chunks(memory, self._chunk_bytes):
             offset = chunk.ctypes.data - memory.ctypes.data
@@ -72,8 +74,13 @@ class RegisteredMemory:
 
 
 def _chunks(memory: NDArray[np.uint8], chunk_bytes: int) -> list[NDArray[np.uint8]]:
-    """``memory`` cut between slots, and between pages where that leaves chunks of no more than ``chunk_bytes``."""
+    """``memory`` cut between slots, and between pages where that leaves chunks of no more than ``chunk_bytes``.
+
+    Nothing, if its slots have no bytes: kernels are shown tensors without elements for what a checkpoint lacks.
+    """
     slots, nbytes = memory.shape
+    if not nbytes:
+        return []
     at_once = max(1, chunk_bytes // nbytes)
     whole_pages = mmap.PAGESIZE // math.gcd(nbytes, mmap.PAGESIZE)
     if at_once >= whole_pages:

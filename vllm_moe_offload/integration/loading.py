@@ -24,6 +24,7 @@ from ..store.root import StoreRoot
 from ..store.writer import StoreWriter
 from . import seams
 from .cuda.allow_list import choosing_kernel
+from .cuda.graphs import KeptOutputs
 from .engine_config import offload_config, only_environment_asks
 from .identity import checkpoint_read, store_identity
 from .method import OffloadedMoEMethod, register_op
@@ -53,7 +54,9 @@ def _take_over(get_quant_method: Callable[..., Any]) -> Callable[..., Any]:
         with choosing_kernel(prefix):
             method = get_quant_method(self, prefix, quant_config, moe_config)
         refuse_method(prefix, method)
-        return OffloadedMoEMethod(method, offload.take_layer, offload.record)
+        offloaded = OffloadedMoEMethod(method, offload.take_layer, offload.record)
+        offloaded.kept_outputs = offload.kept_outputs
+        return offloaded
 
     return _get_quant_method
 
@@ -136,6 +139,7 @@ class ModelOffload:
         """Where vLLM's kernels are, and where it processes the weights of a layer: one layer at a time."""
         self.layers: dict[str, tuple[torch.nn.Module, OffloadedMoEMethod]] = {}
         """By their names in the store."""
+        self.kept_outputs = KeptOutputs() if current_platform.is_cuda_alike() else None
         self._store: Store | None = None
         self._writer: StoreWriter | None = None
         self._arriving: dict[str, StreamedLayer] = {}

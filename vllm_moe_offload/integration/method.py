@@ -66,8 +66,8 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
         """Called with a function that returns the router's input ``[rows, D]``, before its choices are observed."""
         self._within_op = not current_platform.is_cpu()
         """vLLM's own opaque op is around ``apply``."""
-        self.kept_outputs = KeptOutputs() if current_platform.is_cuda_alike() else None
-        """Where the layer's outputs lie for CUDA graphs that end at MoE layers."""
+        self.kept_outputs: KeptOutputs | None = None
+        """Where the outputs of the model's layers lie for CUDA graphs that end at MoE layers."""
 
     def __getattr__(self, name: str) -> Any:
         if name == "real":

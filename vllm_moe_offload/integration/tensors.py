@@ -133,7 +133,10 @@ def as_bytes(layer_name: str, tensors: dict[str, torch.Tensor]) -> list[NDArray[
     """
     for name, tensor in tensors.items():
         _refuse_strided(layer_name, name, tensor)
-    return [tensor.detach().view(tensor.shape[0], -1).view(torch.uint8).cpu().numpy() for tensor in tensors.values()]
+    return [
+        tensor.detach().view(len(tensor), tensor[0].numel()).view(torch.uint8).cpu().numpy()
+        for tensor in tensors.values()
+    ]
 
 
 def _refuse_strided(layer_name: str, name: str, tensor: torch.Tensor) -> None:

@@ -204,6 +204,12 @@ def _over_host_memory(
             managed = _managed(device, worker.vllm_config, model, plans, records)
             return behind._replace(resident=False, managed=managed)
         windows = HostManaged(device, model.store.layers, plans, host, config.policy, behind.daemon)
+    except RegistrationError as error:
+        raise ConfigError(
+            f"the GPU's driver lets this process have no host memory that the GPU reads ({error}): raise the limit on "
+            "locked memory (ulimit -l unlimited; in Docker --ulimit memlock=-1; under WSL "
+            "VLLM_WSL2_ENABLE_PIN_MEMORY=1), which 'vllm-moe-offload doctor' checks, or switch moe-offload off"
+        ) from error
     except OutOfDeviceMemoryError as error:
         raise ConfigError(
             f"cache = {config.cache!r}{budget.reason} takes {size_text(budget.nbytes)} of device memory, which is not "

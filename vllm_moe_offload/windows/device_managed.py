@@ -267,6 +267,8 @@ class DeviceManaged:
         targets = managed.memory.tensors(managed.member, managed.stage_view)
         records = range(managed.first, managed.first + managed.memory.plan.experts[managed.member])
         for component, target in enumerate(targets):
+            if not target.nbytes:
+                continue
             parts = managed.host.parts(component, records)
             for rows, part in zip(target.split([len(part) for part in parts]), parts, strict=True):
                 self._device.copy(self._copies, rows.reshape(-1), torch.from_numpy(part.reshape(-1)))

@@ -152,7 +152,7 @@ class HostTier:
                 self.refused = f"the driver refuses: {error}"
         if self.refused and not self._bounce:
             self._bounce = tuple(
-                self._device.allocate_pinned(_BOUNCE_RECORDS * tensor.shape[1]).view(_BOUNCE_RECORDS, -1)
+                self._device.allocate_pinned(_BOUNCE_RECORDS * tensor.shape[1]).view(_BOUNCE_RECORDS, tensor.shape[1])
                 for tensor in self._components
             )
 
@@ -286,4 +286,5 @@ def copies(targets: Sequence[Parts], sources: Sequence[Parts], after: Event | No
         Copy(target, source, after)
         for record in zip(targets, sources, strict=True)
         for target, source in zip(*record, strict=True)
+        if target.nbytes
     ]

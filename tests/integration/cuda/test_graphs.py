@@ -1,5 +1,6 @@
 """Graphs that end at MoE layers: where vLLM splits, and that a captured piece reads the outputs of each step."""
 
+import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -7,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
 from vllm.forward_context import BatchDescriptor, ForwardContext, override_forward_context
 
@@ -14,6 +17,7 @@ from vllm_moe_offload.integration.cuda.graphs import (
     EXPERT_OPS,
     KeptOutputs,
     _into_kept_buffers,
+    kept_bytes,
     leave_experts_out_of_graphs,
     split_at_experts,
 )
@@ -97,11 +101,11 @@ def step(rows: int, mode: CUDAGraphMode = CUDAGraphMode.PIECEWISE) -> Iterator[N
 class Layer:
     """A MoE layer whose output is its number of calls, in fresh memory each time as vLLM's operations return it."""
 
-    def __init__(self, shared: bool, kept: KeptOutputs | None):
-        self._shared, self._calls = shared, 0
+    def __init__(self, shared: bool, kept: KeptOutputs | None, name: str = "layer", calls: int = 0):
+        self._shared, self._calls = shared, calls
         method = object.__new__(OffloadedMoEMethod)
         method.kept_outputs = kept
-        self.routed_experts = SimpleNamespace(quant_method=method)
+        self.routed_experts = SimpleNamespace(quant_method=method, layer_name=name)
         self._seen: list[Any] = []
         """All outputs, so that memory of one is not given to the next."""
 
@@ -115,9 +119,9 @@ class Layer:
 
 
 def captured(output: Any) -> Callable[[], Any]:
-    """The piece behind a MoE layer, captured: it reads the memory that it was given then."""
-    parts = output if isinstance(output, tuple) else (output,)
-    return lambda: [float(part[0, 0]) for part in parts]
+    """The piece behind a MoE layer, captured: it reads where its inputs lay then, and holds none of them."""
+    addresses = [part.data_ptr() for part in (output if isinstance(output, tuple) else (output,))]
+    return lambda: [ctypes.c_float.from_address(address).value for address in addresses]
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -131,7 +135,59 @@ def test_a_captured_piece_reads_the_output_of_each_step(shared: bool) -> None:
         with step(rows):
             layer.run(rows)
         assert pieces[rows]() == ([layer._calls, -layer._calls] if shared else [layer._calls])
-    assert len({buffer.data_ptr() for buffer in layer.routed_experts.quant_method.kept_outputs._buffers}) == 1 + shared
+
+
+ROWS = (8, 4, 1)
+
+
+def run_model(layers: list["Layer"], rows: int, held: list[int], pieces: dict[Any, Any] | None) -> None:
+    """As vLLM runs a model in pieces: an output is held until the last piece that reads it, ``held`` layers on.
+
+    Args:
+        pieces: filled while captured; None where graphs are replayed, which read what has not been given up.
+    """
+    outputs: dict[int, Any] = {}
+    with step(rows):
+        for number, layer in enumerate(layers):
+            outputs[number] = layer.run(rows)
+            for earlier in list(outputs):
+                if pieces is not None:
+                    pieces[rows, earlier, number] = captured(outputs[earlier])
+                else:
+                    calls = layers[earlier]._calls
+                    expected = [calls, -calls] if layers[earlier]._shared else [calls]
+                    assert CAPTURED[rows, earlier, number]() == expected, (rows, earlier, number)
+                if held[earlier] <= number - earlier:
+                    del outputs[earlier]
+
+
+CAPTURED: dict[Any, Any] = {}
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 4)), min_size=1, max_size=9))
+def test_every_piece_reads_the_output_that_it_was_captured_with_however_long_that_is_held(
+    layers: list[tuple[bool, int]],
+) -> None:
+    kept = KeptOutputs()
+    made = [Layer(shared, kept, f"layer {number}", 1000 * number) for number, (shared, _) in enumerate(layers)]
+    held = [count for _, count in layers]
+    CAPTURED.clear()
+    for rows in ROWS:
+        run_model(made, rows, held, CAPTURED)
+    for rows in (*ROWS, *reversed(ROWS)):
+        for layer in made:
+            layer._seen.clear()
+        run_model(made, rows, held, None)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_layers_whose_outputs_only_the_next_piece_reads_share_two_sets_of_buffers(shared: bool) -> None:
+    kept = KeptOutputs()
+    layers = [Layer(shared, kept, f"layer {number}") for number in range(7)]
+    for rows in ROWS:
+        run_model(layers, rows, [0] * len(layers), {})
+    assert sum(buffer.nbytes for buffer in kept._buffers) == kept_bytes(max(ROWS), WIDTH * 4) // (1 if shared else 2)
 
 
 def test_without_kept_buffers_it_reads_what_it_saw_when_it_was_captured() -> None:

@@ -17,12 +17,12 @@ from tests.windows.reference_kernels import ReferenceKernels
 from vllm_moe_offload.client.client import DaemonClient
 from vllm_moe_offload.config import OffloadConfig
 from vllm_moe_offload.device.base import RegistrationError
-from vllm_moe_offload.errors import UnsupportedError
+from vllm_moe_offload.errors import ConfigError, UnsupportedError
 from vllm_moe_offload.integration.cuda.managed import ManagedWindows, RegisteredRecords
 from vllm_moe_offload.integration.method import OffloadedMoEMethod
-from vllm_moe_offload.integration.placement import LoadedModel, ModelSlots
+from vllm_moe_offload.integration.placement import Budget, LoadedModel, ModelSlots
 from vllm_moe_offload.integration.serving import refuse_to_trace
-from vllm_moe_offload.integration.windows import records_to_manage
+from vllm_moe_offload.integration.windows import _over_host_memory, records_to_manage
 from vllm_moe_offload.pool import HostPool, local_pools
 from vllm_moe_offload.stats import Stats
 from vllm_moe_offload.windows.memory import View
@@ -141,6 +141,21 @@ def test_a_driver_that_refuses_part_of_host_memory_has_registered_nothing(
     for pool in set(pools.values()):
         pool.close()
     made.store.close()
+
+
+def test_a_driver_that_gives_no_pinned_memory_either_ends_the_start_in_a_sentence(
+    made: RecordStore, device: VirtualDevice
+) -> None:
+    pools = host_pools(made)
+    plan = WindowPlan.of([EXPERTS] * LAYERS, [SLOTS] * LAYERS, [part.nbytes for part in SHARED.components])
+    device.faults.registrations = 0
+    refuse_again: Any = device.allocate_pinned
+    device.allocate_pinned = lambda nbytes: setattr(device.faults, "registrations", 0) or refuse_again(nbytes)  # type: ignore[method-assign]
+    behind = ModelSlots(pools, Stats(), False, None)
+    with pytest.raises(ConfigError, match=r"told to refuse\): raise the limit on locked memory .* or switch moe-offl"):
+        _over_host_memory(device, None, OffloadConfig(), model_of(made), {SHARED: plan}, behind, Budget(0), None)
+    for pool in set(pools.values()):
+        pool.close()
 
 
 def model_of(made: RecordStore, top_k: tuple[int, ...] = (TOP_K,) * LAYERS, expert_map: Any = None) -> LoadedModel:

@@ -62,38 +62,68 @@ def _in_pieces(compilation: Any) -> bool:
 
 
 class KeptOutputs:
-    """Where the outputs of one MoE layer lie, for each shape of a batch that graphs were captured for.
+    """Where the outputs of a model's MoE layers lie, for each shape of a batch that graphs were captured for.
 
-    Buffers are never freed or moved: captured graphs read them. Graphs of the largest batch are captured first, so that
-    the smaller ones find room in its buffers.
+    Buffers are never freed or moved: captured graphs read them. A layer shares those of an earlier one that nothing
+    holds any more when its place is chosen, which is while graphs are captured, as what runs between two of them holds
+    what later ones read. Of two neighbours they are never the same, so where nothing is held for long two sets do.
+    Graphs of the largest batch are captured first, so that the smaller ones find room in its buffers.
     """
 
     def __init__(self) -> None:
         self._buffers: list[torch.Tensor] = []
-        self._places: dict[tuple[BatchDescriptor, int], torch.Tensor] = {}
+        self._places: dict[tuple[BatchDescriptor, str, int], torch.Tensor] = {}
+        """The buffer by batch, layer and number of the output."""
+        self._before: set[int] = set()
+        """Addresses of the buffers of the layer that ran before this one."""
+        self._now: set[int] = set()
+        """Of this one."""
 
-    def keep(self, batch: BatchDescriptor, outputs: tuple[torch.Tensor | None, ...]) -> list[torch.Tensor | None]:
-        """``outputs`` (``[rows, …]`` each) copied to where those of the same batch and number always are."""
+    def keep(
+        self, batch: BatchDescriptor, layer: str, outputs: tuple[torch.Tensor | None, ...]
+    ) -> list[torch.Tensor | None]:
+        """``outputs`` (``[rows, …]`` each) copied to where those of the same batch, layer and number always are."""
         kept = []
+        self._before, self._now = self._now, set()
         for number, output in enumerate(outputs):
             if output is not None:
-                if (batch, number) not in self._places:
-                    self._places[batch, number] = self._room_for(output, number)
-                place = self._places[batch, number]
-                assert place.shape == output.shape and place.dtype == output.dtype
-                output = place.copy_(output)
+                key = batch, layer, number
+                if key not in self._places:
+                    self._places[key] = self._room_for(output)
+                buffer = self._places[key]
+                self._now.add(buffer.data_ptr())
+                output = buffer[: len(output)].copy_(output)
             kept.append(output)
         return kept
 
-    def _room_for(self, output: torch.Tensor, number: int) -> torch.Tensor:
-        """Rows of a buffer that no other output of the same step lies in."""
-        taken = {place.untyped_storage().data_ptr() for (_, of), place in self._places.items() if of != number}
+    def _room_for(self, output: torch.Tensor) -> torch.Tensor:
+        """A buffer that neither this layer nor the one before uses, and that nothing else refers to."""
         for buffer in self._buffers:
-            fits = buffer.shape[1:] == output.shape[1:] and buffer.dtype == output.dtype
-            if fits and len(buffer) >= len(output) and buffer.untyped_storage().data_ptr() not in taken:
-                return buffer[: len(output)]
+            fits = buffer.shape[1:] == output.shape[1:] and buffer.dtype == output.dtype and len(buffer) >= len(output)
+            if fits and buffer.data_ptr() not in self._before | self._now and not _is_held(buffer):
+                return buffer
         self._buffers.append(torch.empty_like(output, memory_format=torch.contiguous_format))
         return self._buffers[-1]
+
+
+def kept_bytes(rows: int, row_bytes: int) -> int:
+    """Memory of the outputs that are kept: two of a layer, one of shared experts, in two sets.
+
+    Args:
+        rows: of the largest batch that graphs are captured for.
+        row_bytes: of hidden states.
+    """
+    return 2 * 2 * rows * row_bytes
+
+
+def _is_held(buffer: torch.Tensor) -> bool:
+    """Whether a view of it is somewhere."""
+    storage = buffer.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) > _OWN_REFERENCES
+
+
+_OWN_REFERENCES = 2
+"""To a storage that is looked at: of its tensor and of what ``untyped_storage`` returns."""
 
 
 def _into_kept_buffers(run_experts: Callable[..., Any]) -> Callable[..., Any]:
@@ -108,7 +138,7 @@ def _into_kept_buffers(run_experts: Callable[..., Any]) -> Callable[..., Any]:
         batch = context.batch_descriptor
         assert batch is not None, "graphs are captured for a shape of batch"
         if isinstance(output, torch.Tensor):
-            return kept.keep(batch, (output,))[0]
-        return tuple(kept.keep(batch, output))
+            return kept.keep(batch, self.routed_experts.layer_name, (output,))[0]
+        return tuple(kept.keep(batch, self.routed_experts.layer_name, output))
 
     return run

@@ -15,6 +15,7 @@ from ...sizes import size_text
 from ...windows.activations import estimated_activations
 from .. import seams
 from ..start_errors import leaving_errors
+from .graphs import kept_bytes
 
 SEQUENCES = 8
 """``auto`` leaves room for the KV cache of so many of the longest sequences, if it can; of one it must."""
@@ -89,15 +90,18 @@ def device_memory(worker: Any, layer: torch.nn.Module) -> DeviceMemory:
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(worker.device)
     config, moe = worker.vllm_config, layer.moe_config
-    activations = estimated_activations(
+    compilation, element = config.compilation_config, torch.empty(0, dtype=config.model_config.dtype).element_size()
+    graphs = compilation.cudagraph_mode not in (None, CUDAGraphMode.NONE)
+    kept = kept_bytes(compilation.max_cudagraph_capture_size or 0, moe.hidden_dim * element) if graphs else 0
+    activations = kept + estimated_activations(
         config.scheduler_config.max_num_batched_tokens,
         config.scheduler_config.max_num_seqs,
         moe.hidden_dim,
         moe.intermediate_size_per_partition,
         moe.experts_per_token,
         config.model_config.get_vocab_size(),
-        torch.empty(0, dtype=config.model_config.dtype).element_size(),
-        config.compilation_config.cudagraph_mode not in (None, CUDAGraphMode.NONE),
+        element,
+        graphs,
     )
     requested = int(worker.requested_memory)
     fixed = worker.cache_config.kv_cache_memory_bytes
