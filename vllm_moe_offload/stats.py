@@ -188,6 +188,11 @@ class Stats:
         column="wasted",
         phrase="wasted prefetches",
     )
+    prefetch_withdrawn: int = _counter(
+        "Speculative loads that were taken back before they had begun, when their layer turned out not to need them.",
+        "experts",
+        WORKER | DAEMON,
+    )
     prefetch_expected: float = _counter(
         "Speculative loads expected to be used: the sum of their probabilities. As many as the useful and late ones "
         "together where probabilities are calibrated.",
@@ -252,7 +257,8 @@ class Stats:
         self.streamed_bytes += report.streamed_bytes
         self.failed_loads += report.failed
         self.stall_seconds += report.waited
-        self.prefetches += report.started - report.withdrawn
+        self.prefetches += report.started
+        self.prefetch_withdrawn += report.withdrawn
         self.prefetch_useful += report.useful
         self.prefetch_late += report.late
         self.prefetch_wasted += report.wasted

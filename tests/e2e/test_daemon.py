@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from tests.daemon.processes import DaemonProcess, running_daemon
 from tests.e2e.engines import EngineServer
 from tests.e2e.identity import ROUNDS, prompts
 from tests.e2e.live_engine import LiveEngine
+from tests.e2e.observing import OBSERVED, keep_spans, pages_of_metrics, report_now, spans_of_requests
 from tests.models import Checkpoint, build
+from vllm_moe_offload.report.metrics import PREFIX, described_worker_metrics
 
 TINY_MOE = {"enforce_eager": True, "dtype": "bfloat16"}
 ROOM = 1.1
@@ -157,14 +161,41 @@ def test_a_daemon_started_on_demand_and_named_in_the_environment(
     (expected,) = plain.run(tiny_moe, arguments | {"enforce_eager": True}, [{"prompts": texts, "tokens": 8}])["rounds"]
     engine = LiveEngine(tmp_path / "engine.log", XDG_RUNTIME_DIR=str(tmp_path))
     try:
-        engine.start(tiny_moe, arguments, cache="25%", daemon="start", predictor="none")
+        engine.run(keep_spans)
+        engine.start(tiny_moe, arguments | OBSERVED, cache="25%", daemon="start", predictor="none")
         assert [answer.tokens for answer in engine.generate(texts, 8)] == [one["tokens"] for one in expected]
         pid = engine.stats()["daemon_pid"]
         assert pid > 0
+        check_what_others_see(engine, tiny_moe)
         engine.close()
         os.kill(pid, 15)
     finally:
         engine.process.kill()
+
+
+def check_what_others_see(engine: LiveEngine, model: Path) -> None:
+    """Every metric is on vLLM's page and says what the RPC says; spans say how long their requests waited."""
+    stats = engine.stats()
+    assert stats["stall_seconds"] > 0
+    engine.call(report_now)
+    alone, several = engine.call(pages_of_metrics)
+    samples: dict[str, list[Sample]] = {}
+    for family in text_string_to_metric_families(several):
+        for sample in family.samples:
+            samples.setdefault(sample.name, []).append(sample)
+    ours = "".join(line for line in alone.splitlines(keepends=True) if PREFIX in line)
+    assert ours == "".join(line for line in several.splitlines(keepends=True) if PREFIX in line)
+    for described in described_worker_metrics():
+        suffix = "_count" if described.kind == "histogram" else ""
+        found = samples[described.name + suffix]
+        assert all(sample.labels.keys() == {*described.labels, *described.own_labels} for sample in found)
+        assert all(sample.labels["model_name"] == str(model) and sample.labels["rank"] == "0" for sample in found)
+    for name in ("hits", "misses", "loads", "stall_seconds", "tokens"):
+        assert samples[f"{PREFIX}{name}_total"][0].value == pytest.approx(stats[name])
+    assert samples[f"{PREFIX}daemon_attached"][0].value == 1
+    assert samples[f"{PREFIX}step_stall_seconds_count"][0].value == stats["steps"]
+    stalled = [attributes["moe_offload.stall_seconds"] for attributes in engine.call(spans_of_requests)]
+    assert len(stalled) == 2 and 0 < max(stalled) <= stats["stall_seconds"] * 1.001
 
 
 def test_a_daemon_that_was_named_must_be_there(living: LiveEngine, tiny_moe: Path, tmp_path: Path) -> None:

@@ -181,8 +181,8 @@ def test_counters_count_each_thing_a_report_says() -> None:
     stats.add(NOTHING)
     assert stats == Stats(
         hits=101, misses=2, streamed=3, loads=4, loaded_bytes=50, demanded_bytes=30, prefetched_bytes=15,
-        streamed_bytes=5, failed_loads=6, stall_seconds=7.0, prefetches=11, prefetch_useful=12, prefetch_late=13,
-        prefetch_wasted=14, evictions=16, host_hits=1, copied_bytes=90, copied_demanded_bytes=63,
+        streamed_bytes=5, failed_loads=6, stall_seconds=7.0, prefetches=20, prefetch_useful=12, prefetch_late=13,
+        prefetch_wasted=14, prefetch_withdrawn=9, evictions=16, host_hits=1, copied_bytes=90, copied_demanded_bytes=63,
         copied_prefetched_bytes=20, copied_streamed_bytes=7,
     )  # fmt: skip
 

@@ -127,7 +127,7 @@ class InFlightLoads:
     def take_back(self, load: DaemonLoad) -> None:
         """As ``forget``, for a speculative load of what is not needed, before it was read."""
         self.forget(load)
-        self.stats.prefetches -= 1
+        self.stats.prefetch_withdrawn += 1
 
     def wait_for(self, experts: IntArray) -> list[DaemonLoad]:
         """The loads of ``experts`` that are under way; speculative ones among them come late."""
