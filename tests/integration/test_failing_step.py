@@ -39,7 +39,7 @@ class Worker:
         self.served = served
         offload = WorkerOffload.__new__(WorkerOffload)
         offload._models = [served]
-        offload.warms_up = False
+        offload.warms_up = offload._traces = False
         offload._failures = StepFailures(FailureBoard(mmap.mmap(-1, board_bytes(1, 8)), ranks=1, rank=0, requests=8))
         self.moe_offload = offload
         self.use_v2_model_runner = False
