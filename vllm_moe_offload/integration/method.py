@@ -15,6 +15,7 @@ from vllm.utils.torch_utils import LayerName, direct_register_custom_op
 
 from ..runtime import OffloadRuntime, PooledLayer
 from ..windows.memory import View
+from .cuda.expert_map import SlotMap, mapped_with
 from .cuda.graphs import KeptOutputs
 from .routing import experts_on_host, floats_on_host, on_device, own_experts
 from .tensors import remove
@@ -58,6 +59,9 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
         self.faces: Faces | None = None
         self.managed: Callable[[torch.Tensor, torch.Tensor], tuple[View, torch.Tensor]] | None = None
         """``ManagedWindows.serve`` of this layer, where a device manages its slots."""
+        self.managed_map: Callable[[View], torch.Tensor | None] = lambda _: None
+        """``ManagedWindows.expert_map`` of this layer."""
+        self._slot_map: SlotMap | None = None
         self.report_failures: Callable[[], None] | None = None
         """Called when records of this layer could not be read, before its output is returned."""
         self.traced: tuple[OffloadRuntime, int] | None = None
@@ -156,7 +160,13 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
         assert self.managed is not None and self.faces is not None
         view, ids = self.managed(topk_ids, topk_weights)
         self.faces.show(view)
-        return self._compute_wave(layer, x, topk_weights, ids)
+        expert_map = self.managed_map(view)
+        if expert_map is None:
+            return self._compute_wave(layer, x, topk_weights, ids)
+        if not self._within_op:  # kernels without a map
+            return self._compute_wave(layer, x, topk_weights, expert_map[ids.long()].to(ids.dtype))
+        with mapped_with(layer, expert_map):
+            return self._apply(layer, x, topk_weights, ids)
 
     def _compute_with_nothing(
         self, layer: torch.nn.Module, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
@@ -170,6 +180,11 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
     def _compute_wave(
         self, layer: torch.nn.Module, x: torch.Tensor, topk_weights: torch.Tensor, slots: torch.Tensor
     ) -> torch.Tensor:
+        if layer._expert_map is not None and self._within_op:
+            if self._slot_map is None:
+                self._slot_map = SlotMap(layer._expert_map, layer.local_num_experts)
+            with mapped_with(layer, self._slot_map.expert_map):
+                return self._apply(layer, x, topk_weights, self._slot_map.ids(slots))
         if layer._expert_map is not None:
             elsewhere = slots < 0
             if elsewhere.all():
@@ -177,7 +192,13 @@ class OffloadedMoEMethod(FusedMoEMethodBase):
             # CPU kernels know no "skip this choice": weight zero on an expert that is certainly loaded and pinned
             slots = torch.where(elsewhere, slots.max(), slots)
             topk_weights = torch.where(elsewhere, 0, topk_weights)
-        result = self.real.apply(layer, x, topk_weights, slots, None, None)
+        return self._apply(layer, x, topk_weights, slots)
+
+    def _apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, topk_weights: torch.Tensor, ids: torch.Tensor
+    ) -> torch.Tensor:
+        """vLLM's kernel over what the layer shows."""
+        result = self.real.apply(layer, x, topk_weights, ids, None, None)
         assert isinstance(result, torch.Tensor)
         return result
 

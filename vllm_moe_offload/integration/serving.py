@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from ..client.remote_pool import slots_taken_back
 from ..config import OffloadConfig
@@ -277,16 +278,17 @@ class ServedModel:
     def _attach(self, name: str, layer: torch.nn.Module, method: OffloadedMoEMethod) -> None:
         """Put slots in place of the layer's experts: its own part of the pool if all are resident, else the whole.
 
-        Expert-parallel layers take the pool even then: CPU kernels crash on the choices of other ranks, which only
-        ``compute`` takes out.
+        Expert-parallel layers take the pool even then on a CPU: its kernels crash on the choices of other ranks, which
+        only ``compute`` takes out.
         """
         pooled = self.runtime.layers[name]
         of_layer = self.runtime.store.layers[pooled.index].tensors
-        resident = self._resident and layer._expert_map is None
+        resident = self._resident and (layer._expert_map is None or not current_platform.is_cpu())
         if self._managed is not None:
             managed = self._managed.layers[pooled.index]
             method.faces = attach_windows(layer, method, managed.memory, managed.member, of_layer)
             method.managed = partial(self._managed.serve, pooled.index)
+            method.managed_map = partial(self._managed.expert_map, pooled.index)
             return
         if isinstance(pooled.pool, WindowPool):
             method.faces = attach_windows(layer, method, pooled.pool.memory, pooled.pool.member, of_layer)

@@ -71,11 +71,6 @@ def _features_of_gpus(vllm_config: Any) -> Iterator[Refusal]:
         "start without them",
     )
     yield (
-        parallel.enable_expert_parallel,
-        "expert parallelism on GPUs (--enable-expert-parallel)",
-        "split experts by tensor parallelism alone",
-    )
-    yield (
         current_platform.is_rocm() and envs.VLLM_ROCM_USE_AITER and envs.VLLM_ROCM_USE_AITER_MOE,
         "AITER's expert kernels (VLLM_ROCM_USE_AITER_MOE)",
         "set VLLM_ROCM_USE_AITER_MOE=0",

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from vllm.config import CUDAGraphMode
 from vllm.logger import init_logger
 
@@ -142,8 +143,6 @@ def records_to_manage(
     (model,) = models
     if behind.daemon is not None:
         return None, "a daemon keeps the host's memory"
-    if any(layer._expert_map is not None for layer, _ in model.layers.values()):
-        return None, "ranks share out experts"
     if len({method.moe.experts_per_token for _, method in model.layers.values()}) > 1:
         return None, "layers choose different numbers of experts for a token"
     experts = sum(entry.experts for entry in model.store.layers)
@@ -176,15 +175,19 @@ def _managed(
     captured = (compilation.max_cudagraph_capture_size or 0) if graphs else 0
     rows = max(vllm_config.scheduler_config.max_num_batched_tokens, captured)
     layers = model.store.layers
+    maps = [model.layers[entry.name][0]._expert_map for entry in layers]
+    record_of = [None if of_layer is None else of_layer.cpu().numpy().astype(np.int32) for of_layer in maps]
+    ids = [entry.experts if of is None else len(of) for entry, of in zip(layers, record_of, strict=True)]
     return ManagedWindows(
         device,
         layers,
         plans,
         records,
-        machine.managing_kernels(device, max(entry.experts for entry in layers)),
+        machine.managing_kernels(device, max(ids)),
         top_k=next(method.moe.experts_per_token for _, method in model.layers.values()),
         most_rows=-(-rows // ranks) * ranks,
         gathered_rows=captured,
+        record_of=record_of,
     )
 
 

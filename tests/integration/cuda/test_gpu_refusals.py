@@ -23,7 +23,6 @@ def vllm_config(tiny_moe: Path) -> Any:
     [
         ("parallel_config", "enable_dbo", True, "microbatches that run at the same time (--enable-dbo, --ubatch-size)"),
         ("parallel_config", "ubatch_size", 2, "microbatches that run at the same time (--enable-dbo, --ubatch-size)"),
-        ("parallel_config", "enable_expert_parallel", True, "expert parallelism on GPUs (--enable-expert-parallel)"),
         ("parallel_config", "enable_eplb", True, "EPLB (--enable-eplb) and redundant experts"),
         ("parallel_config", "data_parallel_size", 2, "data parallelism (--data-parallel-size)"),
         ("model_config", "enable_sleep_mode", True, "sleep mode (--enable-sleep-mode)"),
@@ -36,11 +35,6 @@ def test_a_feature_that_does_not_work_on_gpus_is_named(
     with pytest.raises(UnsupportedError) as error:
         refuse_unsupported(vllm_config)
     assert f"does not work with {said}: " in str(error.value) and OFF in str(error.value)
-
-
-def test_what_a_cpu_has_not_or_can_do_is_not_refused_there(vllm_config: Any) -> None:
-    vllm_config.parallel_config.enable_expert_parallel = True
-    refuse_unsupported(vllm_config)
 
 
 def test_kernels_of_aiter_are_refused_unless_they_are_switched_off(
@@ -57,6 +51,7 @@ def test_kernels_of_aiter_are_refused_unless_they_are_switched_off(
 def test_platforms_are_cpus_and_gpus_of_cuda_and_rocm(
     gpu: Any, vllm_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    vllm_config.parallel_config.enable_expert_parallel = True
     refuse_unsupported(vllm_config)
     monkeypatch.setattr(gpu, "device_name", "xpu")
     monkeypatch.setattr(gpu, "is_cuda_alike", lambda: False)

@@ -158,10 +158,10 @@ def test_a_driver_that_gives_no_pinned_memory_either_ends_the_start_in_a_sentenc
         pool.close()
 
 
-def model_of(made: RecordStore, top_k: tuple[int, ...] = (TOP_K,) * LAYERS, expert_map: Any = None) -> LoadedModel:
+def model_of(made: RecordStore, top_k: tuple[int, ...] = (TOP_K,) * LAYERS) -> LoadedModel:
     layers: Any = {
         entry.name: (
-            SimpleNamespace(_expert_map=expert_map),
+            SimpleNamespace(_expert_map=None),
             SimpleNamespace(moe=SimpleNamespace(experts_per_token=choices)),
         )
         for entry, choices in zip(made.store.layers, top_k, strict=True)
@@ -190,7 +190,6 @@ def test_the_host_manages_otherwise_and_it_is_said_why(made: RecordStore, device
     assert "host memory holds 23 of 24 experts" in refusal(device, [model_of(made)], few)
     for models, said in (
         ([model_of(made), model_of(made)], "a drafter has experts too"),
-        ([model_of(made, expert_map=torch.zeros(EXPERTS))], "ranks share out experts"),
         ([model_of(made, (2, 2, 1))], "layers choose different numbers of experts"),
     ):
         assert said in refusal(device, models, ModelSlots(host_pools(made), Stats(), True, None))
@@ -230,6 +229,7 @@ def test_what_a_pass_is_for_decides_whether_a_layer_brings_experts_in(
     method: Any = object.__new__(OffloadedMoEMethod)
     method.faces = SimpleNamespace(show=shown.append)
     method.managed = lambda ids, _: (View.STAGE_1, ids + 3)
+    method.managed_map = lambda _: None
     method.real = SimpleNamespace(apply=lambda layer, x, weights, ids, *_: ids)
     layer: Any = SimpleNamespace(_expert_map=None)
     ids = torch.arange(TOP_K)[None]

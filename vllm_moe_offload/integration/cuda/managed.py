@@ -5,7 +5,9 @@ Routing that comes back from the device comes a step or two late.
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ...device import Device
 from ...device.base import RegistrationError
@@ -60,6 +62,7 @@ class ManagedWindows:
         top_k: choices of a row, the same in every layer.
         most_rows: of a step, padding included.
         gathered_rows: of the largest captured graph, 0 where there are none.
+        record_of: by layer, where ranks share out its experts: by expert, its number on this rank or -1.
 
     Raises:
         OutOfDeviceMemoryError: the device has less memory than these windows take.
@@ -76,14 +79,17 @@ class ManagedWindows:
         top_k: int,
         most_rows: int,
         gathered_rows: int,
+        record_of: Sequence[NDArray[np.int32] | None] | None = None,
     ):
         self._device, self._records = device, records
+        shared_out = record_of or [None] * len(layers)
         managed: dict[int, ManagedLayer] = {}
         for members in pools_of(layers):
             memory = WindowMemory(device, members.layout, plans[members.layout])
             first = 0
             for member, index in enumerate(members.layers):
-                managed[index] = ManagedLayer(memory, member, records.of_layout[members.layout], first)
+                of_layout = records.of_layout[members.layout]
+                managed[index] = ManagedLayer(memory, member, of_layout, first, shared_out[index])
                 first += members.counts[member]
         self.layers = [managed[index] for index in range(len(layers))]
         self._record_bytes = [entry.layout.payload_bytes for entry in layers]
@@ -138,6 +144,10 @@ class ManagedWindows:
         if rows > self._gathered_rows:
             self.copied_whole += self._experts[layer] * self._record_bytes[layer]
         return self._windows.launch_wide(layer, ids, weights, self._real_rows), ids
+
+    def expert_map(self, layer: int, view: View) -> torch.Tensor | None:
+        """What the kernel maps ids of ``serve`` with, where ranks share out experts."""
+        return self._windows.expert_map(layer, view)
 
     def end_step(self) -> list[RoutedStep]:
         """The step has been enqueued. Returns what is known by now of this one and those before it.
