@@ -1,4 +1,4 @@
-"""Hugging Face transformers with accelerate's disk offload in a process of its own; see protocol.py.
+"""Hugging Face transformers with accelerate's disk offload in a process of its own, serving by protocol.py of `bench`.
 
 Needs an environment with torch, transformers and `pip install accelerate`.
 """
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from by_path import module_at
 from peer_worker import PeerRunner
-from protocol import serve
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 
@@ -59,4 +59,4 @@ def _within(name: str, others: set[str]) -> bool:
 
 
 if __name__ == "__main__":
-    serve(AccelerateRunner)
+    module_at("bench/protocol.py").serve(AccelerateRunner)

@@ -21,13 +21,14 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
-from comparison import Arm, Comparison, Workload, console, references_of, variants_of, write_result
+from comparison import Arm, Comparison, console, references_of, variants_of, write_result
 from engines import Engine, Variant
 from prompts import read_prompts
-from report import hit_rate, stall
 from rich.table import Table
 from warm import HELD_OUT, HISTORY, TINY_MOE, model_vectors
 
+from vllm_moe_offload.bench.comparison import Workload
+from vllm_moe_offload.bench.summary import hit_rate, stall
 from vllm_moe_offload.cache import create_policy
 from vllm_moe_offload.learning.supervisor import LearningSupervisor
 from vllm_moe_offload.predict.base import ModelShape, Predictor, TokenMap

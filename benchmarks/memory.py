@@ -1,19 +1,10 @@
-"""Memory of an engine's process tree: how much it peaks at, and a cgroup to keep it in. Linux only.
-
-Must not add memory or noticeable load to what it measures: it reads /proc of a few processes, from outside them.
-"""
+"""Memory of an engine's processes: which files they have mapped, and a cgroup to keep them in. Linux only."""
 
 import os
 import re
-import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
 
-import psutil
-
-SAMPLE_SECONDS = 0.02
-TREE_SECONDS = 0.5
 V1 = Path("/sys/fs/cgroup/memory")
 V2 = Path("/sys/fs/cgroup")
 
@@ -22,52 +13,6 @@ def drop_caches() -> None:
     """Forget cached file pages, so that the next read comes from the disk. Raises PermissionError unless root."""
     os.sync()
     Path("/proc/sys/vm/drop_caches").write_text("3")
-
-
-class PeakSampler:
-    """Samples anonymous + shared memory of a process and its descendants until stopped.
-
-    `peak_bytes` is the largest sum seen. A page shared by two processes counts in both, so it is an upper bound.
-    """
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        self.peak_bytes = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        tree, samples = [self.pid], 0
-        while not self._stop.wait(SAMPLE_SECONDS):
-            if samples % int(TREE_SECONDS / SAMPLE_SECONDS) == 0:
-                tree = [self.pid, *(child.pid for child in descendants(self.pid))]
-            samples += 1
-            self.peak_bytes = max(self.peak_bytes, sum(anonymous_and_shared(pid) for pid in tree))
-
-
-def descendants(pid: int) -> list[psutil.Process]:
-    """Living descendants of a process; none if it is gone."""
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
-
-
-def anonymous_and_shared(pid: int) -> int:
-    """RssAnon + RssShmem of one process in bytes; 0 if it is gone."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return 1024 * sum(int(kib) for kib in re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+) kB", status, re.MULTILINE))
 
 
 def mapped_file_bytes(pid: int, besides: Sequence[Path]) -> int:

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 from comparison import checkout
-from report import Spread
 from rich.console import Console
 from rich.table import Table
 
+from vllm_moe_offload.bench.summary import Spread
 from vllm_moe_offload.client.client import DaemonClient
 from vllm_moe_offload.client.connection import Connection
 from vllm_moe_offload.client.launch import start_daemon

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 from checkpoint import read_config, stored_tensors
 from comparison import PLAIN, console
-from engines import VLLM, Engine, EngineError, Program, Variant
+from engines import VLLM, Engine, Program, Variant
 from footprint import Allowance, Footprint
 from read_ahead import ReadAhead
+
+from vllm_moe_offload.bench.engine import EngineError
 
 OURS, LLAMA, ACCELERATE = "ours", "llama", "accelerate"
 KINDS = (PLAIN, OURS, f"{LLAMA}-bf16", f"{LLAMA}-f16", ACCELERATE)

@@ -32,15 +32,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from comparison import PLAIN, Comparison, Conditions, Workload, console, write_result
-from engines import EngineError
+from comparison import PLAIN, Comparison, Conditions, console, write_result
 from footprint import GIB, Allowance
 from peer_engines import ACCELERATE, LLAMA, OURS, Bench, Peer
 from prompts import EXAMPLES, read_prompts
-from report import Spread, tpot
 from rich.table import Table
 from warm import TINY_MOE
 
+from vllm_moe_offload.bench.comparison import Workload
+from vllm_moe_offload.bench.engine import EngineError
+from vllm_moe_offload.bench.summary import Spread, tpot
 from vllm_moe_offload.sizes import parse_size
 
 DEFAULT_PEERS = "ours,llama-bf16,llama-bf16@128,llama-f16,accelerate,accelerate@128,plain"

@@ -14,13 +14,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from comparison import Arm, Comparison, Workload, console, references_of, variants_of, write_result
+from comparison import Arm, Comparison, console, references_of, variants_of, write_result
 from engines import Engine, Variant
 from prompts import EXAMPLES, read_prompts
-from report import Spread, hit_rate, tpot
 from rich.table import Table
 from warm import TINY_MOE
 
+from vllm_moe_offload.bench.comparison import Workload
+from vllm_moe_offload.bench.summary import Spread, hit_rate, tpot
 from vllm_moe_offload.plan.planning import Plan, Question, make_plan
 from vllm_moe_offload.store.root import default_root
 

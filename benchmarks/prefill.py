@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from comparison import PLAIN, Arm, checkout, console, variants_of, write_result
-from engines import Engine, Variant, wait_until_quiet
+from engines import Engine, Variant
 from prompts import EXAMPLES, read_prompts
 from reads import DEPTH, SHARE, demand_rate
-from report import Spread
 from rich.table import Table
 from warm import TINY_MOE
 
+from vllm_moe_offload.bench.engine import wait_until_quiet
+from vllm_moe_offload.bench.summary import Spread
 from vllm_moe_offload.plan.loads import Demands
 from vllm_moe_offload.store.reader import Store
 

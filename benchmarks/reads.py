@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from report import Spread
 from rich.console import Console
 from rich.table import Table
 
+from vllm_moe_offload.bench.summary import Spread
 from vllm_moe_offload.plan.loads import AT_ONCE, SHARE, Demands
 from vllm_moe_offload.store.direct import aligned_buffer
 from vllm_moe_offload.store.reader import Store

@@ -14,10 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from comparison import Arm, Comparison, Workload, console, references_of, variants_of, write_result
+from comparison import Arm, Comparison, console, references_of, variants_of, write_result
 from prompts import read_prompts
 from warm import HELD_OUT, HISTORY, TINY_MOE, TRACE
 
+from vllm_moe_offload.bench.comparison import Workload
 from vllm_moe_offload.trace.trace_file import read_trace
 
 OFF, ON = "off", "on"

@@ -15,11 +15,12 @@ from typing import Any
 
 import psutil
 from engines import Engine, Variant
-from memory import descendants, drop_caches
+from memory import drop_caches
 from prompts import EXAMPLES, read_prompts
 from rich.console import Console
 from rich.table import Table
 
+from vllm_moe_offload.bench.memory import descendants
 from vllm_moe_offload.client.connection import Connection
 from vllm_moe_offload.client.launch import start_daemon
 from vllm_moe_offload.config import CacheBudget

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 from comparison import console, write_result
 from engines import Engine, Variant
 from prompts import Prompt, domains, read_prompts
-from report import Spread, hit_rate, stall, tpot
 from rich.table import Table
 from warm import HELD_OUT, HISTORY, TINY_MOE
+
+from vllm_moe_offload.bench.summary import Spread, hit_rate, stall, tpot
 
 OFF, REMEMBERING, FORGETFUL = "no prediction", "history kept", "history empty"
 START, SHIFT = "start", "shift"

@@ -14,12 +14,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from engines import Engine, EngineError, Variant
+from engines import Engine, Variant
 from memory import drop_caches
-from report import Spread
 from rich.console import Console
 from rich.table import Table
 
+from vllm_moe_offload.bench.engine import EngineError
+from vllm_moe_offload.bench.summary import Spread
 from vllm_moe_offload.sizes import parse_size
 
 TINY_MOE = Path(__file__).parent.parent / "examples" / "models" / "tiny-moe"

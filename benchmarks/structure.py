@@ -21,7 +21,7 @@ FLOORS = (
     ("__main__",),
     ("plugin", "cli"),
     ("integration", "plan"),
-    ("replay", "client", "daemon"),
+    ("replay", "client", "daemon", "bench"),
     ("runtime", "learning"),
     ("ipc", "page"),
     ("windows",),

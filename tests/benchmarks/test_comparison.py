@@ -4,7 +4,9 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
-from comparison import Arm, Workload, checkout, references_of, variants_of
+from comparison import Arm, checkout, references_of, variants_of
+
+from vllm_moe_offload.bench.comparison import Workload
 
 ARMS = [Arm.parse('none={"predictor": "none"}'), Arm.parse('history={"predictor": "history"}')]
 

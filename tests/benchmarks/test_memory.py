@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from memory import MemoryLimit, PeakSampler, mapped_file_bytes
+from memory import MemoryLimit, mapped_file_bytes
+
+from vllm_moe_offload.bench.memory import PeakSampler
 
 MIB = 1 << 20
 # A child of the sampled process holds the memory until it is told to end.

@@ -4,8 +4,10 @@ from io import StringIO
 from typing import Any
 
 import pytest
-from report import Spread, summarize, table
+from report import table
 from rich.console import Console
+
+from vllm_moe_offload.bench.summary import Spread, summarize
 
 
 def _run(tpot: float, tokens: list[int], hits: int | None = None) -> dict[str, Any]:

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 from prompts import Prompt
-from report import Spread
 from shift import FORGETFUL, OFF, REMEMBERING, SHIFT, START, Visit, itinerary, summarize_moment
+
+from vllm_moe_offload.bench.summary import Spread
 
 PROMPTS = [Prompt(f"{domain}{number}", domain) for domain in "abc" for number in range(2)] + [Prompt("d0", "d")]
 

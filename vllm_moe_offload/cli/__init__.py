@@ -5,6 +5,7 @@ Importing it must never import vLLM or torch: every offline command works on a m
 
 import typer
 
+from .bench import bench
 from .daemon import daemon
 from .doctor import doctor
 from .errors import PlainErrors
@@ -14,6 +15,7 @@ from .prepare import prepare
 from .replay import replay
 from .selftest import selftest
 from .store import store
+from .top import top
 
 app = typer.Typer(
     name="vllm-moe-offload",
@@ -30,3 +32,5 @@ app.command()(prepare)
 app.command()(doctor)
 app.command()(replay)
 app.command()(selftest)
+app.command()(bench)
+app.command()(top)

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import ENVIRONMENT_VARIABLE, PLUGIN_NAME
+from ..report import read_reports
 from ..store.root import default_root
 from ..threads import ReportedThread
 from .check import OK, PROBLEM, WARNING, Check
 from .daemon_check import check_daemon
+from .engines_check import check_engines
 from .gpu_check import Driver, check_gpu
 from .installed import INSTALL_HINT, SUPPORTED, installed_version, is_supported
 from .memory_check import check_slot_memory
@@ -176,6 +178,7 @@ def all_checks() -> Iterator[Check]:
     yield check_locks()
     yield from check_slot_memory()
     yield check_daemon()
+    yield from check_engines(read_reports())
     yield from _storage_checks(default_root())
     if importable:
         from ..integration.seams import SEAMS

@@ -4,17 +4,14 @@ import contextlib
 import logging
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import typer
 from rich.console import Console
-from rich.live import Live
 
 from vllm_moe_offload.cache import POLICY_NAMES, policy_class
-from vllm_moe_offload.client.connection import Connection
 from vllm_moe_offload.daemon.histories import DaemonHistories
 from vllm_moe_offload.daemon.notify import notify
 from vllm_moe_offload.daemon.server import DaemonServer
@@ -31,25 +28,16 @@ from vllm_moe_offload.store.files import named_path
 from ..sizes import EXAMPLES, parse_size, shortened, size_text
 from .daemon_view import status_view
 from .log import LogLevel, log_to_stderr
-from .options import StoreOption
+from .options import IntervalOption, JsonOption, SocketOption, StoreOption
+from .top import connect, follow
 
 logger = logging.getLogger(__name__)
 
-ANSWER_SECONDS = 10.0
 END_SECONDS = 120.0
 """For writing the histories, too."""
 
 daemon = typer.Typer(name="daemon", help="Run one expert cache for all engines of this host, show its status, stop it.")
 
-SocketOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--socket",
-        help="Where engines find the daemon (default: $XDG_RUNTIME_DIR/vllm-moe-offload.sock if that folder is this "
-        "user's, else /tmp/vllm-moe-offload-UID/daemon.sock).",
-        show_default=False,
-    ),
-]
 HistoryOption = Annotated[
     str,
     typer.Option(
@@ -124,12 +112,9 @@ def run(
 
 
 @daemon.command()
-def status(
-    socket: SocketOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
+def status(socket: SocketOption = None, as_json: JsonOption = False) -> None:
     """Show who is attached, and per model what is resident and how well that serves."""
-    with contextlib.closing(_connect(socket)) as connection:
+    with contextlib.closing(connect(socket)) as connection:
         report = connection.request(GetStatus())
     if as_json:
         typer.echo(msgspec.json.encode(report).decode())
@@ -138,21 +123,16 @@ def status(
 
 
 @daemon.command()
-def top(
-    socket: SocketOption = None,
-    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two updates.")] = 1.0,
-) -> None:
-    """Show the same, again and again, until Ctrl-C."""
-    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(_connect(socket)) as connection, Live() as live:
-        while True:
-            live.update(status_view(connection.request(GetStatus())), refresh=True)
-            time.sleep(interval)
+def top(socket: SocketOption = None, interval: IntervalOption = 1.0) -> None:
+    """Show the same, again and again, until Ctrl-C. `vllm-moe-offload top` has the engines too."""
+    with contextlib.closing(connect(socket)) as connection:
+        follow(lambda: status_view(connection.request(GetStatus())), interval)
 
 
 @daemon.command()
 def stop(socket: SocketOption = None) -> None:
     """End the daemon once it has written its histories; attached engines go on with the experts that were loaded."""
-    with contextlib.closing(_connect(socket)) as connection:
+    with contextlib.closing(connect(socket)) as connection:
         pid = connection.peer.pid
         if pid == 0:
             raise ConfigError("the daemon lives in another container, where its end cannot be seen; stop it there")
@@ -164,10 +144,6 @@ def stop(socket: SocketOption = None) -> None:
             "histories, see its log"
         )
     typer.echo(f"the daemon (pid {pid}) has ended")
-
-
-def _connect(path: Path | None) -> Connection:
-    return Connection.connect(path or default_socket_path(), "control", ANSWER_SECONDS)
 
 
 def _size(option: str, text: str) -> int:

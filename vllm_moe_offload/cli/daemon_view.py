@@ -30,7 +30,7 @@ def status_view(report: StatusReport) -> RenderableType:
 
 def _models(models: list[ModelStatus]) -> Table:
     counted = [each.column for each in _MODEL_STATISTICS]
-    table = _table("model", "store", "resident", "limit", "all", "workers", *counted, "history")
+    table = plain_table("model", "store", "resident", "limit", "all", "workers", *counted, "history")
     for model in models:
         stats = model.stats
         table.add_row(
@@ -48,7 +48,7 @@ def _models(models: list[ModelStatus]) -> Table:
 
 def _workers(models: list[ModelStatus]) -> Table:
     counted = [each.column for each in _WORKER_STATISTICS]
-    table = _table("worker", "pid", "engine", "rank", "store", *counted)
+    table = plain_table("worker", "pid", "engine", "rank", "store", *counted)
     for model in models:
         for worker in model.workers:
             table.add_row(*_worker_row(model, worker))
@@ -83,7 +83,8 @@ def _cell(statistic: Statistic, stats: Mapping[str, Number]) -> str:
     return f"{value:.1f} s" if statistic.unit == "seconds" else str(value)
 
 
-def _table(*columns: str) -> Table:
+def plain_table(*columns: str) -> Table:
+    """Without lines; the first two columns are words, the others numbers."""
     table = Table(box=None, pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index < 2 else "right", overflow="fold")

@@ -3,11 +3,12 @@
 It works on files alone: an engine that runs keeps what it has in memory, and adds to the file only what is new.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -23,6 +24,9 @@ from vllm_moe_offload.trace.history import HistoryStore
 from vllm_moe_offload.trace.trace import Trace
 from vllm_moe_offload.trace.trace_file import read_trace, write_trace
 
+from .options import JsonOption
+from .progress import progress_bar
+
 history = typer.Typer(name="history", help="List, export, import and prune histories.", no_args_is_help=True)
 
 HistoryOption = Annotated[
@@ -36,22 +40,24 @@ _FINGERPRINT = re.compile(r"\w[\w.-]*")
 
 
 @history.command()
-def ls(folder: HistoryOption = None) -> None:
+def ls(folder: HistoryOption = None, as_json: JsonOption = False) -> None:
     """Show each model's history: requests, tokens, size; and what cannot be used."""
     archive = _archive(folder)
-    entries = list(archive.entries())
-    table = Table("fingerprint", "model", "requests", "tokens", "size")
     problems = [f"set aside as unusable: {path}" for path in sorted(archive.directory.glob(_set_aside("*")))]
-    for entry in entries:
-        columns = ("unusable", "-", "-")
+    found = []
+    for entry in archive.entries():
+        held: dict[str, Any] = {"model": None, "requests": None, "tokens": None}
         try:
             trace = archive.read(entry.fingerprint)
-            columns = (trace.model or "-", str(trace.num_requests), str(trace.num_tokens))
+            held = {"model": trace.model, "requests": trace.num_requests, "tokens": trace.num_tokens}
         except TraceError as error:
             problems.append(f"unusable: {error}")
-        table.add_row(entry.fingerprint, *columns, size_text(entry.nbytes))
-    if entries:
-        Console().print(table)
+        found.append({"fingerprint": entry.fingerprint, "size": entry.nbytes} | held)
+    if as_json:
+        typer.echo(json.dumps({"folder": str(archive.directory), "histories": found, "problems": problems}))
+        return
+    if found:
+        Console().print(_table(found))
     else:
         typer.echo(
             f"no histories in {archive.directory}{'' if archive.directory.exists() else ', which does not exist'}"
@@ -88,15 +94,20 @@ def import_(
     folder: HistoryOption = None,
 ) -> None:
     """Add a trace's requests to a model's history."""
-    trace = read_trace(file)
-    name = _owner(file, trace, fingerprint)
     archive = _archive(folder)
-    with _locked(archive, name):
-        store = _load(archive, name) if archive.path(name).exists() else HistoryStore(trace.shape)
-        _check_alike(file, trace, name, store)
-        before = len(store.requests)
-        store.extend(trace.requests())
-        archive.write(name, store.to_trace())
+    with progress_bar(f"reading {file.name}", 3) as bar:
+        trace = read_trace(file)
+        name = _owner(file, trace, fingerprint)
+        bar.advance()
+        with _locked(archive, name):
+            store = _load(archive, name) if archive.path(name).exists() else HistoryStore(trace.shape)
+            _check_alike(file, trace, name, store)
+            before = len(store.requests)
+            bar.describe("adding its requests")
+            store.extend(trace.requests())
+            bar.advance()
+            bar.describe("writing the history")
+            archive.write(name, store.to_trace())
     added = int((trace.offsets[1:] > trace.offsets[:-1]).sum())
     forgotten = before + added - len(store.requests)
     room = f"; {forgotten} forgotten to stay within {size_text(store.budget_bytes)}" if forgotten else ""
@@ -125,6 +136,17 @@ def prune(
         store.prune(size)
         archive.write(name, store.to_trace())
     typer.echo(f"{name}: {len(store.requests)} of {before} requests, {store.num_tokens} tokens kept")
+
+
+def _table(found: list[dict[str, Any]]) -> Table:
+    table = Table("fingerprint", "model", "requests", "tokens", "size")
+    for each in found:
+        usable = each["requests"] is not None
+        columns = (
+            (each["model"] or "-", str(each["requests"]), str(each["tokens"])) if usable else ("unusable", "-", "-")
+        )
+        table.add_row(each["fingerprint"], *columns, size_text(each["size"]))
+    return table
 
 
 def _size(text: str) -> int:

@@ -12,3 +12,15 @@ StoreOption = Annotated[
 ]
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+SocketOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--socket",
+        help="Where engines find the daemon (default: $XDG_RUNTIME_DIR/vllm-moe-offload.sock if that folder is this "
+        "user's, else /tmp/vllm-moe-offload-UID/daemon.sock).",
+        show_default=False,
+    ),
+]
+
+IntervalOption = Annotated[float, typer.Option(min=0.1, help="Seconds between two updates.")]

@@ -7,6 +7,7 @@ import typer
 
 from ..sizes import size_text
 from .installed import require_vllm
+from .model_argument import checkpoint_folder
 from .options import StoreOption
 
 
@@ -25,6 +26,7 @@ def prepare(
 ) -> None:
     """Build the store of MODEL for this machine, one per worker, without serving."""
     require_vllm("prepare")
+    checkpoint_folder(model)
     from ..integration.prepare import prepare_stores
 
     started = time.perf_counter()

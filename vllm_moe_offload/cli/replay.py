@@ -12,12 +12,16 @@ from vllm_moe_offload.cli.replay_output import print_report, print_sweep
 from vllm_moe_offload.errors import ConfigError, TraceError
 from vllm_moe_offload.predict.registry import REPLAY_PREDICTORS
 from vllm_moe_offload.replay.hardware import PROFILE_NAMES, hardware_profile, model_profile
+from vllm_moe_offload.replay.parallel import Progress
 from vllm_moe_offload.replay.plot import plot_report, plot_sweep, require_plotting
 from vllm_moe_offload.replay.report import Setup, parse_slots
 from vllm_moe_offload.replay.report import replay as run_replay
 from vllm_moe_offload.replay.sweep import SWEEP_SLOTS, SWEEP_TOKENS, Point, sweep
 from vllm_moe_offload.trace.trace import Trace
 from vllm_moe_offload.trace.trace_file import read_trace
+
+from .options import JsonOption
+from .progress import Bar, progress_bar
 
 _SAMPLE_TOKENS = Setup(slots=1).frontier_tokens
 _OR_A_CLASS = ", or a class as package.module:Class."
@@ -76,7 +80,7 @@ def replay(
     keep_repetitive: Annotated[bool, typer.Option(help="Replay requests flagged repetitive too.")] = False,
     sweep_all: SweepOption = False,
     plot: PlotOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Replay a trace through the engine's own cache, predictors and planner, with the bounds beside them."""
     recorded = _read(trace, keep_repetitive)
@@ -94,17 +98,22 @@ def replay(
     if plot is not None:
         require_plotting(plot)
     if sweep_all:
-        cells = sweep(
-            recorded,
-            earlier,
-            setup,
-            policies=POLICY_NAMES if policy is None else (policy,),
-            predictors=REPLAY_PREDICTORS if predictor is None else (predictor,),
-            sizes=SWEEP_SLOTS if slots is None else (slots,),
-        )
-        _sweep(trace.stem, recorded, cells, plot, as_json)
+        with progress_bar("replaying", None, forking=True) as bar:
+            cells = sweep(
+                recorded,
+                earlier,
+                setup,
+                policies=POLICY_NAMES if policy is None else (policy,),
+                predictors=REPLAY_PREDICTORS if predictor is None else (predictor,),
+                sizes=SWEEP_SLOTS if slots is None else (slots,),
+                progress=_shown_by(bar),
+            )
+            points = list(_counted(cells, bar))
+        _sweep(trace.stem, recorded, points, plot, as_json)
     else:
-        _report(run_replay(recorded, setup, earlier), plot, as_json)
+        with progress_bar("replaying", None, forking=True) as bar:
+            report = run_replay(recorded, setup, earlier, _shown_by(bar))
+        _report(report, plot, as_json)
 
 
 def _read(path: Path, keep_repetitive: bool) -> Trace:
@@ -126,11 +135,23 @@ def _report(report: dict[str, Any], plot: Path | None, as_json: bool) -> None:
         print_report(report)
 
 
-def _sweep(name: str, trace: Trace, cells: Iterator[list[Point]], plot: Path | None, as_json: bool) -> None:
-    points: list[Point] = []
+def _shown_by(bar: Bar) -> Progress:
+    def progress(done: int, total: int) -> None:
+        bar.expect(total)
+        bar.at(done)
+
+    return progress
+
+
+def _counted(cells: Iterator[list[Point]], bar: Bar) -> Iterator[Point]:
+    count = 0
     for done in cells:
-        points += done
-        typer.echo(f"{len(points)} cells replayed", err=True)
+        count += len(done)
+        bar.describe(f"replaying, {count} cells are done")
+        yield from done
+
+
+def _sweep(name: str, trace: Trace, points: list[Point], plot: Path | None, as_json: bool) -> None:
     drawn = _draw_sweep(name, trace, points, plot, silent=as_json)
     if as_json:
         typer.echo(json.dumps({"points": [point._asdict() for point in points]}))

@@ -14,6 +14,8 @@ from .check import PROBLEM, WARNING, Check
 from .doctor import findings_table
 from .gpu_check import Driver
 from .installed import require_vllm
+from .options import JsonOption
+from .progress import progress_bar
 from .selftest_engines import Arm, ChildError, Outcome, arms, child, judge, run
 from .selftest_rates import judge_rates
 
@@ -25,7 +27,7 @@ def selftest(
     model: Annotated[
         Path | None, typer.Option(help="Folder of a small MoE model, where the repository's own is not at hand.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Start small engines with and without offloading, and compare what they answer.
 
@@ -42,14 +44,17 @@ def selftest(
         )
     rates, checks = _rates() if gpu else ({}, [])
     outcomes: dict[str, Outcome] = {}
-    for arm, outcome, check in _engines(arms(gpu), folder):
-        outcomes[arm.name] = outcome
-        checks.append(check)
-        typer.echo(f"{check.subject}: {check.state}", err=True)
+    engines = arms(gpu)
+    with progress_bar("starting engines", len(engines)) as bar:
+        for arm, outcome, check in _engines(engines, folder):
+            outcomes[arm.name] = outcome
+            checks.append(check)
+            bar.describe(f"{check.subject}: {check.state}")
+            bar.advance()
     if as_json:
-        engines = {name: outcome._asdict() for name, outcome in outcomes.items()}
+        answers = {name: outcome._asdict() for name, outcome in outcomes.items()}
         found = {"verdict": verdict(checks), "checks": [check._asdict() for check in checks]}
-        typer.echo(json.dumps(found | {"rates": rates, "engines": engines}))
+        typer.echo(json.dumps(found | {"rates": rates, "engines": answers}))
     else:
         Console().print(findings_table(checks))
         typer.echo(verdict(checks))

@@ -1,20 +1,20 @@
 """`vllm-moe-offload store …`: see, check and remove what is on disk. Must never remove without being told to."""
 
+import json
 import math
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import typer
-from rich.console import Console
-from rich.progress import DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from vllm_moe_offload.errors import StoreError
 from vllm_moe_offload.sizes import parse_size, shortened, size_text
 from vllm_moe_offload.store import Store, StoreInfo, StoreRoot
 
 from .errors import print_error
-from .options import StoreOption
+from .options import JsonOption, StoreOption
+from .progress import progress_bar
 
 DAY = 86400
 
@@ -22,10 +22,13 @@ store = typer.Typer(name="store", help="List, verify and prune the stores of exp
 
 
 @store.command()
-def ls(folder: StoreOption = None) -> None:
+def ls(folder: StoreOption = None, as_json: JsonOption = False) -> None:
     """Show each store's model, size, age, time since an engine last opened it, and fingerprint."""
     stores = StoreRoot(folder)
     infos = stores.ls()
+    if as_json:
+        typer.echo(json.dumps({"root": str(stores.path), "stores": [_as_object(info) for info in infos]}))
+        return
     if not infos:
         typer.echo(f"no stores in {stores.path}")
         return
@@ -41,14 +44,21 @@ def verify(
         str, typer.Argument(help="Start of the fingerprint of one store; all without it.", show_default=False)
     ] = "",
     folder: StoreOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Read every record and compare it with its checksum; exit with 1 if any is damaged."""
     stores = StoreRoot(folder)
     chosen = [info for info in stores.ls() if _is_store(info) and info.fingerprint.startswith(fingerprint)]
     if not chosen:
         raise StoreError(f"no store in {stores.path} is named {fingerprint!r}…; see `store ls`")
-    sound = [_verify_one(info) for info in chosen]
-    if not all(sound):
+    verified = []
+    for info in chosen:
+        verified.append(_verify_one(info))
+        if not as_json:
+            typer.echo("\n".join(verified[-1].lines))
+    if as_json:
+        typer.echo(json.dumps({"root": str(stores.path), "stores": [each._asdict() for each in verified]}))
+    if not all(each.intact for each in verified):
         raise typer.Exit(1)
 
 
@@ -133,20 +143,50 @@ def _age_text(seconds: float) -> str:
     return f"{max(seconds, 0):.0f} s"
 
 
-def _verify_one(info: StoreInfo) -> bool:
-    """Says what is wrong with one store, by record; True if nothing is."""
+class _Verified(NamedTuple):
+    fingerprint: str
+    problem: str
+    """Why the store cannot be opened; else empty."""
+    records: int
+    damaged: list[tuple[str, int]]
+    """Layer and expert of each damaged record."""
+
+    @property
+    def intact(self) -> bool:
+        return not self.problem and not self.damaged
+
+    @property
+    def lines(self) -> list[str]:
+        """What is wrong, by record, and how many are not."""
+        if self.problem:
+            return [f"{self.fingerprint}: {self.problem}"]
+        damaged = [f"{self.fingerprint}: damaged: {layer}, expert {expert}" for layer, expert in self.damaged]
+        intact = self.records - len(self.damaged)
+        return [*damaged, f"{self.fingerprint}: {intact} of {self.records} records are intact"]
+
+
+def _verify_one(info: StoreInfo) -> _Verified:
     try:
         opened = Store.open(info.path)
     except StoreError as error:
-        typer.echo(f"{info.fingerprint}: {error}")
-        return False
-    columns = (TextColumn("{task.description}"), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"verifying {info.fingerprint[:12]}", total=opened.data_bytes)
-        damaged = opened.verify(lambda done: bar.update(task, completed=done))
+        return _Verified(info.fingerprint, str(error), 0, [])
+    with progress_bar(f"verifying {info.fingerprint[:12]}", opened.data_bytes, in_bytes=True) as bar:
+        damaged = opened.verify(bar.at)
     opened.close()
-    for layer, expert in damaged:
-        typer.echo(f"{info.fingerprint}: damaged: {layer}, expert {expert}")
-    records = sum(layer.experts for layer in opened.layers)
-    typer.echo(f"{info.fingerprint}: {records - len(damaged)} of {records} records are intact")
-    return not damaged
+    return _Verified(info.fingerprint, "", sum(layer.experts for layer in opened.layers), damaged)
+
+
+def _as_object(info: StoreInfo) -> dict[str, Any]:
+    """``info`` for JSON; times in seconds since 1970, the size in bytes."""
+    return {
+        "fingerprint": info.fingerprint,
+        "path": str(info.path),
+        "model": info.model,
+        "size": info.size,
+        "built": info.built,
+        "used": info.used,
+        "state": info.state,
+        "detail": info.detail,
+        "checkpoint_gone": info.orphaned,
+        "superseded": info.superseded,
+    }

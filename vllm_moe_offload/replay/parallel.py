@@ -2,7 +2,7 @@
 
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -11,16 +11,34 @@ T = TypeVar("T")
 _jobs: list[Callable[[], object]] = []
 
 
-def run_all(jobs: Sequence[Callable[[], T]]) -> list[T]:
+Progress = Callable[[int, int], None]
+"""Told how many of so many jobs are done."""
+
+
+def unseen(done: int, total: int) -> None:
+    """The progress that nobody looks at."""
+
+
+def run_all(jobs: Sequence[Callable[[], T]], progress: Progress = unseen) -> list[T]:
     """Results of all jobs, in order. Where processes cannot be forked, one after the other."""
+    results: list[T] = []
+    progress(0, len(jobs))
+    for result in _results(jobs):
+        results.append(result)
+        progress(len(results), len(jobs))
+    return results
+
+
+def _results(jobs: Sequence[Callable[[], T]]) -> Iterator[T]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(len(jobs), cores)
     if workers < 2 or "fork" not in multiprocessing.get_all_start_methods():
-        return [job() for job in jobs]
+        yield from (job() for job in jobs)
+        return
     _jobs[:] = jobs
     try:
         with multiprocessing.get_context("fork").Pool(workers) as pool:
-            return pool.map(_run, range(len(jobs)), chunksize=1)  # type: ignore[arg-type]
+            yield from pool.imap(_run, range(len(jobs)))
     finally:
         _jobs.clear()
 

@@ -19,7 +19,7 @@ from .bounds import access_sequence, belady_miss_rate, lru_per_layer_miss_rate, 
 from .device_report import on_device
 from .forecast import Forecast, forecast
 from .hardware import HardwareProfile, ModelProfile
-from .parallel import run_all
+from .parallel import Progress, run_all, unseen
 from .replay_cache import Tally
 from .schedule import steps
 from .simulate import simulate
@@ -91,7 +91,7 @@ def forecast_trace(
     return forecast(predictor, trace, distances, accuracy), accuracy
 
 
-def replay(trace: Trace, setup: Setup, history: Trace | None = None) -> dict[str, Any]:
+def replay(trace: Trace, setup: Setup, history: Trace | None = None, progress: Progress = unseen) -> dict[str, Any]:
     """Replay ``trace`` and report it; the keys are described in docs/prediction.md.
 
     The frontier, the perfect-prediction bound and the timeline are replayed on a sample of whole requests,
@@ -114,7 +114,7 @@ def replay(trace: Trace, setup: Setup, history: Trace | None = None) -> dict[str
         partial(run_once, few, setup, perfect_forecast(few, DISTANCES), 0.5),
         *(partial(run_once, few, setup, few_prediction, threshold) for threshold in thresholds),
     ]
-    chosen, without, perfect, *points = run_all(jobs)
+    chosen, without, perfect, *points = run_all(jobs, progress)
     few_sequence = access_sequence(few, _schedule(few, setup))
     report: dict[str, Any] = {
         "trace": _words(trace),

@@ -11,7 +11,7 @@ from ..predict.registry import REPLAY_PREDICTORS
 from ..trace.trace import Trace
 from .bounds import belady_miss_rate, lru_per_layer_miss_rate, perfect_forecast
 from .forecast import Forecast
-from .parallel import run_all
+from .parallel import Progress, run_all, unseen
 from .report import DISTANCES, Setup, check, forecast_trace, parse_slots, prepare_predictor, run_once, spread_requests
 
 SWEEP_SLOTS = ("12.5%", "25%", "50%", "75%")
@@ -42,11 +42,13 @@ def sweep(
     policies: Sequence[str] = POLICY_NAMES,
     predictors: Sequence[str] = REPLAY_PREDICTORS,
     sizes: Sequence[str] = SWEEP_SLOTS,
+    progress: Progress = unseen,
 ) -> Iterator[list[Point]]:
     """Replay every combination on a sample of whole requests, ``setup.frontier_tokens`` long.
 
     Yields the bounds that need no predictor first, then the points of one predictor after the other, PERFECT last.
-    ``setup.slots`` and ``setup.policy`` are ignored. Sizes that cannot hold a step's experts are left out.
+    ``setup.slots`` and ``setup.policy`` are ignored. Sizes that cannot hold a step's experts are left out. ``progress``
+    is of one predictor at a time.
 
     Raises:
         TraceError: as ``check``.
@@ -71,7 +73,7 @@ def sweep(
             for policy in policies
             for threshold in thresholds
         ]
-        yield run_all(jobs)
+        yield run_all(jobs, progress)
 
 
 def best_at_bytes(points: Sequence[Point], loads_per_use: float) -> Point:
