@@ -27,6 +27,8 @@ RECORDING = "recording"
 """Host-managed once more, for the trace that the forecast is made from; its times are not compared."""
 _EACH_SECONDS = 150
 _LEAST_SECONDS = 20
+_IN_PIECES = {"mode": 3, "cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": [1, 2, 4, 8]}
+"""Compilation in graphs that end at MoE layers: without it those of host-managed experts run without graphs."""
 _GROUP = 4
 """Layers that vLLM's prefetching offloader takes together."""
 
@@ -68,6 +70,8 @@ def arms(shape: Shape, fmt: str, shares: list[int]) -> Iterator[Arm]:
         yield Arm("device-managed", share, {}, cache | {"predictor": "none"})
         yield Arm("with-prediction", share, {}, cache)
         yield Arm("host-managed", share, {}, cache | {"predictor": "none", "host_cache": "95%"})
+        in_pieces = {"compilation_config": _IN_PIECES}
+        yield Arm("host-managed-pieces", share, in_pieces, cache | {"predictor": "none", "host_cache": "95%"})
         experts_only: dict[str, Any] = {"cpu_offload_gb": outside / 2**30, "cpu_offload_params": ["experts"]}
         yield Arm("vllm-uva", share, experts_only)
         groups = {"offload_group_size": _GROUP, "offload_num_in_group": max(1, round(_GROUP * (100 - share) / 100))}

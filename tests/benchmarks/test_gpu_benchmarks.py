@@ -77,6 +77,8 @@ def test_vllms_own_offloading_has_as_much_memory_as_ours() -> None:
     assert found["vllm-prefetch", 50].engine["offload_num_in_group"] == 2
     assert found["device-managed", 25].offload == {"cache": "25%", "predictor": "none"}
     assert "predictor" not in found["with-prediction", 25].offload
+    in_pieces = engine_arguments(Path("m"), found["host-managed-pieces", 25], [1, 8], 256, {})["compilation_config"]
+    assert (in_pieces["mode"], in_pieces["cudagraph_mode"]) == (3, "PIECEWISE")
     for arm in found.values():
         arguments = engine_arguments(Path("m"), arm, [1, 8], 256, {"seed": 3})
         assert arguments["moe_backend"] == "triton" and arguments["seed"] == 3
