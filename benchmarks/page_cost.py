@@ -39,16 +39,19 @@ def latencies(host: str, model: str, prompt: list[int], tokens: int) -> list[flo
 
 
 @contextmanager
-def open_page(host: str) -> Iterator[None]:
-    """Ask what an open tab asks, until the block ends."""
+def open_page(host: str, answers: list[tuple[float, int]]) -> Iterator[None]:
+    """Ask what an open tab asks, until the block ends. Seconds and bytes of every answer are added to ``answers``."""
     closed = threading.Event()
 
     def ask() -> None:
         since = 0.0
         connection = http.client.HTTPConnection(host, timeout=60)
         while not closed.is_set():
+            asked = time.perf_counter()
             connection.request("GET", f"/moe-offload/data?since={since}")
-            model = json.loads(connection.getresponse().read())["model"]
+            answer = connection.getresponse().read()
+            answers.append((time.perf_counter() - asked, len(answer)))
+            model = json.loads(answer)["model"]
             since = model["series"]["time"][-1] if model["series"]["time"] else since
             closed.wait(SECONDS_BETWEEN_QUESTIONS)
 
@@ -72,16 +75,19 @@ def main() -> None:
     connection.request("GET", "/v1/models")
     model = json.load(connection.getresponse())["data"][0]["id"]
 
+    answers: list[tuple[float, int]] = []
     rounds: dict[bool, list[list[float]]] = {False: [], True: []}
     for number in range(-1, options.rounds):
         for is_open in (False, True) if number % 2 else (True, False):
-            with open_page(host) if is_open else nullcontext():
+            with open_page(host, answers) if is_open else nullcontext():
                 measured = latencies(host, model, list(range(1, 33)), options.tokens)
             if number >= 0:
                 rounds[is_open].append(measured)
     for is_open, name in ((False, "closed"), (True, "open")):
         p50, p95 = (1e3 * np.percentile(np.concatenate(rounds[is_open]), share) for share in (50, 95))
         print(f"page {name:6}  p50 {p50:.2f} ms  p95 {p95:.2f} ms  of {sum(map(len, rounds[is_open]))} tokens")
+    seconds, nbytes = np.median(answers, axis=0)
+    print(f"an answer to the page took {1e3 * seconds:.2f} ms and had {nbytes:.0f} bytes (medians of {len(answers)})")
     for share in (50, 95):
         ratios = [
             np.percentile(after, share) / np.percentile(before, share)

@@ -1,12 +1,12 @@
-"""Debian's Chromium, without a window and without a network but this machine's."""
+"""Debian's Chromium, or a Chrome that is there, without a window and without a network but this machine's."""
 
+import shutil
 from dataclasses import dataclass, field
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from playwright.sync_api import ConsoleMessage, Page
 
-CHROMIUM = Path("/usr/bin/chromium")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = (
     "--no-sandbox",
     "--disable-gpu",

@@ -126,11 +126,13 @@ def test_it_waits_for_the_first_report(folder: Path, new_tab: NewTab) -> None:
     tab = new_tab()
     tab.open(server.url)
     expect(tab.page.locator("#sentence")).to_have_text("No worker has reported yet.")
+    expect(tab.page.locator("#experts")).to_be_hidden()
     worker = Worker(folder)
     worker.write()
     server.look()
     tab.poll()
     expect(tab.page.locator("#sentence")).to_have_text("No request has been served yet.")
+    expect(tab.page.locator("#experts")).to_be_visible()
     assert not tab.errors
     worker.close()
     server.close()

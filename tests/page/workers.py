@@ -97,7 +97,8 @@ class Worker:
         stats.prefetch_late += int(misses.sum() * 0.1)
         stats.prefetch_wasted += int(misses.sum() * 0.15)
         stats.loads = stats.misses + stats.prefetches
-        stats.loaded_bytes = stats.loads * RECORD_BYTES
+        stats.demanded_bytes, stats.prefetched_bytes = stats.misses * RECORD_BYTES, stats.prefetches * RECORD_BYTES
+        stats.loaded_bytes = stats.demanded_bytes + stats.prefetched_bytes
         self.report.time += seconds
 
     def resident(self) -> np.ndarray:

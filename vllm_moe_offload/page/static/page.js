@@ -40,8 +40,10 @@ async function poll() {
 
 function address() {
   const query = new URLSearchParams({ since: series?.time.at(-1) ?? 0 });
-  if ($("choose-model").querySelector("select").value) query.set("model", $("choose-model").querySelector("select").value);
-  if ($("choose-worker").querySelector("select").value) query.set("worker", $("choose-worker").querySelector("select").value);
+  for (const name of ["model", "worker"]) {
+    const { value } = $(`choose-${name}`).querySelector("select");
+    if (value) query.set(name, value);
+  }
   if ($("requests-details").open) query.set("requests", "true");
   return `${DATA}?${query}`;
 }
@@ -85,6 +87,7 @@ function show(data) {
   model = data.model;
   $("version").textContent = data.version;
   options($("choose-model"), data.models.map((name) => [name, name]));
+  document.body.toggleAttribute("data-empty", !model);
   if (!model) {
     $("sentence").textContent = "No worker has reported yet.";
     $("as-of").textContent = "";
@@ -202,13 +205,13 @@ function showPrefetch({ totals, predictor, prediction, prediction_reason: reason
     ? `${predictor}, ${prediction}${reason ? `: ${reason}` : ""}${remembered}`
     : "";
   const share = (number) => (started ? number / started : 0);
-  const each = totals.misses ? totals.stall_seconds / totals.misses : 0;
-  const record = totals.experts ? totals.expert_bytes / totals.experts : 0;
+  const wait = totals.misses ? totals.stall_seconds / totals.misses : 0;
+  const moved = totals.prefetched_bytes + totals.copied_prefetched_bytes;
   const rest = Math.max(0, started - useful - late - wasted);
   showParts("prefetch", [
-    ["good", "Useful", useful, share(useful), `there when needed; saved about ${seconds(useful * each)}`],
+    ["good", "Useful", useful, share(useful), `there when needed; saved about ${seconds(useful * wait)}`],
     ["late", "Late", late, share(late), "still on their way when needed"],
-    ["wasted", "Wasted", wasted, share(wasted), `evicted unused; ${bytes(wasted * record)} read in vain`],
+    ["wasted", "Wasted", wasted, share(wasted), `evicted unused; about ${bytes(moved * share(wasted))} in vain`],
     ["rest", "Open", rest, share(rest), "not needed yet"],
   ]);
 }
@@ -216,27 +219,37 @@ function showPrefetch({ totals, predictor, prediction, prediction_reason: reason
 function showMemory({ totals, daemon }) {
   const { slots, experts, slot_bytes: held, expert_bytes: all } = totals;
   const share = experts ? Math.min(1, slots / experts) : 0;
-  const record = experts ? all / experts : 0;
-  const demanded = Math.max(0, totals.loads - totals.prefetches - totals.streamed);
-  const host = totals.host_hits + totals.copied_bytes > 0;
   $("memory-text").textContent = daemon ? "kept by the daemon" : "";
-  showParts("memory", [
+  const parts = [
     ["good", "Slots", slots, share, `${bytes(held)} of ${bytes(all)} of experts (${percent(share)})`],
-    ["rest", "Disk only", Math.max(0, experts - slots), 0, `${bytes(Math.max(0, all - held))} more, read when needed`],
-    ["", "Demand loads", demanded, 0, `${bytes(demanded * record)} read while tokens waited`],
-    ["", "Streamed", totals.streamed, 0, totals.streamed ? `${bytes(totals.streamed * record)} ahead of long prefills` : ""],
-    ["", "Host hits", totals.host_hits, 0, host ? `${bytes(totals.copied_bytes)} copied to the device` : ""],
-  ]);
+    ["rest", "Elsewhere", Math.max(0, experts - slots), 0, `${bytes(Math.max(0, all - held))} more, fetched when needed`],
+    ["", "Read from disk", bytes(totals.loaded_bytes), 0, reasons(totals, "")],
+  ];
+  if (totals.copied_bytes) {
+    parts.push(["", "Copied to the device", bytes(totals.copied_bytes), 0, reasons(totals, "copied_")]);
+  }
+  showParts("memory", parts);
 }
 
-// parts: [part, name, number, share of the bar, text]; those without a text are left out.
+// Why bytes came to a tier, largest first.
+function reasons(totals, prefix) {
+  return [["demanded", "on demand"], ["prefetched", "prefetched"], ["streamed", "ahead of long prefills"]]
+    .map(([name, text]) => [totals[`${prefix}${name}_bytes`], text])
+    .filter(([nbytes]) => nbytes > 0)
+    .sort(([one], [other]) => other - one)
+    .map(([nbytes, text]) => `${bytes(nbytes)} ${text}`)
+    .join(", ");
+}
+
+// parts: [part, name, number or text of it, share of the bar, text].
 function showParts(id, parts) {
   stack($(`${id}-stack`), parts.map(([part, , , share]) => ({ part, share })));
-  const rows = parts.filter(([, , , , text]) => text).map(([part, name, number, , text]) => {
+  const rows = parts.map(([part, name, number, , text]) => {
     const row = document.createElement("div");
     const term = Object.assign(document.createElement("dt"), { textContent: name });
     term.dataset.part = part;
-    const value = Object.assign(document.createElement("dd"), { textContent: count(number) });
+    const shownNumber = typeof number === "number" ? count(number) : number;
+    const value = Object.assign(document.createElement("dd"), { textContent: shownNumber });
     row.append(term, value, Object.assign(document.createElement("dd"), { textContent: text }));
     return row;
   });
