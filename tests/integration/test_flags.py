@@ -1,16 +1,23 @@
 """``--plugin`` and ``--moe-offload-*`` through the parser of ``vllm serve``."""
 
 import argparse
+import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from vllm_moe_offload.config import OffloadConfig, resolve
+from vllm_moe_offload.plan.planning import Question, make_plan
+from vllm_moe_offload.replay.hardware import HardwareProfile
+
+TINY_MOE = Path(__file__).parents[2] / "examples" / "models" / "tiny-moe"
 
 EngineArguments = Callable[..., Any]
 
@@ -166,3 +173,23 @@ def test_the_server_itself_shows_no_traceback(tiny_moe: Path) -> None:
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert "error: ConfigError: VLLM_MOE_OFFLOAD: cache = 'lots': 'lots' is not a share like '25%'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("hardware", "mebibytes"), [("rtx4090-pcie4", 700), ("rtx4090-nvme4", 700), ("cpu.json", 1460)]
+)
+def test_the_command_that_plan_prints_is_understood(
+    engine_args: EngineArguments, tmp_path: Path, hardware: str, mebibytes: int
+) -> None:
+    if hardware.endswith(".json"):
+        hardware = str(tmp_path / hardware)
+        Path(hardware).write_text(json.dumps(asdict(HardwareProfile("a CPU", 1e9, 1e-4, 1e10, 1e11, 1e-3))))
+    made = make_plan(Question(str(TINY_MOE), mebibytes << 20, 8 << 20, 1, 512, hardware, shares=(0.5,)))
+    assert made.chosen is not None and made.tiers.slots < 512
+    program, serve, model, *words = shlex.split(made.command)
+    assert (program, serve, model) == ("vllm", "serve", str(TINY_MOE))
+    given = engine_args(*words)
+    assert (given.max_model_len, given.max_num_seqs) == (512, 1)
+    found = settings(given)
+    assert found is not None
+    assert found.budget.given(made.model.expert_bytes) == made.points[made.chosen].nbytes >> 20 << 20

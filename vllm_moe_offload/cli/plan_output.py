@@ -51,7 +51,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     )
     room = "nothing" if tiers.room_bytes <= 0 else size_text(tiers.room_bytes)
     yield f"{describe(tiers)}; {room} left for slots: {tiers.slots} of {model.experts} experts"
-    if tiers.host_bytes:
+    if tiers.experts_in_host_bytes:
         yield (
             f"host memory: {size_text(tiers.host_bytes)} for experts, holds {size_text(tiers.experts_in_host_bytes)} "
             "of them"

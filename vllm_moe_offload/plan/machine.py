@@ -33,11 +33,8 @@ class HostCosts(NamedTuple):
     miss: float
 
 
-COMPILED = HostCosts(layer=1000, step=1500, lookup=150, miss=330)
-EAGER = HostCosts(layer=1000, step=1500, lookup=150, miss=330)
-
-REACHED = 1.0
-"""Share of the rate at which memory can be read that the kernels of experts reach."""
+COMPILED = HostCosts(layer=420, step=1600, lookup=800, miss=480)
+EAGER = HostCosts(layer=1500, step=1800, lookup=340, miss=480)
 
 _STORE_BYTES = 192 << 20
 _FEWEST, _MOST = 24, 96
@@ -88,7 +85,7 @@ def measured_machine(
         name=NAME,
         bytes_per_second=align(record_bytes) / moving,
         load_latency_seconds=latency,
-        memory_bytes_per_second=REACHED * rates.memory_bytes_per_second,
+        memory_bytes_per_second=rates.memory_bytes_per_second,
         flops_per_second=rates.flops_per_second,
         layer_overhead_seconds=costs.layer * rates.operation_seconds,
         loads_at_once=AT_ONCE,
