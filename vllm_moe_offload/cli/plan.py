@@ -38,49 +38,53 @@ def _tokens(text: str) -> int:
     return int(number) * factor
 
 
+MemoryOption = Annotated[
+    int | None,
+    typer.Option(
+        parser=_size,
+        metavar="SIZE",
+        help="Fast memory, like 24GiB: a GPU's, or host memory where there is none (default: what the named GPU has, "
+        "or what is free here).",
+        show_default=False,
+    ),
+]
+HostMemoryOption = Annotated[
+    int | None,
+    typer.Option(
+        parser=_size,
+        metavar="SIZE",
+        help="Host memory behind a GPU (default: what is free here).",
+        show_default=False,
+    ),
+]
+ContextOption = Annotated[int, typer.Option(parser=_tokens, metavar="TOKENS", help="Longest request, like 8192 or 8k.")]
+HardwareOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|measure|FILE",
+        help="'measure' this machine's processor, memory and disk, or a machine by name "
+        f"({', '.join(PROFILE_NAMES)}) or JSON file. Default: measure, where there is no GPU.",
+        show_default=False,
+    ),
+]
+EagerOption = Annotated[
+    bool, typer.Option("--enforce-eager", help="Plan for an engine without torch.compile, as this flag of vLLM.")
+]
+
+
 def plan(
     model: Annotated[
-        str,
-        typer.Argument(help="Folder of a checkpoint, a config.json, or a name on the Hugging Face hub."),
+        str, typer.Argument(help="Folder of a checkpoint, a config.json, or a name on the Hugging Face hub.")
     ],
-    memory: Annotated[
-        int | None,
-        typer.Option(
-            parser=_size,
-            metavar="SIZE",
-            help="Fast memory, like 24GiB: a GPU's, or host memory where there is none (default: what the named GPU "
-            "has, or what is free here).",
-            show_default=False,
-        ),
-    ] = None,
-    host_memory: Annotated[
-        int | None,
-        typer.Option(
-            parser=_size,
-            metavar="SIZE",
-            help="Host memory behind a GPU (default: what is free here).",
-            show_default=False,
-        ),
-    ] = None,
+    memory: MemoryOption = None,
+    host_memory: HostMemoryOption = None,
     concurrency: Annotated[int, typer.Option(min=1, max=1 << 16, help="Requests at a time.")] = 8,
-    context: Annotated[
-        int, typer.Option(parser=_tokens, metavar="TOKENS", help="Longest request, like 8192 or 8k.")
-    ] = "8k",  # type: ignore[assignment]
-    hardware: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME|measure|FILE",
-            help="'measure' this machine's processor, memory and disk, or a machine by name "
-            f"({', '.join(PROFILE_NAMES)}) or JSON file. Default: measure, where there is no GPU.",
-            show_default=False,
-        ),
-    ] = None,
+    context: ContextOption = "8k",  # type: ignore[assignment]
+    hardware: HardwareOption = None,
     trace: Annotated[
         Path | None, typer.Option(help="Trace of your own requests (.trace, .npz) to replay.", show_default=False)
     ] = None,
-    enforce_eager: Annotated[
-        bool, typer.Option("--enforce-eager", help="Plan for an engine without torch.compile, as this flag of vLLM.")
-    ] = False,
+    enforce_eager: EagerOption = False,
     store: StoreOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
