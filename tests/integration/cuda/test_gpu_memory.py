@@ -1,6 +1,8 @@
 """What ``auto`` makes slots of, and what is said where slots leave no room for the KV cache."""
 
 import re
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -99,13 +101,14 @@ def test_slots_that_leave_no_kv_cache_are_refused_with_a_size_that_does(
     ],
 )
 def test_what_vllm_finds_for_its_kv_cache_is_enough_or_slots_are_named(
-    slots: tuple[int, int] | None, fixed: int | None, said: str | None
+    slots: tuple[int, int] | None, fixed: int | None, said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where the error is left for the process that starts
     worker = SimpleNamespace(
         moe_offload=SimpleNamespace(device_slots=slots),
         cache_config=SimpleNamespace(kv_cache_memory_bytes=fixed),
         model_config=SimpleNamespace(original_max_model_len=4096),
-        vllm_config=None,
+        vllm_config=SimpleNamespace(instance_id="engine"),
         get_kv_cache_spec=lambda: {"attention": SimpleNamespace(max_memory_usage_bytes=lambda _: 2 * GIB)},
     )
     determine = memory._explain_missing_kv_cache(lambda _: GIB)
