@@ -200,6 +200,11 @@ class Stats:
         WORKER,
     )
     evictions: int = _counter("Experts that lost their slots to others.", "experts", WORKER | DAEMON)
+    warmed: int = _counter(
+        "Experts brought into slots while a new request's prompt was read, because similar requests had used them.",
+        "experts",
+        WORKER,
+    )
     prediction_failures: int = _counter(
         "Exceptions after which an engine goes on without prediction.", "exceptions", WORKER
     )

@@ -82,10 +82,14 @@ def test_a_report_adds_up_what_every_step_did(script: list[dict]) -> None:
 def test_uses_count_half_after_a_minute_and_those_of_a_device_count_once_a_step() -> None:
     summary = Summary(activity := Activity(Stats(), LAYERS))
     ids = np.array([[[0, 1], [1, -1]], [[5, 2], [2, 5]], [[3, 0], [-1, -1]]])
-    activity.note_routed(ids, np.array([2, 2, 2]), np.array([1, 0, 2]))
+    activity.note_routed({"a": 1, "b": 1}, ids, np.array([2, 2, 2]), np.array([1, 0, 2]))
     summary.update(1.0)
     uses = np.zeros((3, 6), np.float32)
     uses[[0, 0, 1, 1, 2, 2], [0, 1, 2, 5, 0, 3]] = 1
+    assert [(r.id, r.steps, r.tokens, r.experts, r.misses) for r in summary.requests] == [
+        ("a", 1, 1, 6, 3),
+        ("b", 1, 1, 6, 3),
+    ]
     found = summary.expert_map(np.zeros((3, 6), np.uint8))
     assert np.array_equal(np.frombuffer(found.uses, np.float32).reshape(3, 6), uses)
     assert (found.hits, found.misses, len(found.resident)) == ([1, 2, 0], [1, 0, 2], 18)

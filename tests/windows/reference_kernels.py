@@ -34,6 +34,7 @@ class ReferenceKernels(Kernels):
         out: torch.Tensor,
         misses: torch.Tensor,
         ring: Ring,
+        keeps: bool = True,
     ) -> None:
         window = layer.window
 
@@ -49,10 +50,10 @@ class ReferenceKernels(Kernels):
             write_misses(misses, missing, np.full(len(missing), ABSENT))
             write_residents(layer, policy, tables)
             used = len(used_of(given, real))
-            write_ring(ring, layer, given, values[4], int(real[0]), used, len(missing), outcomes)
+            write_ring(ring, layer, given, values[4], int(real[0]), used, len(missing), outcomes, keeps)
 
         def writes() -> Sequence[Memory]:
-            return [layer.tables, out, misses, *entry_of(ring, layer, ids, real_rows)]
+            return [layer.tables, out, misses, *entry_of(ring, layer, ids, real_rows, keeps)]
 
         reads = [ids, real_rows, layer.tables, ring.header, weights]
         self.device.kernel(self.device.main, lambda: reads, compute, writes, "manage")
@@ -259,12 +260,15 @@ def write_misses(misses: torch.Tensor, listed: NDArray[np.int32], slots: NDArray
     misses[1 : 1 + 3 * len(listed)] = torch.from_numpy(np.column_stack([listed, slots]).astype(np.int32).reshape(-1))
 
 
-def entry_of(ring: Ring, layer: LayerTables, ids: torch.Tensor, real_rows: torch.Tensor) -> list[torch.Tensor]:
-    """The layer's choices in the step, and its note."""
+def entry_of(
+    ring: Ring, layer: LayerTables, ids: torch.Tensor, real_rows: torch.Tensor, keeps: bool = True
+) -> list[torch.Tensor]:
+    """The layer's choices in the step, if it keeps them, and its note."""
     entry = int(ring.step[0]) % len(ring.choices)
     count = min(int(real_rows[0]), len(ids)) * ids.shape[1]
     first = layer.number * count
-    return [ring.choices[entry, first : first + count], ring.notes[entry, layer.number]]
+    choices = [ring.choices[entry, first : first + count]] if keeps else []
+    return [*choices, ring.notes[entry, layer.number]]
 
 
 def write_ring(
@@ -276,11 +280,13 @@ def write_ring(
     used: int,
     misses: int,
     outcomes: Outcomes = NO_OUTCOMES,
+    keeps: bool = True,
 ) -> None:
-    kept, note = entry_of(ring, layer, torch.from_numpy(ids), torch.tensor([real]))
+    *kept, note = entry_of(ring, layer, torch.from_numpy(ids), torch.tensor([real]), keeps)
     words = choices_in_words(ids[:real], np.asarray(weights)[:real])
-    kept.copy_(torch.from_numpy(words))
-    note.copy_(torch.tensor([int(ring.step[0]), len(words), used, misses, 0, 0, *outcomes]))
+    for place in kept:
+        place.copy_(torch.from_numpy(words))
+    note.copy_(torch.tensor([int(ring.step[0]), min(real, len(ids)) * ids.shape[1], used, misses, 0, 0, *outcomes]))
 
 
 def choices_in_words(ids: NDArray[np.integer], weights: NDArray[np.floating]) -> NDArray[np.int32]:

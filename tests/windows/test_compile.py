@@ -26,6 +26,7 @@ SCALARS = {
     "experts",
     "slots",
     "keep_ids",
+    "keeps",
     "is_lent",
     "layer",
     "n_components",

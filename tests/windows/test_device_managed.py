@@ -5,6 +5,7 @@ Kernels are the policy in numpy, enqueued on a device whose work runs late and i
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -82,8 +83,8 @@ def run(
     for step in range(STEPS):
         rows = int(rng.choice([1, 2, 3, 8]))
         ids = [rng.integers(0, EXPERTS, (rows, 1)).astype(np.int32) for _ in range(LAYERS)]
-        if rng.random() < 0.2:
-            model.managed.warm(int(rng.integers(LAYERS)), rng.permutation(EXPERTS)[:slots])
+        if rng.random() < 0.4:
+            assert model.managed.warm([rng.permutation(EXPERTS)[: rng.integers(slots + 1)] for _ in range(LAYERS)])
         if rng.random() < 0.2:
             model.step(ids[: LAYERS // 2])  # an exception ends it
         else:
@@ -230,28 +231,53 @@ def test_a_step_without_rows_ends_like_any_other() -> None:
     assert [step.number for step in seen] == [2] and (seen[0].ids == 1).all()
 
 
-def test_warming_again_and_again_takes_no_more_pinned_memory() -> None:
-    class CountingDevice(VirtualDevice):
-        pinned = 0
+@pytest.mark.parametrize("rows", [1, 4, 8])
+def test_windows_are_warmed_while_all_experts_pass_through_stages_and_not_otherwise(rows: int) -> None:
+    device = VirtualDevice(0)
+    model = managed_model(device, ReferenceKernels(device), checked(device), layers=6, experts=4, slots=2)
+    lent = [layer.window.is_lent for layer in model.layers]
+    assert sorted(set(lent)) == [False, True]
+    model.real_rows.fill_(8)
+    for wanted in ([3, 1], [0, 2], [2]):
+        assert model.managed.warm([np.array(wanted)] * 6)
+        model.step([np.zeros((rows, 1), np.int32)] * 6)
+        steps = model.managed.read_back(rows)
+        model.step([np.array([[expert] for expert in wanted], np.int32)] * 6)
+        steps += model.managed.read_back(len(wanted))
+        steps += model.managed.finished()
+        warmed = [0 if is_lent else len(wanted) for is_lent in lent]
+        assert steps[-1].warmed.tolist() == [0] * 6, "in the step that it was given for"
+        if rows == 8:
+            assert [a + b for a, b in zip(steps[-1].misses.tolist(), warmed, strict=True)] == [len(wanted)] * 6
+            assert steps[-2].warmed.tolist() == warmed
+        else:
+            assert not steps[-2].warmed.any() and steps[-1].misses.any()
+        model.managed.reset()
 
-        def allocate_pinned(self, nbytes: int) -> torch.Tensor:
-            self.pinned += 1
-            return super().allocate_pinned(nbytes)
 
-    device = CountingDevice(0)
-    model = managed_model(device, ReferenceKernels(device), checked(device), most_rows=1, slots=3)
-    model.real_rows.fill_(1)
-    pinned = []
-    for step in range(6):
-        for layer in range(LAYERS):
-            model.managed.warm(layer, np.array([step % 4, (step + 1) % 4, (step + 2) % 4]))
-        model.step([np.array([[step % 4]], np.int32)] * LAYERS)
-        seen = model.managed.read_back(1)
+def test_a_window_that_stages_overwrite_must_not_be_warmed() -> None:
+    def run_to_the_end(order: int) -> None:
+        device = VirtualDevice(order)
+        model = managed_model(device, ReferenceKernels(device), checked(device), layers=6, experts=4, slots=2)
+        for tables in model.managed._warming._tables:
+            tables.window = replace(tables.window, is_lent=False)
+        model.real_rows.fill_(8)
+        model.managed.warm([np.array([3, 1])] * 6)
+        model.step([np.zeros((8, 1), np.int32)] * 6)
+        model.managed.read_back(8)
+        model.step([np.array([[3], [1]], np.int32)] * 6)
+        model.managed.read_back(2)
         device.drain()
-        seen += model.managed._log.finished()
-        assert [routed.misses.sum() for routed in seen] == [0], "what was warmed is there"
-        pinned.append(device.pinned)
-    assert len(set(pinned)) == 1
+
+    with pytest.raises(CorruptionError):
+        for order in range(ORDERS_WITH_A_BUG):
+            run_to_the_end(order)
+
+
+def test_a_host_that_is_further_ahead_than_an_engine_warms_nothing() -> None:
+    device = VirtualDevice(0, frozen=True)
+    model = managed_model(device, ReferenceKernels(device), checked(device))
+    assert [model.managed.warm([np.array([1])] * LAYERS) for _ in range(AHEAD + 2)] == [True] * (AHEAD + 1) + [False]
 
 
 @pytest.mark.parametrize("ids", [torch.zeros((9, 1), dtype=torch.int32), torch.zeros((5, 2), dtype=torch.int32)[:, :1]])

@@ -89,6 +89,10 @@ class StepBatch(Batch):
         if self._tokens is not None:
             self._tokens.wait()
 
+    def new_prompts(self) -> Mapping[str, Sequence[int]]:
+        new = self._output.scheduled_new_reqs
+        return {request.req_id: request.prompt_token_ids for request in new if request.prompt_token_ids is not None}
+
     def requests_of(self, rows: Collection[int]) -> list[str]:
         """The requests that these rows of the batch belong to; all of the step where vLLM does not say."""
         order = self._known_order()

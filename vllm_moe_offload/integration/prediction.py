@@ -22,7 +22,7 @@ from ..predict.token_vectors import ModelVectors
 from ..prefetch.optional import Switch
 from ..prefetch.planner import Estimates
 from ..prefetch.prefetcher import Prefetcher, PrefetchLayer
-from ..runtime import OffloadRuntime, RoutingTracer
+from ..runtime import OffloadRuntime, RoutingTracer, WarmStart
 from ..stats import Stats
 from ..threads import keep_blas_on_one_thread
 from ..trace.recorder import Recorder
@@ -101,7 +101,12 @@ def _build(
     recorder = Recorder(shape, MOST_TOKENS if trace is None else None)
     history = RoutingHistory(recorder, trace, kept, predictor, learning, switch, cpus)
     stop_all = Switch(partial(_stop_all, runtime.stats, recorder, switch))
-    runtime.tracer = RoutingTracer(recorder, history.request_ended, embed, history.later, stop_all)
+    tracer = RoutingTracer(recorder, history.request_ended, embed, history.later, stop_all)
+    if runtime.queue is not None:
+        runtime.queue.tracer = tracer
+        runtime.warm_start = None if kept is None else WarmStart(kept.history, tracer)
+        return history
+    runtime.tracer = tracer
     for number, (_, method) in enumerate(layers.values()):
         method.traced = runtime, number
     model.register_forward_pre_hook(lambda module, arguments: runtime.begin_pass())

@@ -11,7 +11,7 @@ from vllm.platforms import current_platform
 
 from ..client.remote_pool import slots_taken_back
 from ..config import OffloadConfig
-from ..errors import StoreError, UnsupportedError
+from ..errors import StoreError
 from ..pool import HostPool
 from ..pool.loader import DamagedRecordError
 from ..report import Prediction, Residency
@@ -54,6 +54,8 @@ class ServedModel:
         self._windows = slots.windows
         self._managed = slots.managed
         self.runtime = OffloadRuntime(model.store, slots.pools, slots.stats, slots.windows or slots.daemon)
+        if self._managed is not None:
+            self._managed.serve_for(self.runtime)
         for name, (layer, method) in model.layers.items():
             self._attach(name, layer, method)
         if self._resident or self._managed is not None:
@@ -102,11 +104,11 @@ class ServedModel:
         if batch.tokens:
             self._step = batch, failures
             self._chunks.begin_step(batch.tokens)
+        if self._managed is not None:
+            self._managed.end_step()
         self.runtime.begin_step(batch)
         if self._managed is not None:
-            self._end_managed()
-            if batch.tokens:
-                self._managed.begin_step(batch.tokens)
+            self._managed.begin_step(batch)
 
     def end_step(self) -> None:
         """The forward pass of the served model is over; passes of a drafter belong to the step that they follow."""
@@ -118,15 +120,8 @@ class ServedModel:
             batch, failures = step
             failures.add(batch.scheduled, str(slots_taken_back()))
         self.runtime.end_step()
-        self._end_managed()
-
-    def _end_managed(self) -> None:
-        """Count what the device has done by now. Without effect outside of a step."""
-        if self._managed is not None and self._managed.runs:
-            steps = self._managed.end_step()
-            self._managed.count(steps, self.runtime.stats)
-            for step in steps:
-                self.runtime.activity.note_routed(step.ids, step.used, step.misses)
+        if self._managed is not None:
+            self._managed.end_step()
 
     def close(self) -> None:
         """The worker ends: write what is to be kept, end the threads, let go of the store. Idempotent."""
@@ -136,13 +131,15 @@ class ServedModel:
         self.runtime.end_step()
         if self.runtime.tracer is not None:
             self.runtime.end_requests(self.runtime.tracer.running)
-        if self._history is not None:
-            self._history.close()
-            self._history = None
+        try:
+            if self._managed is not None:
+                self._managed.close()
+        finally:
+            if self._history is not None:
+                self._history.close()
+                self._history = None
         if self._windows is not None:
             self._windows.close()
-        if self._managed is not None:
-            self._managed.close()
         if self._daemon is not None:
             self._daemon.close()
         self.runtime.close()
@@ -253,12 +250,6 @@ class ServedModel:
     def _build_prediction(
         self, model: LoadedModel, config: OffloadConfig, io_cpus: set[int]
     ) -> "RoutingHistory | None":
-        if self._managed is not None:
-            refuse_to_trace(config)
-            if config.predictor != "none":
-                logger.info("the GPU manages its experts by itself: nothing is predicted, and no history is kept")
-            self._unpredicted = "the GPU manages its experts by itself"
-            return None
         if config.predictor == "none":
             self._unpredicted = "predictor = 'none'"
         elif self._resident:
@@ -268,6 +259,8 @@ class ServedModel:
         elif self._daemon is not None and predicts_on_other_rank(model.vllm_config):
             self._unpredicted = "another rank predicts"
             config = config.model_copy(update={"predictor": "none"})
+        elif self._managed is not None:
+            self._unpredicted = "the GPU manages its experts by itself"
         if config.trace is None and config.predictor == "none":
             return None
         from .prediction import build_prediction  # imports a compiler, which nothing else needs
@@ -300,16 +293,6 @@ class ServedModel:
         if not resident:
             method.pooled = (self.runtime, pooled)
             method.report_failures = self.report_failures
-
-
-def refuse_to_trace(config: OffloadConfig) -> None:
-    """Raises ``UnsupportedError`` where a trace or prediction was asked for and a GPU manages its experts by itself."""
-    asked = "trace" if config.trace is not None else f"predictor = {config.predictor!r}"
-    if config.trace is not None or (config.predictor_is_explicit and config.predictor != "none"):
-        raise UnsupportedError(
-            f"{asked} does not work where a GPU manages its experts by itself, as it does where host memory holds all "
-            "of them: their routing does not come to the host in time; leave it out, or give host_cache less"
-        )
 
 
 def mark_graph(vllm_config: Any, resident: bool, slots: list[int]) -> None:

@@ -121,7 +121,7 @@ def windows_of_worker(
         host = host_budget(config, sum(model.expert_bytes for model in some), free)
         setting = f"host_cache = {config.host_cache!r}"
         behind |= zip(pooled, slots_of_models(worker.vllm_config, config, some, host, io_cpus, setting), strict=True)
-    records, own = records_to_manage(device, models, behind[pooled[0]]) if pooled else (None, "")
+    records, own = records_to_manage(device, config, models, behind[pooled[0]]) if pooled else (None, "")
     obstacle = mode.obstacle_of_any(own)
     if pooled:
         mode.log_mode(obstacle, sum(len(models[number].layers) for number in pooled))
@@ -135,11 +135,13 @@ def windows_of_worker(
 
 
 def records_to_manage(
-    device: Device, models: Sequence[LoadedModel], behind: ModelSlots
+    device: Device, config: OffloadConfig, models: Sequence[LoadedModel], behind: ModelSlots
 ) -> tuple[RegisteredRecords | None, str]:
     """The host memory that ``device`` reads if it manages the windows over it, or None and why it cannot."""
     if len(models) > 1:
         return None, "a drafter has experts too"
+    if config.predictor_is_explicit and config.predictor not in mode.PREDICTORS:
+        return None, f"predictor = {config.predictor!r} is asked between layers, which takes the host"
     (model,) = models
     if behind.daemon is not None:
         return None, "a daemon keeps the host's memory"
@@ -168,7 +170,7 @@ def _passing(model: LoadedModel, config: OffloadConfig, io_cpus: set[int]) -> Mo
 
 
 def _managed(
-    device: Device, vllm_config: Any, model: LoadedModel, plans: Plans, records: RegisteredRecords
+    device: Device, vllm_config: Any, model: LoadedModel, plans: Plans, records: RegisteredRecords, stats: Stats
 ) -> ManagedWindows:
     compilation, ranks = vllm_config.compilation_config, vllm_config.parallel_config.tensor_parallel_size
     graphs = compilation.cudagraph_mode not in (None, CUDAGraphMode.NONE)
@@ -184,6 +186,7 @@ def _managed(
         plans,
         records,
         machine.managing_kernels(device, max(ids)),
+        stats,
         top_k=next(method.moe.experts_per_token for _, method in model.layers.values()),
         most_rows=-(-rows // ranks) * ranks,
         gathered_rows=captured,
@@ -204,7 +207,7 @@ def _over_host_memory(
     host = {name: pool for name, pool in behind.pools.items() if isinstance(pool, HostPool)}
     try:
         if records is not None:
-            managed = _managed(device, worker.vllm_config, model, plans, records)
+            managed = _managed(device, worker.vllm_config, model, plans, records, behind.stats)
             return behind._replace(resident=False, managed=managed)
         windows = HostManaged(device, model.store.layers, plans, host, config.policy, behind.daemon)
     except RegistrationError as error:

@@ -85,8 +85,21 @@ class Activity:
         self.misses[layer] += report.misses
         self.stall_seconds[layer] += report.waited
 
-    def note_routed(self, ids: NDArray[np.integer], used: NDArray[np.int64], misses: NDArray[np.int64]) -> None:
-        """A step that a device has served: ``ids [layers, rows, top_k]``, and ``[layers]`` counts of experts."""
+    def note_routed(
+        self,
+        scheduled: Mapping[str, int],
+        ids: NDArray[np.integer],
+        used: NDArray[np.integer],
+        misses: NDArray[np.integer],
+    ) -> None:
+        """A whole step at once, which a device has served: no ``begin_step`` and ``end_step`` are of it.
+
+        Args:
+            scheduled: tokens by request, which must not change any more.
+            ids: ``[layers, rows, top_k]``.
+            used, misses: ``[layers]``: distinct experts, and those among them that were not there.
+        """
+        self._steps.append(EndedStep(scheduled, int(used.sum()), int(misses.sum()), 0.0))
         for layer, (needed, missed) in enumerate(zip(used.tolist(), misses.tolist(), strict=True)):
             self.hits[layer] += needed - missed
             self.misses[layer] += missed

@@ -20,7 +20,9 @@ from ..stats import Stats
 from ..store.layout import RecordLayout
 from ..store.reader import Store
 from ..trace.recorder import routing_shares
+from .routing_queue import RoutingQueue
 from .tracer import Batch, RoutingTracer
+from .warm_start import WarmStart
 from .wave import SingleWave, Wave, Waves
 
 SPLIT_SECONDS = 2e-3
@@ -76,6 +78,10 @@ class OffloadRuntime:
         self.tracer: RoutingTracer | None = None
         self.prefetcher: Prefetcher | None = None
         """For steps that are traced."""
+        self.queue: RoutingQueue | None = None
+        """Where a device manages the slots: takes steps and the ends of requests in place of tracer and prefetcher."""
+        self.warm_start: WarmStart | None = None
+        """Likewise: what to bring into slots when requests begin."""
         self._source = source
         self._batch: Batch | None = None
         """Of a step whose forward pass has not started yet."""
@@ -123,7 +129,8 @@ class OffloadRuntime:
         if not batch.tokens:
             return
         self._batch = batch
-        self.activity.begin_step(batch.scheduled)
+        if self.queue is None:
+            self.activity.begin_step(batch.scheduled)
         self.stats.steps += 1
         self.stats.tokens += batch.tokens
         if self._source is not None and self._source.begin_step():
@@ -175,6 +182,9 @@ class OffloadRuntime:
 
     def end_requests(self, requests: Collection[str]) -> None:
         """Requests have finished or were aborted."""
+        if self.queue is not None:
+            self.queue.end_requests(requests)
+            return
         self.activity.end_requests(requests)
         for request in requests:
             state = None if self.prefetcher is None else self.prefetcher.end_request(request)

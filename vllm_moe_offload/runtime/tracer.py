@@ -45,6 +45,10 @@ class Batch:
         """The tokens of the prompt of a request in ``rows``."""
         raise KeyError(request)
 
+    def new_prompts(self) -> Mapping[str, Sequence[int]]:
+        """The prompts of requests that begin with this step, as far as they are known before it starts."""
+        return {}
+
 
 def _at_once(job: Callable[[], None]) -> None:
     job()
@@ -87,13 +91,16 @@ class RoutingTracer:
         """Requests that have begun and not ended."""
         return self._recorder.running
 
+    def embed(self, request: str, prompt: NDArray[np.integer]) -> Vector | None:
+        """The embedding of a prompt, from now on that of ``request``; None where none can be made."""
+        if self._embed is not None:
+            self._embeddings[request] = unit(self._embed(prompt))
+        return self._embeddings.get(request)
+
     @optional
     def begin_step(self, batch: Batch) -> Sequence[ScheduledTokens] | None:
         """The forward pass over ``batch`` starts. Returns its rows, None where nothing is traced any more."""
-        rows = batch.rows()
-        for part in rows:
-            if self._embed is not None and part.request not in self._embeddings:
-                self._embeddings[part.request] = unit(self._embed(batch.prompt(part.request)))
+        rows = self._rows_of(batch)
         self._recorder.begin_step(rows)
         self._traces_step = bool(rows)
         return rows
@@ -113,12 +120,34 @@ class RoutingTracer:
         return self._recorder.end_step()
 
     @optional
+    def rows_of(self, batch: Batch) -> Sequence[ScheduledTokens] | None:
+        """The rows of a step for ``trace_step``; None where nothing is traced any more."""
+        return self._rows_of(batch)
+
+    @optional
+    def trace_step(
+        self, rows: Sequence[ScheduledTokens], experts: NDArray[np.integer], weights: NDArray[np.floating]
+    ) -> Sequence[RequestMaps] | None:
+        """A whole step at once, between others: its ``rows`` were routed to ``experts``, ``[layers, rows, K]``."""
+        self._recorder.begin_step(rows)
+        self._recorder.note_all(experts, weights)
+        return self._recorder.end_step()
+
+    @optional
     def end_request(self, request: str, state: RequestState | None) -> None:
         """A request has finished or was aborted. ``state``: what prediction kept of it."""
         trace = self._recorder.finish(request)
         embedding = self._embeddings.pop(request, None)
         if trace is not None:
             self._later(partial(self._ended, _with_embedding(trace, embedding), state))
+
+    def _rows_of(self, batch: Batch) -> Sequence[ScheduledTokens]:
+        """Its rows. From now on the prompts of their requests are embedded."""
+        rows = batch.rows()
+        for part in rows:
+            if self._embed is not None and part.request not in self._embeddings:
+                self.embed(part.request, batch.prompt(part.request))
+        return rows
 
 
 def _with_embedding(trace: Trace, embedding: Vector | None) -> Trace:

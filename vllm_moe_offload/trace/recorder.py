@@ -97,6 +97,12 @@ class Recorder:
         self._weights_of[layer][...] = weights
         self._noted += 1
 
+    def note_all(self, experts: NDArray[np.integer], weights: NDArray[np.floating]) -> None:
+        """All layers routed the rows: ``[layers, rows, K]``."""
+        self._experts[...] = experts.transpose(1, 0, 2)
+        self._weights[...] = weights.transpose(1, 0, 2)
+        self._noted = self.shape[0]
+
     def end_step(self) -> list[RequestMaps]:
         """The pass is over: the new maps of each of its requests. None of them where a layer was not noted."""
         if not self._rows or self._noted != self.shape[0]:

@@ -5,7 +5,6 @@ the copies of a wide step too large for a graph and what comes back to the host,
 protection that slots and tables need.
 """
 
-from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,10 +14,11 @@ from numpy.typing import NDArray
 
 from ..device.base import Device, Event
 from ..device.registered import RegisteredMemory
-from .device_tables import DeviceTables, Kernels, LayerTables, Window, zeros
+from .device_tables import DeviceTables, Kernels, Window, zeros
 from .guesses import DISTANCE, THRESHOLD, Guesses, GuessKernels, HeadSizes
 from .memory import View, WindowMemory
 from .step_log import RoutedStep, StepLog
+from .warming import Warming
 
 _LANES = (16, 8, 1)
 
@@ -80,33 +80,23 @@ class DeviceManaged:
     ):
         self._device, self._layers, self._kernels = device, layers, kernels
         self._gathered_rows = gathered_rows
-        most_slots = max(layer.window.slots for layer in layers)
-        self._most_rows = max(most_rows, -(-2 * most_slots // top_k))
-        """That the log has room for: ``warm`` writes the slots of two windows there, behind the layers."""
+        self._most_rows = most_rows
         self.tables = DeviceTables(device, [layer.window for layer in layers])
-        self._warm_tables = [
-            LayerTables(len(layers) + each.number, each.window, each.tables) for each in self.tables.layers
-        ]
-        """The same, with notes behind those of the step."""
         self._into_window = [_components(device, layer, View.WINDOW) for layer in layers]
         self._into_stage = [_components(device, layer, layer.stage_view) for layer in layers]
+        out_of_stage = [_components(device, layer, View.WINDOW, from_stage=True) for layer in layers]
         record_bytes = [layer.memory.layout.payload_bytes for layer in layers]
-        self._log = StepLog(device, kernels, record_bytes, top_k, self._most_rows)
+        self._log = StepLog(device, kernels, record_bytes, top_k, most_rows)
+        self._warming = Warming(device, self.tables, out_of_stage, kernels, self._log.ring)
         self.narrow_rows = min(layer.window.slots for layer in layers) // top_k
         """Steps of more rows are wide."""
         self._misses = zeros(device, (1 + 3 * self.tables.most_experts,), torch.int32)
-        most_ids = max(self.narrow_rows * top_k, most_slots)
+        most_ids = self.narrow_rows * top_k
         self._out = {dtype: zeros(device, (most_ids,), dtype) for dtype in (torch.int32, torch.int64, torch.uint32)}
         self._guesses: Guesses | None = None
         self._copies = device.stream("stages")
         self._fills: dict[int, Event] = {}
         """By layer, behind the copies of all its experts to its stage that main has not waited for."""
-        self._warm_ids = zeros(device, (most_ids,), torch.int32)
-        self._warm_weights = zeros(device, (most_ids,), torch.float32)
-        self._warm_rows = zeros(device, (1,), torch.int32)
-        self._warm_rows.fill_(1)
-        self._warmed: deque[tuple[Event, torch.Tensor]] = deque()
-        """Pinned ids, in the order in which they go to the device, and the events behind them."""
 
     def guess(
         self, sizes: HeadSizes, kernels: GuessKernels, *, distance: int = DISTANCE, threshold: float = THRESHOLD
@@ -155,7 +145,9 @@ class DeviceManaged:
         out = self._out[topk_ids.dtype][: topk_ids.numel()].view(topk_ids.shape)
         if self._guesses is not None:
             self._guesses.join()
-        self._serve(layer, self.tables.layers[layer], topk_ids, topk_weights, real_rows, out)
+        tables, ring = self.tables.layers[layer], self._log.ring
+        self._kernels.manage(tables, topk_ids, topk_weights, real_rows, out, self._misses, ring)
+        self._kernels.gather(tables, self._into_window[layer], self._misses, ring)
         if self._guesses is not None:
             self._guesses.follow(layer, topk_ids, topk_weights)
         return out
@@ -178,6 +170,7 @@ class DeviceManaged:
             if layer + 1 < len(self._layers) and not managed.shares_stage(self._layers[layer + 1]):
                 self._fill(layer + 1)
             self._device.wait(self._device.main, self._fills.pop(layer))
+            self._warming.follow(layer)
         return managed.stage_view
 
     def expert_map(self, layer: int, view: View) -> torch.Tensor | None:
@@ -187,20 +180,12 @@ class DeviceManaged:
             return None
         return tables.row_of if view == View.WINDOW else tables.record_of
 
-    def warm(self, layer: int, experts: NDArray[np.integer]) -> None:
-        """Bring distinct ``experts`` of ``layer``, at most as many as its window has slots, into it: a use of each.
+    def warm(self, experts: Sequence[NDArray[np.integer]]) -> bool:
+        """Bring ``experts`` of each layer into its window in the next step, if that has more than ``gathered_rows``.
 
-        Between ``read_back`` and the next step.
+        Between ``read_back`` and the next step. ``Warming.give`` says more.
         """
-        assert 0 < len(experts) <= self.tables.layers[layer].window.slots
-        pinned, given = self._pinned_ids(), self._warm_ids[: len(experts)]
-        ids = pinned[: len(experts)]
-        ids.copy_(torch.from_numpy(experts.astype(np.int32)))
-        self._device.copy(self._device.main, given.view(torch.uint8), ids.view(torch.uint8))
-        self._warmed.append((self._device.record(self._device.main), pinned))
-        one_row, weights = given.view(1, -1), self._warm_weights[: len(experts)].view(1, -1)
-        out = self._out[torch.int32][: len(experts)].view(one_row.shape)
-        self._serve(layer, self._warm_tables[layer], one_row, weights, self._warm_rows, out)
+        return self._warming.give(experts)
 
     def read_back(self, rows: int) -> list[RoutedStep]:
         """End a step of so many ``rows`` at most, padding left out; what is known by now of this and earlier ones.
@@ -211,6 +196,7 @@ class DeviceManaged:
         self._settle()
         if self._guesses is not None:
             self._guesses.end_step()
+        self._warming.end_step()
         self._log.end_step(rows)
         return self._log.finished()
 
@@ -230,25 +216,6 @@ class DeviceManaged:
     def reset(self) -> None:
         """All windows are empty: what was routed so far only warmed the engine up."""
         self._kernels.reset(self.tables)
-
-    def _pinned_ids(self) -> torch.Tensor:
-        """Room for the ids of ``warm``: what has been copied, or else new memory, which is never given back."""
-        if self._warmed and self._device.finished(self._warmed[0][0]):
-            return self._warmed.popleft()[1]
-        return self._device.allocate_pinned(self._warm_ids.nbytes).view(torch.int32)
-
-    def _serve(
-        self,
-        layer: int,
-        tables: LayerTables,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        real_rows: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
-        ring = self._log.ring
-        self._kernels.manage(tables, ids, weights, real_rows, out, self._misses, ring)
-        self._kernels.gather(tables, self._into_window[layer], self._misses, ring)
 
     def _begin_wide(self) -> None:
         """Stages are about to be written: windows that are lent to them are empty."""
@@ -283,16 +250,22 @@ class DeviceManaged:
         self._fills.clear()
 
 
-def _components(device: Device, layer: ManagedLayer, view: View) -> torch.Tensor:
-    """The table by which ``kernels.gather`` finds the components of ``layer``."""
+def _components(device: Device, layer: ManagedLayer, view: View, from_stage: bool = False) -> torch.Tensor:
+    """The table by which ``kernels.gather`` finds the components of ``layer``.
+
+    Args:
+        view: where records go.
+        from_stage: they come from there, each from the row of its number, instead of from host memory.
+    """
     memory, member = layer.memory, layer.member
     to_window = view == View.WINDOW
     targets = memory.slot(member, 0) if to_window else memory.stage_row(layer.stage, 0)
     rows = []
-    for component, (target, window) in enumerate(zip(targets, memory.slot(member, 0), strict=True)):
+    places = zip(targets, memory.slot(member, 0), memory.stage_row(layer.stage, 0), strict=True)
+    for component, (target, window, staged) in enumerate(places):
         nbytes = target.nbytes
         host = layer.host.address(component) + layer.first * nbytes
-        numbers = target.data_ptr(), host, window.data_ptr(), nbytes
+        numbers = target.data_ptr(), staged.data_ptr() if from_stage else host, window.data_ptr(), nbytes
         rows.append((*numbers, next(lane for lane in _LANES if all(number % lane == 0 for number in numbers))))
     components = zeros(device, (len(rows), len(rows[0])), torch.int64)
     components.copy_(torch.tensor(rows))

@@ -95,9 +95,10 @@ class Kernels(Protocol):
         out: torch.Tensor,
         misses: torch.Tensor,
         ring: Ring,
+        keeps: bool = True,
     ) -> None:
         """``WindowTables.serve``: rewrite ``ids`` to rows in ``out``, or keep them where the table of rows is the
-        kernel's expert map, and list what is missing."""
+        kernel's expert map, and list what is missing. Choices go into the ring if ``keeps``."""
 
     def stage(
         self,

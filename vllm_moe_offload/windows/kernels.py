@@ -39,7 +39,7 @@ _NEVER = tl.constexpr((1 << 63) - 1)
 _NOBODY = tl.constexpr(0xFFFF)
 _LOWER = tl.constexpr(0xFFFF)
 
-_SIZES = ["n_ids", "top_k", "width", "base", "experts", "slots", "keep_ids", "layer"]
+_SIZES = ["n_ids", "top_k", "width", "base", "experts", "slots", "keep_ids", "keeps", "layer"]
 
 
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["ids", "weights"])
@@ -55,6 +55,7 @@ def manage(
     experts,
     slots,
     keep_ids,
+    keeps,
     out,
     misses,
     ring,
@@ -72,6 +73,7 @@ def manage(
         real_rows: int32 ``[1]``; rows behind them are padding.
         base: row of slot 0.
         keep_ids: 1 where the first table is the expert map of the layer's kernel: no id is rewritten.
+        keeps: 1 where choices go into the ring.
         out: ``[n_ids]``; rows of padding get what row 0 gets.
         P: not less than ``experts``.
     """
@@ -100,7 +102,7 @@ def manage(
     tl.store(tables + width + lane, tl.minimum(cooled + _USE, _MOST_HEAT), mask=served)
     tl.store(tables + 2 * width + lane, tl.zeros_like(lane) + epoch, mask=served)
     _rewrite(ids, n_ids, n_real, top_k, row, base, keep_ids, out, CHUNK)
-    _keep(ids, weights, n_real, 0, n_real, ring, layer, CHUNK)
+    _keep(ids, weights, n_real, 0, n_real * keeps, ring, layer, CHUNK)
     n_used = tl.sum(used.to(tl.int32), axis=0)
     useful = (mark > 0) & was_here & used
     wasted = (mark > 0) & ((was_here & (row >= 0)) == 0)

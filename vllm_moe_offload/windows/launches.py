@@ -47,11 +47,12 @@ class TritonKernels:
         out: torch.Tensor,
         misses: torch.Tensor,
         ring: Ring,
+        keeps: bool = True,
     ) -> None:
         window, tables = layer.window, layer.tables
         kernels.manage[(1,)](
             *(ids, weights, ids.numel(), ids.shape[1], real_rows, tables, tables.shape[1]),
-            *(window.base, window.experts, window.slots, int(window.record_of is not None)),
+            *(window.base, window.experts, window.slots, int(window.record_of is not None), int(keeps)),
             *(out, misses, ring.header, layer.number),
             P=self._lanes,
             CHUNK=_IDS_AT_ONCE,

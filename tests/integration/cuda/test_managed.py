@@ -17,13 +17,13 @@ from tests.windows.reference_kernels import ReferenceKernels
 from vllm_moe_offload.client.client import DaemonClient
 from vllm_moe_offload.config import OffloadConfig
 from vllm_moe_offload.device.base import RegistrationError
-from vllm_moe_offload.errors import ConfigError, UnsupportedError
+from vllm_moe_offload.errors import ConfigError
 from vllm_moe_offload.integration.cuda.managed import ManagedWindows, RegisteredRecords
 from vllm_moe_offload.integration.method import OffloadedMoEMethod
 from vllm_moe_offload.integration.placement import Budget, LoadedModel, ModelSlots
-from vllm_moe_offload.integration.serving import refuse_to_trace
 from vllm_moe_offload.integration.windows import _over_host_memory, records_to_manage
 from vllm_moe_offload.pool import HostPool, local_pools
+from vllm_moe_offload.runtime import Batch
 from vllm_moe_offload.stats import Stats
 from vllm_moe_offload.windows.memory import View
 from vllm_moe_offload.windows.plan import WindowPlan
@@ -52,7 +52,7 @@ class Windows:
     """Kernels compute what they read: the records of the rows that they are given."""
 
     def __init__(self, made: RecordStore, device: VirtualDevice):
-        self.pools = host_pools(made)
+        self.pools, self.stats = host_pools(made), Stats()
         (pool,) = set(self.pools.values())
         pool.load_all()
         plan = WindowPlan.of([EXPERTS] * LAYERS, [SLOTS] * LAYERS, [part.nbytes for part in SHARED.components])
@@ -63,6 +63,7 @@ class Windows:
             {SHARED: plan},
             records,
             ReferenceKernels(device),
+            self.stats,
             top_k=TOP_K,
             most_rows=ROWS,
             gathered_rows=CAPTURED,
@@ -89,11 +90,11 @@ def windows(made: RecordStore, device: VirtualDevice) -> Iterator[Windows]:
 def test_kernels_read_the_records_chosen_and_the_device_says_what_it_has_done(
     made: RecordStore, windows: Windows, device: VirtualDevice
 ) -> None:
-    draw, stats, wide, uses = np.random.default_rng(5), Stats(), 0, 0
+    draw, stats, wide, uses = np.random.default_rng(5), windows.stats, 0, 0
     for step in range(30):
         real = int(draw.choice([1, 2, 3, 4, 9, 16]))
         padding = 1 if real in (1, 3) else 0
-        windows.managed.begin_step(real)
+        windows.managed.begin_step(Batch(real))
         for layer in range(LAYERS):
             ids = draw.permuted(np.tile(np.arange(EXPERTS), (real + padding, 1)), axis=1)[:, :TOP_K].astype(np.int32)
             view, parts = windows.run(layer, ids)
@@ -104,9 +105,8 @@ def test_kernels_read_the_records_chosen_and_the_device_says_what_it_has_done(
                     for part, right in zip(parts, made.records[layer][expert], strict=True):
                         assert np.array_equal(part[row, choice].numpy(), right), (step, layer)
         wide += real > CAPTURED
-        windows.managed.count(windows.managed.end_step(), stats)
-    device.drain()
-    windows.managed.count(windows.managed.end_step(), stats)
+        windows.managed.end_step()
+    windows.managed.begin_step(Batch(0))
     assert 0 < stats.host_hits == stats.misses < stats.hits + stats.misses == uses
     whole = wide * LAYERS * EXPERTS
     assert wide and stats.copied_bytes == (stats.misses + whole) * SHARED.payload_bytes
@@ -119,13 +119,11 @@ def test_passes_outside_of_steps_bring_nothing_in(windows: Windows, device: Virt
         for layer in range(LAYERS):
             _, parts = windows.run(layer, ids)
             assert not any(part.any() for part in parts)
-    stats = Stats()
-    windows.managed.begin_step(1)
+    windows.managed.begin_step(Batch(1))
     for layer in range(LAYERS):
         windows.run(layer, np.arange(TOP_K, dtype=np.int32)[None])
-    steps = windows.managed.end_step()
-    device.drain()
-    windows.managed.count([*steps, *windows.managed.end_step()], stats)
+    windows.managed.begin_step(Batch(0))
+    stats = windows.stats
     assert stats.misses == LAYERS * TOP_K and stats.copied_bytes == LAYERS * TOP_K * SHARED.payload_bytes
 
 
@@ -169,9 +167,9 @@ def model_of(made: RecordStore, top_k: tuple[int, ...] = (TOP_K,) * LAYERS) -> L
     return LoadedModel(None, "model", torch.nn.Module(), made.store, layers, False)
 
 
-def refusal(device: VirtualDevice, models: list[LoadedModel], slots: ModelSlots) -> str:
+def refusal(device: VirtualDevice, models: list[LoadedModel], slots: ModelSlots, **settings: Any) -> str:
     """Why the device does not manage; nothing is left registered then."""
-    records, why = records_to_manage(device, models, slots)
+    records, why = records_to_manage(device, OffloadConfig(**settings), models, slots)
     assert (records is None) == bool(why) == (not device.registered)
     if records is not None:
         records.close()
@@ -200,16 +198,22 @@ def test_the_host_manages_otherwise_and_it_is_said_why(made: RecordStore, device
     assert refusal(device, [model_of(made)], of_daemon) == "a daemon keeps the host's memory"
 
 
-@pytest.mark.parametrize("settings", [{"trace": "routing.trace"}, {"predictor": "history"}])
-def test_what_needs_the_routing_in_time_is_refused_by_name(settings: dict[str, Any]) -> None:
-    (name,) = settings
-    with pytest.raises(UnsupportedError, match=f"{name}.* does not work where a GPU manages .* give host_cache less"):
-        refuse_to_trace(OffloadConfig(**settings))
-
-
-def test_nothing_is_refused_that_nobody_asked_for() -> None:
-    refuse_to_trace(OffloadConfig())
-    refuse_to_trace(OffloadConfig(predictor="none"))
+@pytest.mark.parametrize(
+    ("settings", "by_itself"),
+    [
+        ({}, True),
+        ({"trace": "routing.trace"}, True),
+        ({"predictor": "history"}, True),
+        ({"predictor": "none"}, True),
+        ({"predictor": "gate"}, False),
+        ({"predictor": "frequency"}, False),
+    ],
+)
+def test_a_predictor_that_is_asked_between_layers_takes_the_host(
+    made: RecordStore, device: VirtualDevice, settings: dict[str, Any], by_itself: bool
+) -> None:
+    why = refusal(device, [model_of(made)], ModelSlots(host_pools(made), Stats(), True, None), **settings)
+    assert why == "" if by_itself else f"predictor = {settings['predictor']!r} is asked between layers" in why
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,8 @@ def test_steps_of_all_widths(slots: int) -> None:
         if rows + padding == NARROW and slots == 3:
             padding, rows = 0, 1
         model.real_rows.fill_(rows)
-        if len(steps) == 4:
-            model.managed.warm(2, np.array([7, 1, 3]))
+        if rows == LARGE:
+            assert model.managed.warm([np.array([7, 1, 3])] * LAYERS)
         ids = routed(rng, rows, padding)
         model.step(ids, padding)
         steps += model.managed.read_back(rows + padding)
@@ -57,24 +57,27 @@ def test_steps_of_all_widths(slots: int) -> None:
         assert (steps[-1].weights == weights_of(steps[-1].ids).astype(np.float16)).all()
     assert [step.number for step in steps] == list(range(1, 11))
     assert all((step.misses <= step.used).all() for step in steps)
+    all_lent = all(layer.window.is_lent for layer in model.layers)
+    assert [step.number for step in steps if step.warmed.any()] == ([] if all_lent else [6])
 
 
 def test_a_warm_window_has_what_it_was_given_and_a_reset_one_nothing() -> None:
     device = VirtualDevice(0, main_is_host=True)
     model = managed_model(
-        device, TritonKernels(EXPERTS, programs=2), check, layers=2, experts=EXPERTS, slots=SLOTS, top_k=2
+        device, TritonKernels(EXPERTS, programs=2), check, layers=6, experts=EXPERTS, slots=SLOTS, top_k=2
     )
+    assert [layer.window.is_lent for layer in model.layers] == [False, False, True, True, True, True]
+    model.managed.warm([np.array([], np.int32), *[np.array([6, 2, 5])] * 5])
+    model.real_rows.fill_(8)
+    model.step([np.tile(np.array([0, 1], np.int32), (8, 1))] * 6)
+    steps = model.managed.read_back(8)
     model.real_rows.fill_(2)
-    model.managed.warm(1, np.array([6, 2, 5]))
-    ids = [np.array([[6, 2], [5, 2]], np.int32)] * 2
-    misses = []
     for _ in range(2):
-        model.step(ids)
-        model.managed.read_back(2)
-        device.drain()
-        misses += [step.misses.tolist() for step in model.managed._log.finished()]
+        model.step([np.array([[6, 2], [5, 2]], np.int32)] * 6)
+        steps += model.managed.read_back(2) + model.managed.finished()
         model.managed.reset()
-    assert misses == [[3, 0], [3, 3]]
+    assert [step.warmed.tolist() for step in steps] == [[0, 3, 0, 0, 0, 0], [0] * 6, [0] * 6]
+    assert [step.misses.tolist() for step in steps] == [[0] * 6, [3, 0, 3, 3, 3, 3], [3] * 6]
 
 
 def test_ranks_map_their_own_experts_and_no_others() -> None:

@@ -13,6 +13,7 @@ from ...device import Device
 from ...device.base import RegistrationError
 from ...device.registered import RegisteredMemory
 from ...pool import HostPool
+from ...runtime import Batch, OffloadRuntime, RoutingQueue
 from ...stats import Stats
 from ...store.layout import RecordLayout
 from ...store.manifest import LayerEntry
@@ -59,6 +60,7 @@ class ManagedWindows:
 
     Args:
         layers: of the store, in the order in which a step runs them.
+        stats: of the model; what the device does is added to them when it is known here.
         top_k: choices of a row, the same in every layer.
         most_rows: of a step, padding included.
         gathered_rows: of the largest captured graph, 0 where there are none.
@@ -75,13 +77,14 @@ class ManagedWindows:
         plans: Mapping[RecordLayout, WindowPlan],
         records: RegisteredRecords,
         kernels: Kernels,
+        stats: Stats,
         *,
         top_k: int,
         most_rows: int,
         gathered_rows: int,
         record_of: Sequence[NDArray[np.int32] | None] | None = None,
     ):
-        self._device, self._records = device, records
+        self._device, self._records, self._stats = device, records, stats
         shared_out = record_of or [None] * len(layers)
         managed: dict[int, ManagedLayer] = {}
         for members in pools_of(layers):
@@ -100,13 +103,11 @@ class ManagedWindows:
         self._gathered_rows = gathered_rows
         self._real_rows = device.allocate(4).view(torch.int32)
         self._real_rows.fill_(0)
-        self._rows = 0
-        """Of the running step."""
-        self._steps = 0
-        self.runs = False
-        """Whether a step runs. Passes outside of steps serve no request."""
-        self.copied_whole = 0
-        """Bytes of layers that were copied with all their experts."""
+        self._batch: Batch | None = None
+        """Of the running step. Passes outside of steps serve no request."""
+        self._served = False
+        """Whether a step has begun yet."""
+        self._runtime: OffloadRuntime | None = None
 
     @property
     def slots(self) -> int:
@@ -117,13 +118,27 @@ class ManagedWindows:
         """Of records, that windows can hold."""
         return sum(layer.window.slots * size for layer, size in zip(self.layers, self._record_bytes, strict=True))
 
-    def begin_step(self, rows: int) -> None:
-        """A step of so many rows has been scheduled, and is enqueued next."""
-        if not self._steps:
+    def serve_for(self, runtime: OffloadRuntime) -> None:
+        """From now on ``runtime`` hears late of steps, from here, and through its queue."""
+        self._runtime, runtime.queue = runtime, RoutingQueue(runtime.activity)
+
+    def begin_step(self, batch: Batch) -> None:
+        """A step has been scheduled, and is enqueued next. Without tokens it only says which requests have ended.
+
+        Raises:
+            DeviceError: the device cannot be used any more.
+        """
+        self.end_step()
+        if not batch.tokens:
+            self._note(self._windows.finished())  # there is no pass that this could delay
+            return
+        if not self._served:
             self._windows.reset()
-        self._steps += 1
-        self._rows, self.runs = rows, True
-        self._real_rows.fill_(rows)
+        self._served, self._batch = True, batch
+        self._real_rows.fill_(batch.tokens)
+        self._windows.begin_step()
+        if batch.tokens > max(self._gathered_rows, self._windows.narrow_rows):
+            self._warm(batch)
 
     def serve(self, layer: int, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> tuple[View, torch.Tensor]:
         """Bring what a layer needs to the device; enqueued, and never waited for. May be captured in a graph.
@@ -137,29 +152,75 @@ class ManagedWindows:
             what the layer's kernel is to be shown, and the ids there of the experts chosen.
         """
         rows, ids, weights = len(topk_ids), topk_ids.contiguous(), topk_weights.contiguous()
-        if not self.runs and rows > self._gathered_rows:
+        if self._batch is None and rows > self._gathered_rows:
             return View.WINDOW, ids
         if rows <= self._windows.narrow_rows:
             return View.WINDOW, self._windows.launch(layer, ids, weights, self._real_rows)
         if rows > self._gathered_rows:
-            self.copied_whole += self._experts[layer] * self._record_bytes[layer]
+            whole = self._experts[layer] * self._record_bytes[layer]
+            self._stats.copied_bytes += whole
+            self._stats.copied_streamed_bytes += whole
         return self._windows.launch_wide(layer, ids, weights, self._real_rows), ids
 
     def expert_map(self, layer: int, view: View) -> torch.Tensor | None:
         """What the kernel maps ids of ``serve`` with, where ranks share out experts."""
         return self._windows.expert_map(layer, view)
 
-    def end_step(self) -> list[RoutedStep]:
-        """The step has been enqueued. Returns what is known by now of this one and those before it.
+    def end_step(self) -> None:
+        """The step has been enqueued: take what is known by now of it and those before. Without effect outside of one.
 
         Raises:
             DeviceError: the device cannot be used any more.
         """
-        self.runs = False
-        return self._windows.read_back(self._rows)
+        batch, self._batch = self._batch, None
+        if batch is None:
+            return
+        if self._queue is not None:
+            self._queue.add(self._windows.step, batch)
+        self._note(self._windows.read_back(batch.tokens))
 
-    def count(self, steps: Sequence[RoutedStep], stats: Stats) -> None:
-        """Add what the device has done in ``steps``, and the copies of whole layers enqueued since the last call."""
+    def close(self) -> None:
+        """No step follows: requests end, and the host memory may go. Idempotent.
+
+        Raises:
+            DeviceError: the device cannot be used any more.
+        """
+        try:
+            self.end_step()
+            self._note(self._windows.finished())
+        finally:
+            if self._queue is not None:
+                self._queue.close()
+        self._device.synchronize(self._device.record(self._device.main))
+        self._records.close()
+
+    @property
+    def _queue(self) -> RoutingQueue | None:
+        return None if self._runtime is None else self._runtime.queue
+
+    def _warm(self, batch: Batch) -> None:
+        """The step passes all experts through stages: windows take those that requests which begin are going to use."""
+        if self._runtime is None or self._runtime.warm_start is None:
+            return
+        wanted = self._runtime.warm_start.experts_for(batch, [layer.window.slots for layer in self.layers])
+        if wanted is not None:
+            self._windows.warm(wanted)
+
+    def _own(self, ids: NDArray[np.int16]) -> NDArray[np.integer]:
+        """``ids [layers, …]`` in the numbers of this rank's experts, negative where another has it."""
+        maps = [layer.record_of for layer in self.layers]
+        if all(numbers is None for numbers in maps):
+            return ids
+        return np.stack(
+            [
+                of_layer if numbers is None else np.where(of_layer < 0, of_layer, numbers[of_layer])
+                for of_layer, numbers in zip(ids, maps, strict=True)
+            ]
+        )
+
+    def _note(self, steps: Sequence[RoutedStep]) -> None:
+        """Count what the device has done in ``steps``, and trace them."""
+        stats = self._stats
         for step in steps:
             misses = int(step.misses.sum())
             stats.hits += int(step.used.sum()) - misses
@@ -172,13 +233,6 @@ class ManagedWindows:
             stats.prefetches += int(step.started.sum())
             stats.prefetch_useful += int(step.useful.sum())
             stats.prefetch_wasted += int(step.wasted.sum())
-        stats.copied_bytes += self.copied_whole
-        stats.copied_streamed_bytes += self.copied_whole
-        self.copied_whole = 0
-
-    def close(self) -> None:
-        """No step follows: the host memory may go. Idempotent."""
-        if self.runs:
-            self.end_step()
-        self._device.synchronize(self._device.record(self._device.main))
-        self._records.close()
+            stats.warmed += int(step.warmed.sum())
+            if self._queue is not None:
+                self._queue.end_step(step, self._own(step.ids))

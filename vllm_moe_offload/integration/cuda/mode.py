@@ -14,6 +14,8 @@ from ...sizes import size_text
 
 logger = init_logger(__name__)
 
+PREDICTORS = ("history", "none")
+"""Those that the host need not ask between layers."""
 MICROSECONDS_PER_LAYER = 80
 """What it costs that the host looks at each MoE layer's routing: read from sources and added up, not measured."""
 
