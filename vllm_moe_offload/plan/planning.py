@@ -1,5 +1,6 @@
 """One plan from start to end, as plain data ready to print: what ``vllm-moe-offload plan`` answers."""
 
+import os
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from .tiers import Memory, Tiers, fewest_slots, slot_bytes, tiers, without_offlo
 from .verdict import Figures, verdict
 
 MEASURE = "measure"
+_BUSY = 1.0
+"""Load average: other processes take time that an engine would have."""
 SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 
 
@@ -275,6 +278,11 @@ def _notes(
         )
     if has_state(config):
         notes.append("some layers keep a state instead of a KV cache; it is not counted")
+    if question.hardware == MEASURE and os.getloadavg()[0] > _BUSY:
+        notes.append(
+            f"the machine was busy while it was measured (load average {os.getloadavg()[0]:.1f}): measure it again "
+            "when it is idle, these times are too long"
+        )
     if on_gpu:
         notes.append("no GPU was measured: its figures are from data sheets and estimates")
     if question.enforce_eager and question.hardware != MEASURE:
