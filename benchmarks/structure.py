@@ -20,7 +20,8 @@ PACKAGE = ROOT / "vllm_moe_offload"
 FLOORS = (
     ("__main__",),
     ("plugin", "cli"),
-    ("integration", "plan"),
+    ("integration",),
+    ("plan",),
     ("replay", "client", "daemon", "bench"),
     ("runtime", "learning"),
     ("ipc", "page"),

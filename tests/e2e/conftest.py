@@ -1,10 +1,12 @@
 """Engines for end-to-end tests: real vLLM with and without the plugin, each in a process of its own."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.e2e.engines import EngineServer, PlainServer
+from tests.e2e.served import OFFLOAD, Served, serve
 from tests.models import NAMES, REFUSED, Checkpoint, build, unmet
 
 
@@ -22,6 +24,13 @@ def offloaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineServer
     server = EngineServer(tmp_path_factory.mktemp("offloaded") / "log")
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def served(tiny_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """``vllm serve`` of the bundled model."""
+    with serve(tiny_moe, tmp_path_factory.mktemp("served") / "log", *OFFLOAD) as server:
+        yield server
 
 
 @pytest.fixture(scope="module", params=NAMES)

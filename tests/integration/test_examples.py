@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import typer
 import yaml
-from click import Command, Group
+from typer.core import TyperGroup
 
 from tests.e2e.live_engine import LiveEngine
 from tests.integration.conftest import Parse
@@ -85,14 +85,19 @@ def test_a_deployments_command_line_is_understood(command: str, engine_args: Par
     assert config is not None and config.cache == "16GiB"
 
 
-def understand(command: Command, name: str, words: list[str]) -> None:
-    """Parse a command line down to its last option. Click ends it with UsageError if it does not know something."""
+def understand(command: Any, name: str, words: list[str]) -> None:
+    """Parse a command line down to its last option; what is not known raises ``UsageError``."""
     context = command.make_context(name, words)
     left = [*context._protected_args, *context.args]
-    if isinstance(command, Group) and left:
+    if isinstance(command, TyperGroup) and left:
         name, inner, words = command.resolve_command(context, left)
-        assert name is not None and inner is not None
         understand(inner, name, words)
+
+
+@pytest.mark.parametrize("wrong", ["daemon --cach 32GiB", "daemon status --sockett here", "daemons"])
+def test_a_command_line_that_is_wrong_is_not_understood(wrong: str) -> None:
+    with pytest.raises(Exception, match=r"No such (option|command)"):
+        understand(typer.main.get_command(app), "vllm-moe-offload", wrong.split())
 
 
 def test_containers_of_a_pod_mount_volumes_that_it_has_and_selectors_find_their_pods() -> None:

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.live_engine import PRELOADED
+from tests.e2e.served import SMALL, run_vllm
 from vllm_moe_offload.client.launch import StartError
 from vllm_moe_offload.errors import ConfigError, OffloadError, StoreError
 from vllm_moe_offload.integration.start_errors import expect_errors, leaving_errors, raising_left_errors
@@ -87,25 +87,13 @@ def test_an_engine_in_one_process_leaves_nothing(tmp_path: Path, monkeypatch: py
     assert not list(tmp_path.iterdir())
 
 
-def serve(words: list[str], output: Path) -> None:
-    """Be the command ``vllm``, in a process that has imported it already, with what it says in a file."""
-    from vllm.entrypoints.cli.main import main
-
-    file = os.open(output, os.O_WRONLY | os.O_CREAT)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-    sys.argv = ["vllm", "serve", *words]
-    main()
-
-
 def test_vllm_serve_ends_with_what_only_a_worker_could_know(tiny_moe: Path, tmp_path: Path) -> None:
     """A trace of another model: known to be one when the checkpoint has been identified."""
     trace, output = tmp_path / "another.trace", tmp_path / "output"
     TraceRecording(trace, (1, 2, 1), "another-model", "0" * 32).close()
     options = ["--moe-offload-cache", "25%", "--moe-offload-trace", str(trace), "--moe-offload-daemon", "off"]
-    small = ["--max-model-len", "256", "--enforce-eager", "--kv-cache-memory-bytes", str(16 << 20), "--port", "0"]
-    server = PRELOADED.Process(target=serve, args=([str(tiny_moe), *options, *small], output))
+    command = ["serve", str(tiny_moe), *options, *SMALL, "--port", "0"]
+    server = PRELOADED.Process(target=run_vllm, args=(command, output))
     server.start()
     server.join()
     assert server.exitcode == 1

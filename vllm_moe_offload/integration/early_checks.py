@@ -16,15 +16,21 @@ from ..trace.archive import HistoryArchive
 from ..trace.trace_recording import refuse_unusable_file
 
 
-def refuse_what_is_known(vllm_config: Any, config: OffloadConfig) -> None:
+def refuse_what_is_known(vllm_config: Any, config: OffloadConfig, serves: bool) -> None:
     """Refuse settings with which no worker of this engine can start.
+
+    Args:
+        serves: whether requests will be served; else only stores are built.
 
     Raises:
         ConfigError, StoreError, TraceError: naming the setting and what would work.
     """
     refuse_memory_of_gpus(config)
     parallel = vllm_config.parallel_config
-    if parallel.nnodes == 1 and parallel.distributed_executor_backend != "ray":
+    if parallel.nnodes > 1 or parallel.distributed_executor_backend == "ray":
+        return
+    StoreRoot(config.store).require_usable()
+    if serves:
         refuse_unusable_files(config)
 
 
@@ -46,10 +52,8 @@ def refuse_unusable_files(config: OffloadConfig) -> None:
 
     Raises:
         ConfigError: the history's folder cannot be written, or the daemon that was named does not answer.
-        StoreError: stores can be neither found nor built.
         TraceError: the trace cannot be recorded there.
     """
-    StoreRoot(config.store).require_usable()
     if config.history not in (None, "off") and config.predictor != "none":
         named_history(config.history)
     if config.trace is not None:

@@ -22,11 +22,14 @@ from ..report.engine import begin_engine
 from . import seams
 from .cuda.graphs import split_at_experts
 from .early_checks import refuse_what_is_known
+from .header_checks import refuse_by_headers
 from .start_errors import expect_errors, in_one_line
 from .support import refuse_unsupported
 
 FROM_ENVIRONMENT = "moe_offload_from_environment"
 """Key of ``additional_config``: only the environment asks for offloading, perhaps for every engine of a host."""
+PREPARE_ONLY = "moe_offload_prepare_only"
+"""Key of ``additional_config`` that ends loading when the stores are complete (see prepare.py)."""
 FROM_COMMAND_LINE = "moe_offload_from_command_line"
 """Attribute of engine arguments whose user sits at a terminal."""
 
@@ -105,7 +108,9 @@ def _resolve_first(create: Callable[..., Any]) -> Callable[..., Any]:
             if asked or vllm_config.model_config.is_moe:
                 refuse_unsupported(vllm_config)
                 _refuse_missing_classes(config)
-                refuse_what_is_known(vllm_config, config)
+                serves = PREPARE_ONLY not in vllm_config.additional_config
+                refuse_by_headers(vllm_config, config, serves)
+                refuse_what_is_known(vllm_config, config, serves)
                 split_at_experts(vllm_config)
             begin_engine(launches=vllm_config.parallel_config._api_process_rank < 0)
             expect_errors(vllm_config, hasattr(self, FROM_COMMAND_LINE))

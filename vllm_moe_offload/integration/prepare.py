@@ -13,8 +13,9 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.executor import Executor
 
 from ..config import PLUGIN_NAME
+from .engine_config import PREPARE_ONLY
 from .start_errors import raising_left_errors
-from .worker import PREPARE_ONLY, PreparedStore
+from .worker import PreparedStore
 
 NO_KV_CACHE = 0.01
 """Share of the machine's memory that vLLM is to find free: it refuses to start where its KV cache would not fit."""
@@ -36,8 +37,8 @@ def prepare_stores(model: str, arguments: list[str], store: Path | None) -> list
     engine_arguments = AsyncEngineArgs.from_cli_args(
         parser.parse_args(["--model", model, "--plugin", PLUGIN_NAME, *arguments, *flags])
     )
+    engine_arguments.additional_config = {**engine_arguments.additional_config, PREPARE_ONLY: True}
     vllm_config = engine_arguments.create_engine_config()
-    vllm_config.additional_config = {**vllm_config.additional_config, PREPARE_ONLY: True}
     vllm_config.cache_config.gpu_memory_utilization = NO_KV_CACHE
     if vllm_config.parallel_config.world_size == 1:
         # in this process, where errors keep their type

@@ -12,8 +12,9 @@ from ..threads import processors_for_reading
 from . import machine, seams
 from .batch import StepBatch
 from .cuda.graphs import leave_experts_out_of_graphs
-from .engine_config import offload_config, only_environment_asks, switch_off
+from .engine_config import PREPARE_ONLY, offload_config, only_environment_asks, switch_off
 from .failures import StepFailures, connect_ranks
+from .header_checks import no_moe_layers
 from .loading import WorkerLoading
 from .placement import Budget, LoadedModel, ModelSlots, slots_of_models, worker_budget
 from .reporter import Reporter
@@ -24,9 +25,6 @@ from .weights import protect_weights
 from .windows import bytes_of_least, bytes_taken, window_needs, windows_of_worker
 
 logger = init_logger(__name__)
-
-PREPARE_ONLY = "moe_offload_prepare_only"
-"""Key of ``additional_config`` that ends loading when the stores are complete (see prepare.py)."""
 
 
 class PreparedStore(NamedTuple):
@@ -77,10 +75,7 @@ def _without_experts(vllm_config: Any) -> bool:
     ):
         return False
     if asked:
-        raise UnsupportedError(
-            f"moe-offload is on, but {model.model} has no MoE layers it could offload; "
-            "switch moe-offload off for this model"
-        )
+        raise no_moe_layers(model.model)
     if get_tensor_model_parallel_rank() == 0:
         logger.info("%s has no MoE layers: it is served as without %s", model.model, ENVIRONMENT_VARIABLE)
     return True

@@ -86,6 +86,11 @@ def model_sizes(checkpoint: Checkpoint, on_cpu: bool) -> ModelSizes:
     return _from_headers(config, checkpoint.tensors, on_cpu)
 
 
+def may_have_experts(tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether any tensor looks like that of a routed expert, or of all experts of a layer."""
+    return any(_OF_EXPERTS.search(name) or len(tensor.shape) == 3 for name, tensor in tensors.items())
+
+
 def _from_config(config: ModelConfig, on_cpu: bool) -> ModelSizes:
     record = _padded(config, expert_bytes(config), on_cpu)
     layers = tuple(MoeLayer(f"layers.{layer}", config.experts, record) for layer in config.moe_layers)
