@@ -102,13 +102,17 @@ def run(
         server = DaemonServer(place, models, histories, budget, gid, leave_after)
         if metrics_port is not None:
             stack.enter_context(serve_metrics(metrics_port, server.status))
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda which, _: server.stop(signal.Signals(which).name))
+        _stop_on_signals(server)
         logger.info("pid %d serves %s of experts from %s at %s", os.getpid(), size_text(budget), root, place.path)
         notify("READY=1")
         reason = server.serve()
         logger.info("ending: %s", reason)
         notify("STOPPING=1")
+
+
+def _stop_on_signals(server: DaemonServer) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda which, _: server.stop(signal.Signals(which).name))
 
 
 @daemon.command()

@@ -98,16 +98,11 @@ def replay(
     if plot is not None:
         require_plotting(plot)
     if sweep_all:
+        policies = POLICY_NAMES if policy is None else (policy,)
+        predictors = REPLAY_PREDICTORS if predictor is None else (predictor,)
+        sizes = SWEEP_SLOTS if slots is None else (slots,)
         with progress_bar("replaying", None, forking=True) as bar:
-            cells = sweep(
-                recorded,
-                earlier,
-                setup,
-                policies=POLICY_NAMES if policy is None else (policy,),
-                predictors=REPLAY_PREDICTORS if predictor is None else (predictor,),
-                sizes=SWEEP_SLOTS if slots is None else (slots,),
-                progress=_shown_by(bar),
-            )
+            cells = sweep(recorded, earlier, setup, policies, predictors, sizes, progress=_shown_by(bar))
             points = list(_counted(cells, bar))
         _sweep(trace.stem, recorded, points, plot, as_json)
     else:
