@@ -23,6 +23,8 @@ from random_model import FORMATS, SHAPES, Shape, make
 Results: TypeAlias = dict[tuple[str, int], dict[str, Any]]
 """What was measured, by the arm's name and share."""
 WORKER = Path(__file__).parent / "measured_engine.py"
+PREDICTING = "with-prediction"
+"""Serves what is measured before it is measured, and waits until heads have been learned from that."""
 RECORDING = "recording"
 """Host-managed once more, for the trace that the forecast is made from; its times are not compared."""
 _EACH_SECONDS = 150
@@ -68,7 +70,7 @@ def arms(shape: Shape, fmt: str, shares: list[int]) -> Iterator[Arm]:
         cache = {"cache": f"{share}%"}
         outside = everything * (100 - share) / 100
         yield Arm("device-managed", share, {}, cache | {"predictor": "none"})
-        yield Arm("with-prediction", share, {}, cache)
+        yield Arm(PREDICTING, share, {}, cache | {"predictor": "history", "history": "off"})
         yield Arm("host-managed", share, {}, cache | {"predictor": "none", "host_cache": "95%"})
         in_pieces = {"compilation_config": _IN_PIECES}
         yield Arm("host-managed-pieces", share, in_pieces, cache | {"predictor": "none", "host_cache": "95%"})
@@ -132,6 +134,7 @@ def measure(arm: Arm, arguments: dict[str, Any], options: argparse.Namespace, se
     if arm.name == RECORDING:
         arguments["additional_config"]["moe_offload"]["trace"] = str(options.out / f"{name}.trace")
     job = {"engine": arguments, "batches": options.batches, "tokens": options.tokens, "prefill": options.prefill}
+    job["learns"] = arm.name == PREDICTING
     surroundings = {
         "VLLM_PLUGINS": "" if arm.offload is None else "moe-offload",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -178,7 +181,7 @@ def wanted(results: Results, batches: list[int], link: float | None) -> Iterator
             what, ours = f"batch {batch}, {share} %", ("device-managed", share)
             for name in ("vllm-uva", "vllm-prefetch"):
                 yield Wanted(f"{what}: {name} / device-managed", ratio((name, share), ours, batch), 3.0, True)
-            predicted = ratio(("with-prediction", share), ours, batch)
+            predicted = ratio((PREDICTING, share), ours, batch)
             yield Wanted(f"{what}: with prediction / without", predicted, 1.0, False)
             yield Wanted(
                 f"{what}: host-managed / device-managed", ratio(("host-managed", share), ours, batch), 1.0, True
@@ -199,6 +202,16 @@ def same_tokens(results: Results) -> Iterator[str]:
             yield f"{name}-{share}: tokens of the plain engine at batch {', '.join(same) or 'none'} of {of_all}"
 
 
+def predicted(results: Results) -> Iterator[str]:
+    """What prediction did in each arm that predicts."""
+    for (name, share), found in results.items():
+        if name == PREDICTING:
+            stats = found["stats"]
+            learned, loads, useful = (stats[key] for key in ("learned_tokens", "prefetches", "prefetch_useful"))
+            nothing = "" if loads else ": NOTHING WAS PREDICTED, its times are those of device-managed"
+            yield f"{name}-{share}: learned from {learned} tokens, {loads} speculative loads, {useful} useful{nothing}"
+
+
 def report(results: Results, shape: Shape, options: argparse.Namespace) -> None:
     """Times, ratios, and what was wanted of them."""
     columns = "".join(f"{f'ms/token, batch {batch}':>20}" for batch in options.batches)
@@ -212,7 +225,7 @@ def report(results: Results, shape: Shape, options: argparse.Namespace) -> None:
     for one in (*wanted(results, options.batches, link), *forecasts(results, shape, options)):
         bound = f"{'>=' if one.at_least else '<='} {one.bound:g}"
         print(f"{one.what:<58}{'-' if one.ratio is None else f'{one.ratio:.3f}':>8}  {bound:<8} {one.state}")
-    print(*same_tokens(results), sep="\n")
+    print(*same_tokens(results), *predicted(results), sep="\n")
 
 
 def link_seconds(rates: Path | None, shape: Shape, fmt: str) -> float | None:

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from random import Random
 
 import numpy as np
@@ -45,6 +46,10 @@ def heads(seed: int = 0) -> HeadsPredictor:
     return HeadsPredictor(SHAPE, parameters, vectors)
 
 
+def no_wait() -> None:
+    pass
+
+
 def one(request: str, position: int, token: int, prompt: int = 1) -> ScheduledTokens:
     return ScheduledTokens(request, position, np.array([token], np.int32), prompt)
 
@@ -66,21 +71,21 @@ def predictor() -> HistoryPredictor:
 class Always(DevicePrefetcher):
     """Predicts without asking the governor."""
 
-    def __init__(self, predictor: HistoryPredictor, device: Device):
-        super().__init__(predictor, device, MOST_ROWS)
+    def __init__(self, predictor: HistoryPredictor, device: Device, tokens_come_late: bool = False):
+        super().__init__(predictor, device, MOST_ROWS, tokens_come_late)
         self._governor.predicts = lambda kind: True  # type: ignore[method-assign]
 
 
 def test_what_is_given_is_what_the_heads_would_begin_with(predictor: HistoryPredictor) -> None:
     device, reference = Device(), heads()
     prefetcher = Always(predictor, device)
-    prefetcher.begin_step([one("a", 0, 3)], {}, True)
+    prefetcher.begin_step([one("a", 0, 3)], {}, no_wait)
     assert not device.begun and not device.loaded, "there are no heads yet"
     predictor.use_heads(heads(), 100)
     states = {name: HistoryPredictor.start_request(predictor) for name in "ab"}
     rows = [one("a", 1, 4), one("b", 0, 5)]
     for device.step in range(2, 6):
-        prefetcher.begin_step(rows, {}, True)
+        prefetcher.begin_step(rows, {}, no_wait)
         step = reference.begin([states[part.request].context(int(part.tokens[0])) for part in rows])
         state, known = device.begun[device.step]
         assert np.array_equal(state, step._state)
@@ -105,19 +110,21 @@ def test_heads_are_given_when_they_are_replaced_and_rows_only_where_they_are_few
         assert predictor.heads is not None
         given.append(predictor.heads.weights)
         for device.step, count in enumerate((1, MOST_ROWS, MOST_ROWS + 1, 0), start=4 * seed):
-            prefetcher.begin_step([one(str(row), 1, row) for row in range(count)], {}, True)
+            prefetcher.begin_step([one(str(row), 1, row) for row in range(count)], {}, no_wait)
     assert device.loaded == given
     assert list(device.begun) == [0, 1, 4, 5]
 
 
-def test_tokens_that_only_the_device_knows_are_not_read(predictor: HistoryPredictor) -> None:
+@pytest.mark.parametrize("come_late", [False, True])
+def test_tokens_are_waited_for_or_not_read(predictor: HistoryPredictor, come_late: bool) -> None:
     device = Device()
-    prefetcher = Always(predictor, device)
+    prefetcher = Always(predictor, device, come_late)
     predictor.use_heads(heads(), 100)
-    for device.step, (token, known) in enumerate([(3, False), (UNKNOWN_TOKEN, True), (3, True)]):
-        prefetcher.begin_step([one(str(device.step), 1, token)], {}, known)
-    unknown, none, three = (device.begun[step][0] for step in range(3))
-    assert np.array_equal(unknown, none) and not np.array_equal(unknown, three)
+    for device.step, right in enumerate((3, UNKNOWN_TOKEN)):
+        part = one(str(device.step), 1, 7)
+        prefetcher.begin_step([part], {}, partial(part.tokens.fill, right))
+    seen, unknown = (device.begun[step][0] for step in range(2))
+    assert np.array_equal(seen, unknown) == come_late
 
 
 def test_what_raises_ends_prediction_and_nothing_else(predictor: HistoryPredictor) -> None:
@@ -125,9 +132,9 @@ def test_what_raises_ends_prediction_and_nothing_else(predictor: HistoryPredicto
     prefetcher = Always(predictor, device)
     predictor.use_heads(heads(), 100)
     device.begin = lambda *_: 1 / 0  # type: ignore[assignment]
-    prefetcher.begin_step([one("a", 1, 3)], {}, True)
+    prefetcher.begin_step([one("a", 1, 3)], {}, no_wait)
     assert prefetcher.switch.off
-    prefetcher.begin_step([one("a", 2, 3)], {}, True)
+    prefetcher.begin_step([one("a", 2, 3)], {}, no_wait)
     prefetcher.end_step(routed([one("a", 2, 3)], 0))
 
 
@@ -137,11 +144,11 @@ def test_the_governor_decides_by_times_that_come_late(
 ) -> None:
     """Steps that are predicted take ``cost`` times as long; the host is two steps ahead."""
     device, draw, steps = Device(), Random(1), 12_000
-    prefetcher = DevicePrefetcher(predictor, device, MOST_ROWS)
+    prefetcher = DevicePrefetcher(predictor, device, MOST_ROWS, False)
     predictor.use_heads(heads(), 100)
     under_way: deque[tuple[int, float]] = deque()
     for device.step in range(1, steps + 1):
-        prefetcher.begin_step([one("a", device.step, 3)], {}, True)
+        prefetcher.begin_step([one("a", device.step, 3)], {}, no_wait)
         seconds = 5e-3 * draw.uniform(0.95, 1.05) * (cost if device.step in device.begun else 1.0)
         under_way.append((device.step, seconds))
         if len(under_way) > 2:

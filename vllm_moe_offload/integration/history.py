@@ -108,6 +108,11 @@ class RoutingHistory:
         if self._trace is not None:
             self._trace.write()
 
+    @property
+    def has_learned(self) -> bool:
+        """Whether there are learned heads."""
+        return isinstance(self.predictor, HistoryPredictor) and self.predictor.heads is not None
+
     def measure(self, stats: Stats) -> None:
         """Bring up to date how much is remembered, and how much of it the predictor has learned from."""
         stats.unsound_tokens = self._recorder.unsound_tokens

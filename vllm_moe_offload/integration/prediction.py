@@ -17,8 +17,10 @@ from ..pool.loader import CHUNK_BYTES
 from ..predict.base import ModelShape, Predictor
 from ..predict.gate import GatePredictor
 from ..predict.history import HistoryPredictor
+from ..predict.network import NetworkSize
 from ..predict.registry import predictor_for_engine
 from ..predict.token_vectors import ModelVectors
+from ..prefetch.device_prefetcher import DevicePrefetcher
 from ..prefetch.optional import Switch
 from ..prefetch.planner import Estimates
 from ..prefetch.prefetcher import Prefetcher, PrefetchLayer
@@ -26,9 +28,12 @@ from ..runtime import OffloadRuntime, RoutingTracer, WarmStart
 from ..stats import Stats
 from ..threads import keep_blas_on_one_thread
 from ..trace.recorder import Recorder
+from ..windows.guesses import HeadSizes
 from ..windows.host_tier import LINK_BYTES_PER_SECOND
 from ..windows.pool import WindowPool
+from ..windows.speculation import MOST_ROWS
 from . import seams
+from .cuda.managed import ManagedWindows
 from .embedding import prompt_embedder, token_rows
 from .history import RoutingHistory, history_fingerprint, persistent_history, trace_recording
 from .method import OffloadedLayers
@@ -47,6 +52,7 @@ def build_prediction(
     runtime: OffloadRuntime,
     cpus: set[int],
     daemon: Path | None,
+    managed: ManagedWindows | None = None,
 ) -> RoutingHistory | None:
     """Have ``runtime`` trace its steps and prefetch, as these settings ask for. Returns what becomes of the traces.
 
@@ -55,6 +61,7 @@ def build_prediction(
     Args:
         cpus: where threads that need not be here may run.
         daemon: socket of the daemon that keeps the experts; None where this worker does.
+        managed: windows that a device manages by itself.
 
     Raises:
         UnsupportedError: the model's MoE layers differ, so that no trace can hold their maps; this engine does not
@@ -63,7 +70,7 @@ def build_prediction(
         TraceError: the trace file cannot be written, or holds something else.
     """
     try:
-        return _build(vllm_config, config, model, layers, runtime, cpus, daemon)
+        return _build(vllm_config, config, model, layers, runtime, cpus, daemon, managed)
     except UnsupportedError as error:
         if config.predictor_is_explicit or config.trace is not None:
             raise
@@ -79,6 +86,7 @@ def _build(
     runtime: OffloadRuntime,
     cpus: set[int],
     daemon: Path | None,
+    managed: ManagedWindows | None,
 ) -> RoutingHistory:
     shape = model_shape(layers)
     _refuse_unknown_rows(vllm_config)
@@ -105,6 +113,8 @@ def _build(
     if runtime.queue is not None:
         runtime.queue.tracer = tracer
         runtime.warm_start = None if kept is None else WarmStart(kept.history, tracer)
+        if managed is not None and isinstance(predictor, HistoryPredictor):
+            _predict_on_device(predictor, managed, vllm_config.scheduler_config.async_scheduling, switch)
         return history
     runtime.tracer = tracer
     for number, (_, method) in enumerate(layers.values()):
@@ -129,6 +139,15 @@ def _prefetch(predictor: Predictor, layers: OffloadedLayers, runtime: OffloadRun
     in_the_way = load_seconds * min(1.0, CHUNK_BYTES / record)
     estimates = Estimates(load_seconds, layer_seconds=1e-3, chunk_seconds=in_the_way)
     runtime.prefetcher = Prefetcher(predictor, prefetched, estimates, time.perf_counter, runtime.stats, switch)
+
+
+def _predict_on_device(
+    predictor: HistoryPredictor, managed: ManagedWindows, tokens_come_late: bool, switch: Switch
+) -> None:
+    keep_blas_on_one_thread()
+    size = NetworkSize(predictor.shape.layers, predictor.shape.experts, vector=0)
+    device = managed.predict(HeadSizes(size.experts, size.state, size.hidden))
+    managed.begin_with(DevicePrefetcher(predictor, device, MOST_ROWS, tokens_come_late, switch))
 
 
 def _log_end_of_prediction(stats: Stats, reason: str) -> None:

@@ -18,6 +18,7 @@ PREPARE = "the command 'prepare'"
 PAGE = "the live page"
 SPANS = "how long requests have waited for experts, on their OpenTelemetry spans"
 METRICS = "our metrics on vLLM's page of them (the daemon's page, `top` and the RPC still work)"
+DEVICE_PREDICTION = "prediction with the V1 model runner where a GPU manages its experts by itself"
 
 ENGINE_CONFIG = Seam(
     "vllm.engine.arg_utils",
@@ -75,6 +76,13 @@ V2_INPUTS = Seam(
     "GPUModelRunner.prepare_inputs",
     "know which rows of a step belong to which request, with the V2 model runner",
     ("self", "scheduler_output"),
+)
+V1_FORWARD = Seam(
+    "vllm.v1.worker.gpu_model_runner",
+    "GPUModelRunner._model_forward",
+    "know what a step reads before it is launched, with the V1 model runner",
+    ("self", "input_ids"),
+    feature=DEVICE_PREDICTION,
 )
 WARM_UP = Seam(
     "vllm.v1.worker.gpu_worker",
@@ -426,6 +434,7 @@ SEAMS: tuple[Seam, ...] = (
     LOAD_WEIGHTS,
     EXECUTE_MODEL,
     V2_INPUTS,
+    V1_FORWARD,
     WARM_UP,
     SAMPLE_TOKENS,
     AVAILABLE_MEMORY,

@@ -110,6 +110,11 @@ class ServedModel:
         if self._managed is not None:
             self._managed.begin_step(batch)
 
+    def begin_pass(self) -> None:
+        """The batch of a step has been put together; its pass is launched next, as kernels or as a graph."""
+        if self._managed is not None:
+            self._managed.begin_pass()
+
     def end_step(self) -> None:
         """The forward pass of the served model is over; passes of a drafter belong to the step that they follow."""
         if self.drafts:
@@ -184,9 +189,11 @@ class ServedModel:
 
     def prediction_state(self) -> tuple[Prediction, str]:
         """Whether experts are predicted now, and why they are not."""
-        prefetcher = self.runtime.prefetcher
+        prefetcher = self.runtime.prefetcher if self._managed is None else self._managed.prefetcher
         if prefetcher is None:
             return Prediction.OFF, self._unpredicted
+        if self._history is not None and self._managed is not None and not self._history.has_learned:
+            return Prediction.OFF, "too little has been served to learn from"
         if prefetcher.switch.off:
             return Prediction.OFF, "it was switched off by an error, which the log has"
         if prefetcher.has_paused:
@@ -259,14 +266,14 @@ class ServedModel:
         elif self._daemon is not None and predicts_on_other_rank(model.vllm_config):
             self._unpredicted = "another rank predicts"
             config = config.model_copy(update={"predictor": "none"})
-        elif self._managed is not None:
-            self._unpredicted = "the GPU manages its experts by itself"
         if config.trace is None and config.predictor == "none":
             return None
         from .prediction import build_prediction  # imports a compiler, which nothing else needs
 
         socket = None if self._daemon is None else daemon_socket(config)
-        return build_prediction(model.vllm_config, config, model.module, model.layers, self.runtime, io_cpus, socket)
+        return build_prediction(
+            model.vllm_config, config, model.module, model.layers, self.runtime, io_cpus, socket, self._managed
+        )
 
     def _attach(self, name: str, layer: torch.nn.Module, method: OffloadedMoEMethod) -> None:
         """Put slots in place of the layer's experts: its own part of the pool if all are resident, else the whole.

@@ -6,7 +6,7 @@ has come back. Steps are timed by the device; the governor decides by these time
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -51,13 +51,21 @@ class DevicePrefetcher:
     Args:
         predictor: whose heads are used as soon as it has some. Its neighbours would need the host between layers.
         most_rows: of steps that the device predicts.
+        tokens_come_late: when a step is enqueued, only the device knows yet which tokens it is going to read; waiting
+            for them would hold the device up.
         switch: turned off by what raises.
     """
 
     def __init__(
-        self, predictor: HistoryPredictor, device: PredictingDevice, most_rows: int, switch: Switch | None = None
+        self,
+        predictor: HistoryPredictor,
+        device: PredictingDevice,
+        most_rows: int,
+        tokens_come_late: bool,
+        switch: Switch | None = None,
     ):
         self.switch = switch or Switch()
+        self._tokens_come_late = tokens_come_late
         self._predictor, self._device, self._most_rows = predictor, device, most_rows
         predictor.learns_from_each_token = False
         self._states = RequestStates(predictor)
@@ -67,18 +75,23 @@ class DevicePrefetcher:
         self._timed: deque[_Step] = deque()
         """Steps that the governor waits for."""
 
+    @property
+    def has_paused(self) -> bool:
+        """Whether nothing is predicted, because it has not paid."""
+        return self._governor.disabled
+
     @optional
     def begin_step(
         self,
         rows: Sequence[ScheduledTokens],
         embeddings: Mapping[str, NDArray[np.float32]],
-        tokens_are_known: bool,
+        wait_for_tokens: Callable[[], None],
     ) -> None:
         """The forward pass over ``rows`` is enqueued next.
 
         Args:
             embeddings: of requests, where known.
-            tokens_are_known: False where only the device knows yet which tokens it is going to read.
+            wait_for_tokens: until it returns, those of ``rows`` may be anything.
         """
         self._states.start(rows, embeddings)
         heads = self._predictor.heads
@@ -92,8 +105,10 @@ class DevicePrefetcher:
         kind = kind_of(phase, count)
         is_predicted = False
         if heads is not None and self._governor.predicts(kind):
-            if not tokens_are_known:
+            if self._tokens_come_late:
                 rows = [part._replace(tokens=np.full(len(part.tokens), UNKNOWN_TOKEN)) for part in rows]
+            else:
+                wait_for_tokens()
             is_predicted = self._device.begin(*heads.before_step(self._states.contexts(rows)))
         self._timed.append(_Step(self._device.step, kind, is_predicted))
 

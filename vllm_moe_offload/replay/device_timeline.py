@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..trace.trace import Trace
+from ..windows.speculation import MOST_ROWS, THRESHOLD
 from .forecast import Forecast
 from .hardware import HardwareProfile, ModelProfile
 from .replay_cache import Tally
@@ -14,9 +15,6 @@ from .step_time import StepTime
 from .timeline import Books, TimelineReport, experts_of, prefill_rows
 from .windows import Windows, equal_windows
 
-GUESS_PROBABILITY = 0.7
-"""An absent expert is guessed if it is given more."""
-_MOST_GUESSING_ROWS = 4
 _MOST_CAPTURED_ROWS = 512
 """Steps of more rows run outside of graphs: there a stage is filled while the layer before computes."""
 
@@ -91,7 +89,7 @@ class DeviceTimeline:
     def _narrow(self, rows: NDArray[np.int64]) -> None:
         self._windows.begin_step()
         probabilities = None
-        if self._forecast is not None and len(rows) <= _MOST_GUESSING_ROWS and not self._all_resident:
+        if self._forecast is not None and len(rows) <= MOST_ROWS and not self._all_resident:
             probabilities = self._forecast.of_step(rows)[0]
         for layer in range(self._trace.num_layers):
             ids = experts_of(self._trace, rows, layer)
@@ -100,16 +98,18 @@ class DeviceTimeline:
             self._load(layer, ids)
             if probabilities is not None:
                 self._guess(layer, probabilities)
+            self._side.fork()
             self._pass(computing / 2)
 
     def _load(self, layer: int, ids: NDArray[np.int64]) -> None:
         self._tally.accesses += len(ids)
         if self._all_resident:
             return
-        late = self._side.join(layer)
-        self._pass(self._manager_seconds)
+        late = self._side.join()
+        self._seconds += self._manager_seconds
         missing, right, wasted = self._windows.use(layer, ids)
-        loading = self._side.demand(self._latency + missing * self._time.record) if missing else 0.0
+        loading = self._latency + missing * self._time.record if missing else 0.0
+        self._side.busy_seconds += loading
         self._stall(late + loading)
         tally, was_late = self._tally, right if late else 0
         tally.demand_loads += missing
@@ -118,19 +118,18 @@ class DeviceTimeline:
         tally.wasted += wasted
 
     def _guess(self, layer: int, probabilities: NDArray[np.float32]) -> None:
-        """One record at most, and only if it is going to be there in time."""
+        """One record at most."""
         assert self._forecast is not None
         distance = self._forecast.distances[0]
         target = layer + distance
-        ready_after = self._side.queue_seconds + self._latency + self._time.record
-        if target >= self._trace.num_layers or ready_after > distance * self._time.layer(self._trace.top_k, 1):
+        if target >= self._trace.num_layers:
             return
         worth = np.where(self._windows.absent(target), probabilities[target], 0)
         expert = int(worth.argmax())
-        if worth[expert] > GUESS_PROBABILITY:
+        if worth[expert] > THRESHOLD:
             self._tally.wasted += self._windows.guess(target, expert)
             self._tally.prefetch_loads += 1
-            self._side.start(target, self._latency + self._time.record)
+            self._side.start(self._latency + self._time.record, distance)
 
     def _wide(self, rows: NDArray[np.int64], beside: bool) -> None:
         """Every layer's experts pass through a stage: those it uses, before it computes, or all ``beside`` the layer

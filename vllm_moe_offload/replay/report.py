@@ -14,6 +14,7 @@ from ..predict.base import ModelShape, Predictor
 from ..predict.registry import predictor_for_replay
 from ..trace.history import HistoryStore
 from ..trace.trace import Trace
+from ..windows.speculation import DISTANCE
 from .accuracy import Accuracy
 from .bounds import access_sequence, belady_miss_rate, lru_per_layer_miss_rate, perfect_forecast
 from .device_report import on_device
@@ -23,7 +24,6 @@ from .parallel import Progress, run_all, unseen
 from .replay_cache import Tally
 from .schedule import steps
 from .simulate import simulate
-from .step_time import StepTime
 from .timeline import Timeline, TimelineReport
 
 THRESHOLDS = (0.95, 0.9, 0.8, 0.65, 0.5, 0.4, 0.3, 0.2, 0.1)
@@ -206,11 +206,10 @@ def _run_timeline(trace: Trace, setup: Setup, prediction: Forecast | None) -> Ti
 
 
 def _guess_distance(trace: Trace, setup: Setup) -> tuple[int, ...]:
-    """The distance at which a GPU guesses; empty where there is none, or no guess is ever in time."""
-    if setup.hardware is None or setup.model is None or setup.hardware.manager is None:
+    """The distance at which a GPU guesses; empty where there is none, or nothing so far ahead."""
+    if setup.hardware is None or setup.hardware.manager is None or trace.num_layers <= DISTANCE:
         return ()
-    distance = StepTime(setup.hardware, setup.model, *trace.shape).guess_distance
-    return () if distance is None else (distance,)
+    return (DISTANCE,)
 
 
 def _schedule(trace: Trace, setup: Setup) -> Iterable[NDArray[np.int64]]:

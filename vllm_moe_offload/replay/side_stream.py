@@ -1,61 +1,45 @@
-"""Guesses of a GPU: records that one stream loads after one another beside the main stream, over one link."""
+"""Speculative loads of a GPU: records that move in parts, each beside one layer, while nothing else is loaded."""
 
-from collections import deque
 from dataclasses import dataclass
 
 
 @dataclass
-class _Guess:
-    layer: int
-    left: float
-    """Seconds of the link, if it had the link for itself."""
+class _Load:
+    part: float
+    """Seconds of the link."""
+    parts: int
+    """Left to move."""
 
 
 class SideStream:
-    """Loads for later layers, on a clock that moves when told to. Layers are given in ascending order.
-
-    While the main stream loads too, both get half of the link: kernels that read host memory know no priority.
-    """
+    """Beside each layer one part of each load moves; the main stream waits for them before it looks at the next layer,
+    so that they never share the link with what a layer demands."""
 
     def __init__(self) -> None:
         self.busy_seconds = 0.0
         """Of the link, for whichever stream."""
-        self._guesses: deque[_Guess] = deque()
+        self._loads: list[_Load] = []
+        self._moving = 0.0
+        """Seconds that the parts beside the running layer still take."""
 
-    @property
-    def queue_seconds(self) -> float:
-        """What is left of all guesses, if the main stream loads nothing."""
-        return sum(guess.left for guess in self._guesses)
-
-    def start(self, layer: int, seconds: float) -> None:
-        """Load something for ``layer`` after what is queued."""
-        self._guesses.append(_Guess(layer, seconds))
+    def start(self, seconds: float, parts: int) -> None:
+        """Load something in so many parts, the first beside the layer that runs next."""
+        self._loads.append(_Load(seconds / parts, parts))
         self.busy_seconds += seconds
+
+    def fork(self) -> None:
+        """A layer has loaded what it lacked, and runs."""
+        assert not self._moving, "the layer before has been waited for"
+        for load in self._loads:
+            self._moving += load.part
+            load.parts -= 1
+        self._loads = [load for load in self._loads if load.parts]
 
     def pass_time(self, seconds: float) -> None:
         """``seconds`` go by in which the main stream loads nothing."""
-        while seconds > 0 and self._guesses:
-            seconds -= self._advance(seconds)
+        self._moving = max(0.0, self._moving - seconds)
 
-    def demand(self, seconds: float) -> float:
-        """The main stream loads what takes ``seconds`` alone; returns how long it takes beside the guesses."""
-        self.busy_seconds += seconds
-        shared = 0.0
-        while shared < seconds and self._guesses:
-            shared += self._advance(seconds - shared)
-        return seconds + shared
-
-    def join(self, layer: int) -> float:
-        """The main stream waits for what was loaded for layers up to ``layer``; returns the seconds."""
-        waited = 0.0
-        while self._guesses and self._guesses[0].layer <= layer:
-            waited += self._advance(self._guesses[0].left)
+    def join(self) -> float:
+        """The main stream waits for the parts beside the layer that has run; returns the seconds."""
+        waited, self._moving = self._moving, 0.0
         return waited
-
-    def _advance(self, most: float) -> float:
-        """Go on with the first guess, for no longer than ``most``; returns the time."""
-        seconds = min(most, self._guesses[0].left)
-        self._guesses[0].left -= seconds
-        if self._guesses[0].left <= 0:
-            self._guesses.popleft()
-        return seconds

@@ -1,7 +1,5 @@
 """What a layer and a step take on a described machine. Plain arithmetic on bytes and speeds."""
 
-from math import ceil
-
 from .hardware import HardwareProfile, ModelProfile
 
 
@@ -31,17 +29,6 @@ class StepTime:
     def record(self) -> float:
         """One expert through the link."""
         return self.model.record_bytes / self.hardware.bytes_per_second
-
-    @property
-    def layers_ahead(self) -> float:
-        """How many layers early a load of one expert must begin to be there in time."""
-        return self.record / self.layer(self.top_k, 1)
-
-    @property
-    def guess_distance(self) -> int | None:
-        """At how many layers' distance a guess is in time; None if it never is."""
-        distance = ceil(self.layers_ahead)
-        return distance if distance < self.layers else None
 
     def layer(self, distinct: int, rows: int) -> float:
         """A layer reads its dense weights and its ``distinct`` experts once, or computes for longer than that."""

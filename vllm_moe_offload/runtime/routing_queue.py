@@ -5,7 +5,7 @@ that end meanwhile leave when all of their steps have been traced.
 """
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -77,10 +77,16 @@ class RoutingQueue:
             self._waiting.append(requests)
             self._let_requests_leave()
 
-    def add(self, number: int, batch: Batch) -> None:
-        """The pass over ``batch`` has been enqueued as step ``number``, which is larger than those before."""
+    @property
+    def embeddings(self) -> Mapping[str, NDArray[np.float32]]:
+        """Of the prompts of running requests, where they are known."""
+        return {} if self.tracer is None else self.tracer.embeddings
+
+    def add(self, number: int, batch: Batch) -> Sequence[ScheduledTokens]:
+        """The pass over ``batch`` is step ``number``, which is larger than those before. Returns its rows, if known."""
         rows = None if self.tracer is None else self.tracer.rows_of(batch)
         self._waiting.append(_Step(number, batch, rows or ()))
+        return rows or ()
 
     def end_step(self, step: ServedStep, own: NDArray[np.integer]) -> None:
         """All is known of ``step``. Steps before it of which nothing was said were left early: none of them is traced.

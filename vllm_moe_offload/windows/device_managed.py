@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from ..device.base import Device, Event
 from ..device.registered import RegisteredMemory
 from .device_tables import DeviceTables, Kernels, Window, zeros
-from .guesses import DISTANCE, THRESHOLD, Guesses, GuessKernels, HeadSizes
+from .guesses import Guesses, GuessKernels, HeadSizes
 from .memory import View, WindowMemory
+from .speculation import DISTANCE, THRESHOLD
 from .step_log import RoutedStep, StepLog
 from .warming import Warming
 
@@ -119,6 +120,7 @@ class DeviceManaged:
 
     def begin_step(self) -> None:
         """A step is enqueued next, outside of graphs or as one."""
+        self._log.begin_step()
         if self._guesses is not None:
             self._guesses.begin_step(self._log.step)
 
@@ -205,13 +207,13 @@ class DeviceManaged:
         """The number of the step that is next or under way."""
         return self._log.step
 
-    def finished(self) -> list[RoutedStep]:
-        """What ``read_back`` has not returned yet of the steps that it has ended. Waits for the device.
+    def finished(self, wait: bool = True) -> list[RoutedStep]:
+        """What ``read_back`` has not returned yet of the steps that it has ended: all, or what has come by now.
 
         Raises:
             DeviceError: the device cannot be used any more.
         """
-        return self._log.finished(wait=True)
+        return self._log.finished(wait)
 
     def reset(self) -> None:
         """All windows are empty: what was routed so far only warmed the engine up."""

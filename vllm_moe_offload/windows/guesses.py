@@ -20,18 +20,12 @@ from numpy.typing import NDArray
 
 from ..device.base import Device, Event, Stream
 from .device_tables import DeviceTables, Kernels, LayerTables, Ring, zeros
+from .speculation import DISTANCE, MOST_ROWS, THRESHOLD
 from .step_log import AHEAD
 
 if TYPE_CHECKING:
     from ..predict.heads import HeadWeights
 
-MOST_ROWS = 4
-"""Of a step with guesses: more rows use so many experts that one more does not count."""
-DISTANCE = 4
-"""Layers that a guess is ahead. Records of today's models take two to five layers' time through PCIe 4 and 5, and what
-is foreseen shrinks little from one to four layers."""
-THRESHOLD = 0.5
-"""Probability above which an expert is loaded."""
 _RECORDS = 1 + 3
 """Numbers of a list of one miss."""
 _GIVEN = 2

@@ -38,12 +38,16 @@ class RoutedStep(NamedTuple):
     """``[layers]``: experts overwritten since they were loaded speculatively, and not used between."""
     warmed: NDArray[np.int64]
     """``[layers]``: records that ``warm`` has brought into windows."""
+    seconds: float
+    """From ``begin_step`` to its end, by the device's clock."""
 
 
 class _Read(NamedTuple):
     step: int
     rows: int
     event: Event
+    began: Event
+    ended: Event
 
 
 class StepLog:
@@ -68,8 +72,13 @@ class StepLog:
         )
         self.step = 1
         """The number of the step that is next or under way, in the ring and in ``RoutedStep``."""
+        self._began: Event | None = None
         self._reads: deque[_Read] = deque()
         self._complete: list[RoutedStep] = []
+
+    def begin_step(self) -> None:
+        """The kernels of a step are enqueued next."""
+        self._began = self._device.timestamp(self._device.main)
 
     def end_step(self, rows: int) -> None:
         """The kernels of a step of so many ``rows`` at most, padding left out, have been enqueued."""
@@ -77,14 +86,16 @@ class StepLog:
         if self._reads and self._reads[0].step == self.step - _ON_HOST:
             self._device.synchronize(self._reads[0].event)
             self._take(self._reads.popleft())
-        self._device.wait(self._stream, self._device.record(self._device.main))
+        ended = self._device.timestamp(self._device.main)
+        began, self._began = self._began or ended, None
+        self._device.wait(self._stream, ended)
         here, there = self.step % _ON_HOST, self.step % _ON_DEVICE
         choices = self.ring.choices[there, : self._layers * rows * self._top_k]
         notes = self.ring.notes[there].reshape(-1)
         for target, source in ((self._choices[here], choices), (self._notes[here], notes)):
             if len(source):  # memory of no bytes has no address
                 self._device.copy(self._stream, target[: len(source)].view(torch.uint8), source.view(torch.uint8))
-        self._reads.append(_Read(self.step, rows, self._device.record(self._stream)))
+        self._reads.append(_Read(self.step, rows, self._device.record(self._stream), began, ended))
         self.step += 1
         for read in self._reads:
             if read.step == self.step - AHEAD:
@@ -127,8 +138,9 @@ class StepLog:
         choices = self._choices[place][: self._layers * rows * self._top_k].numpy().copy()
         ids, weights = choices.view(np.int16).reshape(self._layers, rows, self._top_k, 2).transpose(3, 0, 1, 2)
         started, useful, wasted = (own + warm for own, warm in zip(outcomes, before, strict=True))
+        seconds, shares = self._device.seconds(read.began, read.ended), weights.view(np.float16)
         self._complete.append(
-            RoutedStep(read.step, ids, weights.view(np.float16), used, misses, started, useful, wasted, warmed)
+            RoutedStep(read.step, ids, shares, used, misses, started, useful, wasted, warmed, seconds)
         )
 
     def _check_bytes(self, step: int, records: NDArray[np.int64], copied: NDArray[np.int64]) -> None:

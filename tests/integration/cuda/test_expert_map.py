@@ -13,11 +13,13 @@ from vllm.forward_context import override_forward_context
 
 from tests.device.virtual import VirtualDevice
 from tests.runtime.record_stores import RecordStore, build_store, layout
-from tests.windows.reference_kernels import ReferenceKernels
+from tests.windows.reference_kernels import ReferenceGuessKernels
 from vllm_moe_offload.integration.cuda.expert_map import SlotMap, mapped_with
 from vllm_moe_offload.integration.cuda.managed import ManagedWindows, RegisteredRecords
 from vllm_moe_offload.integration.method import OffloadedMoEMethod
 from vllm_moe_offload.pool import local_pools
+from vllm_moe_offload.runtime import Batch
+from vllm_moe_offload.stats import Stats
 from vllm_moe_offload.windows.memory import View
 from vllm_moe_offload.windows.plan import WindowPlan
 
@@ -91,7 +93,8 @@ def test_a_device_that_manages_shows_kernels_the_records_of_this_ranks_experts(m
         made.store.layers,
         {SHARED: plan},
         RegisteredRecords(device, made.store.layers, pools),
-        ReferenceKernels(device),
+        ReferenceGuessKernels(device),
+        Stats(),
         top_k=TOP_K,
         most_rows=ROWS,
         gathered_rows=CAPTURED,
@@ -100,7 +103,7 @@ def test_a_device_that_manages_shows_kernels_the_records_of_this_ranks_experts(m
     layer, draw, views = expert_parallel_layer(), np.random.default_rng(3), set[View]()
     context: Any = SimpleNamespace(attn_metadata={}, cudagraph_runtime_mode=CUDAGraphMode.NONE)
     for rows in (1, 2, 1, CAPTURED, ROWS, 2, 1, ROWS, 1):
-        managed.begin_step(rows)
+        managed.begin_step(Batch(rows))
         for number in range(LAYERS):
             kernel = Kernel()
             method = method_on_gpu(kernel)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from .. import seams
 from ..batch import RunnerRows, StepBatch, first_positions
+from .begin_pass import begin_pass
 
 _INPUTS = "moe_offload_inputs"
 """Attribute of a V2 runner: the batch that it has put together last."""
@@ -26,6 +27,7 @@ def _keep_inputs(prepare_inputs: Callable[..., Any]) -> Callable[..., Any]:
     def prepare_and_keep(self: Any, *args: Any, **kwargs: Any) -> Any:
         inputs = prepare_inputs(self, *args, **kwargs)
         setattr(self, _INPUTS, inputs)
+        begin_pass(self)
         return inputs
 
     return prepare_and_keep

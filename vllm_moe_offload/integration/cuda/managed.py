@@ -4,6 +4,7 @@ Routing that comes back from the device comes a step or two late.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,10 +20,13 @@ from ...store.layout import RecordLayout
 from ...store.manifest import LayerEntry
 from ...store.pools import pools_of
 from ...windows.device_managed import DeviceManaged, ManagedLayer
-from ...windows.device_tables import Kernels
+from ...windows.guesses import Guesses, GuessKernels, HeadSizes
 from ...windows.memory import View, WindowMemory
 from ...windows.plan import WindowPlan
 from ...windows.step_log import RoutedStep
+
+if TYPE_CHECKING:
+    from ...prefetch.device_prefetcher import DevicePrefetcher  # imports a compiler
 
 
 class RegisteredRecords:
@@ -76,7 +80,7 @@ class ManagedWindows:
         layers: Sequence[LayerEntry],
         plans: Mapping[RecordLayout, WindowPlan],
         records: RegisteredRecords,
-        kernels: Kernels,
+        kernels: GuessKernels,
         stats: Stats,
         *,
         top_k: int,
@@ -84,7 +88,7 @@ class ManagedWindows:
         gathered_rows: int,
         record_of: Sequence[NDArray[np.int32] | None] | None = None,
     ):
-        self._device, self._records, self._stats = device, records, stats
+        self._device, self._records, self._kernels, self._stats = device, records, kernels, stats
         shared_out = record_of or [None] * len(layers)
         managed: dict[int, ManagedLayer] = {}
         for members in pools_of(layers):
@@ -105,9 +109,13 @@ class ManagedWindows:
         self._real_rows.fill_(0)
         self._batch: Batch | None = None
         """Of the running step. Passes outside of steps serve no request."""
+        self._is_queued = False
+        """Whether the queue knows the running step."""
         self._served = False
         """Whether a step has begun yet."""
         self._runtime: OffloadRuntime | None = None
+        self.prefetcher: DevicePrefetcher | None = None
+        """Has the device predict."""
 
     @property
     def slots(self) -> int:
@@ -122,6 +130,15 @@ class ManagedWindows:
         """From now on ``runtime`` hears late of steps, from here, and through its queue."""
         self._runtime, runtime.queue = runtime, RoutingQueue(runtime.activity)
 
+    def predict(self, sizes: HeadSizes) -> Guesses:
+        """Make room for heads. Before any graph is captured."""
+        return self._windows.guess(sizes, self._kernels)
+
+    def begin_with(self, prefetcher: "DevicePrefetcher") -> None:
+        """From now on ``prefetcher`` hears of passes before they are enqueued, and of steps when they are known."""
+        assert self._queue is not None, "late routing goes through the runtime's queue"
+        self.prefetcher = self._queue.consumer = prefetcher
+
     def begin_step(self, batch: Batch) -> None:
         """A step has been scheduled, and is enqueued next. Without tokens it only says which requests have ended.
 
@@ -134,11 +151,21 @@ class ManagedWindows:
             return
         if not self._served:
             self._windows.reset()
-        self._served, self._batch = True, batch
-        self._real_rows.fill_(batch.tokens)
+        self._served, self._batch, self._is_queued = True, batch, False
         self._windows.begin_step()
+        self._real_rows.fill_(batch.tokens)
         if batch.tokens > max(self._gathered_rows, self._windows.narrow_rows):
             self._warm(batch)
+
+    def begin_pass(self) -> None:
+        """The batch of the running step has been put together; its pass is enqueued next. Outside of graphs."""
+        batch, queue = self._batch, self._queue
+        if batch is None or self._is_queued or queue is None:
+            return
+        self._note(self._windows.finished(wait=False))
+        rows, self._is_queued = queue.add(self._windows.step, batch), True
+        if self.prefetcher is not None:
+            self.prefetcher.begin_step(rows, queue.embeddings, batch.wait_for_tokens)
 
     def serve(self, layer: int, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> tuple[View, torch.Tensor]:
         """Bring what a layer needs to the device; enqueued, and never waited for. May be captured in a graph.
@@ -175,7 +202,7 @@ class ManagedWindows:
         batch, self._batch = self._batch, None
         if batch is None:
             return
-        if self._queue is not None:
+        if self._queue is not None and not self._is_queued:
             self._queue.add(self._windows.step, batch)
         self._note(self._windows.read_back(batch.tokens))
 
@@ -222,6 +249,8 @@ class ManagedWindows:
         """Count what the device has done in ``steps``, and trace them."""
         stats = self._stats
         for step in steps:
+            if self.prefetcher is not None:
+                self.prefetcher.note_time(step.number, step.seconds)
             misses = int(step.misses.sum())
             stats.hits += int(step.used.sum()) - misses
             stats.misses += misses
