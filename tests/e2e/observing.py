@@ -1,8 +1,11 @@
 """What an engine in a process of its own shows to others: run there by ``LiveEngine.run`` and ``call``."""
 
+import asyncio
 import os
 import tempfile
 import threading
+from argparse import Namespace
+from types import SimpleNamespace
 from typing import Any
 
 OBSERVED = {"otlp_traces_endpoint": "http://127.0.0.1:1", "disable_log_stats": False}
@@ -55,3 +58,19 @@ def _page() -> str:
     app = FastAPI()
     attach_router(app)
     return TestClient(app).get("/metrics").text
+
+
+def live_page(worker: Any) -> dict[str, Any]:
+    """What the data of the live page says on a server of this engine."""
+    from fastapi import FastAPI
+    from starlette.testclient import TestClient
+    from vllm.plugins.endpoint_plugins.interface import attach_endpoint_plugins, init_endpoint_plugins_state
+
+    config = worker.vllm_config
+    address = dict.fromkeys(("api_key", "host", "uds", "ssl_keyfile", "ssl_certfile", "root_path"))
+    app = FastAPI()
+    app.state.args = Namespace(additional_config=config.additional_config, port=8000, **address)
+    attach_endpoint_plugins(app, ("generate",))
+    asyncio.run(init_endpoint_plugins_state(SimpleNamespace(vllm_config=config), app.state, app.state.args))
+    data: dict[str, Any] = TestClient(app).get("/moe-offload/data").json()
+    return data

@@ -13,7 +13,7 @@ from tests.daemon.processes import DaemonProcess, running_daemon
 from tests.e2e.engines import EngineServer
 from tests.e2e.identity import ROUNDS, prompts
 from tests.e2e.live_engine import LiveEngine
-from tests.e2e.observing import OBSERVED, keep_spans, pages_of_metrics, report_now, spans_of_requests
+from tests.e2e.observing import OBSERVED, keep_spans, live_page, pages_of_metrics, report_now, spans_of_requests
 from tests.models import Checkpoint, build
 from vllm_moe_offload.report.metrics import PREFIX, described_worker_metrics
 
@@ -162,7 +162,7 @@ def test_a_daemon_started_on_demand_and_named_in_the_environment(
     engine = LiveEngine(tmp_path / "engine.log", XDG_RUNTIME_DIR=str(tmp_path))
     try:
         engine.run(keep_spans)
-        engine.start(tiny_moe, arguments | OBSERVED, cache="25%", daemon="start", predictor="none")
+        engine.start(tiny_moe, arguments | OBSERVED, cache="25%", daemon="start", predictor="none", page=True)
         assert [answer.tokens for answer in engine.generate(texts, 8)] == [one["tokens"] for one in expected]
         pid = engine.stats()["daemon_pid"]
         assert pid > 0
@@ -194,6 +194,13 @@ def check_what_others_see(engine: LiveEngine, model: Path) -> None:
         assert samples[f"{PREFIX}{name}_total"][0].value == pytest.approx(stats[name])
     assert samples[f"{PREFIX}daemon_attached"][0].value == 1
     assert samples[f"{PREFIX}step_stall_seconds_count"][0].value == stats["steps"]
+    shown = engine.call(live_page)["model"]
+    assert [shown["totals"][name] for name in ("hits", "misses", "tokens")] == [
+        stats["hits"],
+        stats["misses"],
+        stats["tokens"],
+    ]
+    assert sum(shown["experts"]["hits"]) == stats["hits"] and shown["experts"]["known"] and shown["daemon"]
     stalled = [attributes["moe_offload.stall_seconds"] for attributes in engine.call(spans_of_requests)]
     assert len(stalled) == 2 and 0 < max(stalled) <= stats["stall_seconds"] * 1.001
 
