@@ -7,7 +7,7 @@ from fastapi import FastAPI, Request, Response
 from vllm import envs
 
 from ..page import DATA_PATH, HEADERS, PATH, Answer, Series, Site
-from . import seams
+from . import relied_on
 
 _UNAUTHORIZED = Answer(401, "application/json", b'{"error": "Unauthorized"}')
 
@@ -33,7 +33,7 @@ def _refusal(args: Namespace) -> Callable[[Request], bool]:
     tokens = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
     if not tokens:
         return lambda request: False
-    middleware = seams.AUTHENTICATION.resolve()(None, tokens=tokens)
+    middleware = relied_on.AUTHENTICATION.resolve()(None, tokens=tokens)
     return lambda request: not middleware.verify_token(request.headers)
 
 

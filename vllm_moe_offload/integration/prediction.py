@@ -32,7 +32,7 @@ from ..windows.guesses import HeadSizes
 from ..windows.host_tier import LINK_BYTES_PER_SECOND
 from ..windows.pool import WindowPool
 from ..windows.speculation import MOST_ROWS
-from . import seams
+from . import relied_on, seams
 from .cuda.managed import ManagedWindows
 from .embedding import prompt_embedder, token_rows
 from .history import RoutingHistory, history_fingerprint, persistent_history, trace_recording
@@ -200,7 +200,7 @@ def _refuse_unknown_rows(vllm_config: Any) -> None:
 def _gate_predictor(
     model: torch.nn.Module, layers: OffloadedLayers, shape: ModelShape, prediction: Switch
 ) -> GatePredictor:
-    seams.refuse_where_moved(seams.GATE_PREDICTOR)
+    seams.refuse_where_moved(relied_on.GATE_PREDICTOR)
     from .routers import layer_routers  # leans on what only this predictor needs
 
     predictor = GatePredictor(shape, layer_routers(model, [layer for layer, _ in layers.values()]))
