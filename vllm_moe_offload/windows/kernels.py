@@ -68,12 +68,10 @@ def manage(
     If the used experts do not fit, nothing changes, ids of missing ones become -1, and the ring says so.
 
     Args:
-        ids: ``[n_ids]``, rows of ``top_k``; negative where there is none.
-        weights: ``[n_ids]``, of the router, of any float type.
+        ids, weights: ``[n_ids]``, rows of ``top_k``; ids are negative where there is none, weights of any float type.
         real_rows: int32 ``[1]``; rows behind them are padding.
         base: row of slot 0.
-        keep_ids: 1 where the first table is the expert map of the layer's kernel: no id is rewritten.
-        keeps: 1 where choices go into the ring.
+        keep_ids: 1 where the first table is the layer's expert map: no id is rewritten. keeps: where the ring has ids.
         out: ``[n_ids]``; rows of padding get what row 0 gets.
         P: not less than ``experts``.
     """
@@ -86,7 +84,6 @@ def manage(
     record = tl.load(tables + 3 * width + lane, mask=lane < experts, other=-1)
     who = tl.load(tables + 4 * width + lane, mask=lane < slots, other=-1)
     mark = tl.load(tables + 5 * width + lane, mask=lane < experts, other=0)
-
     used = (_used(ids, n_real, lane, CHUNK) == 1) & (record >= 0)
     cooled = warm >> tl.minimum(epoch - since, 31)
     was_here = row >= 0
@@ -103,12 +100,18 @@ def manage(
     tl.store(tables + 2 * width + lane, tl.zeros_like(lane) + epoch, mask=served)
     _rewrite(ids, n_ids, n_real, top_k, row, base, keep_ids, out, CHUNK)
     _keep(ids, weights, n_real, 0, n_real * keeps, ring, layer, CHUNK)
-    n_used = tl.sum(used.to(tl.int32), axis=0)
+    outcomes = _settle(tables + 5 * width + lane, mark, was_here, row >= 0, used)
+    n_used, lacks = tl.sum(used.to(tl.int32), axis=0), (n_loaded < n_missing).to(tl.int32)
+    _note(ring, layer, n_real, n_used, n_loaded, lacks, outcomes)
+
+
+@triton.jit
+def _settle(marks, mark, was_here, is_here, used):
+    """What became of speculative loads since the layer's note before, ``_packed``; ``marks`` are brought up to date."""
     useful = (mark > 0) & was_here & used
-    wasted = (mark > 0) & ((was_here & (row >= 0)) == 0)
-    tl.store(tables + 5 * width + lane, tl.where(useful | wasted, 0, tl.minimum(mark, 1)), mask=mark > 0)
-    outcomes = _packed(mark >= 2, useful, wasted.to(tl.int64) + (mark == 3).to(tl.int64))
-    _note(ring, layer, n_real, n_used, n_loaded, (n_loaded < n_missing).to(tl.int32), outcomes)
+    wasted = (mark > 0) & ((was_here & is_here) == 0)
+    tl.store(marks, tl.where(useful | wasted, 0, tl.minimum(mark, 1)), mask=mark > 0)
+    return _packed(mark >= 2, useful, wasted.to(tl.int64) + (mark == 3).to(tl.int64))
 
 
 @triton.jit
