@@ -45,7 +45,7 @@ def test_daemons_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     try:
         host = DaemonHost(made, socket)
         windows = WindowRuntime(host, VirtualDevice(1), SLOTS, seed=1, source=host.client)
-        windows.guess()
+        windows.speculate()
         assert "may be exchanged" in windows.windows.unregistered and not windows.device.registered
         other = Reader(socket, made.store.path, seed=2)
         for rows in (1, 2, 1, 20, 1, 1, 20, 2) * 3:

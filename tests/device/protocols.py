@@ -73,10 +73,10 @@ class Residency:
 
 
 def host_managed(order: int, bug: Bug, layers: int = 3, experts: int = 6, slots: int = 3, steps: int = 4) -> None:
-    """The host waits for a layer's experts, has absent ones copied, sends the slots; guesses go to the next layer."""
+    """The host waits for a layer's experts, has absent ones copied, sends the slots; speculative loads go on."""
     machine = Machine(order, layers, experts)
     device, main, copies = machine.device, machine.device.main, machine.copies
-    guesses = device.stream("guesses")
+    speculation = device.stream("speculative loads")
     windows = machine.rows(layers, slots)
     residency = [Residency(slots) for _ in range(layers)]
     written: list[list[VirtualEvent | None]] = [[None] * slots for _ in range(layers)]
@@ -119,10 +119,10 @@ def host_managed(order: int, bug: Bug, layers: int = 3, experts: int = 6, slots:
             for slot in found:
                 read[layer][slot] = device.record(main)
             target = (layer + 1) % layers
-            guess = int(machine.numbers.integers(experts))
-            _, guessed = residency[target].serve([guess])
-            for expert, slot in guessed:
-                bring(target, expert, slot, guesses)
+            speculative = int(machine.numbers.integers(experts))
+            _, speculated = residency[target].serve([speculative])
+            for expert, slot in speculated:
+                bring(target, expert, slot, speculation)
     device.drain()
 
 
@@ -246,14 +246,14 @@ def lent_stages(order: int, bug: Bug, layers: int = 6, experts: int = 4, slots: 
 def side_stream(
     order: int, bug: Bug, layers: int = 5, experts: int = 6, slots: int = 3, ahead: int = 2, steps: int = 4
 ) -> None:
-    """Guesses in a step: forked after a layer's loads, one expert goes to a window ahead, joined before its manager."""
+    """Speculative loads in a step: forked after a layer's loads, one goes ahead, joined before its manager."""
     machine = Machine(order, layers, experts)
     device, main, side = machine.device, machine.device.main, machine.device.stream("side")
     rows = machine.rows(layers * slots)
     tables = DeviceTables(machine, layers, experts, slots, rows)
     joins: dict[int, VirtualEvent] = {}
 
-    def guess(target: int) -> None:
+    def speculate(target: int) -> None:
         if bug != "no fork":
             device.wait(side, device.record(main))
         plan: dict[str, list] = {}
@@ -266,7 +266,7 @@ def side_stream(
             if plan["loads"]:
                 table[victim] = expert
 
-        device.kernel(side, lambda: [table], decide, lambda: [table], "guess")
+        device.kernel(side, lambda: [table], decide, lambda: [table], "speculative load")
         if bug == "join before fill":
             joins[target] = device.record(side)
         tables.gather(target, side, plan)
@@ -283,10 +283,10 @@ def side_stream(
             if layer in joins and bug == "join after manager":
                 device.wait(main, joins[layer])
             tables.gather(layer, main, plan)
-            if bug == "guess for own layer":
-                guess(layer)
+            if bug == "speculative load for own layer":
+                speculate(layer)
             elif layer + ahead < layers:
-                guess(layer + ahead)
+                speculate(layer + ahead)
             machine.moe(layer, chosen, lambda plan=plan: [rows[row] for row in plan["rows"]])
         device.wait(main, device.record(side))
     device.drain()
@@ -315,7 +315,7 @@ BUGS: dict[Protocol, tuple[str, ...]] = {
         "one window not reset",
         "fill beyond last layer",
     ),
-    side_stream: ("no fork", "no join", "join before fill", "join after manager", "guess for own layer"),
+    side_stream: ("no fork", "no join", "join before fill", "join after manager", "speculative load for own layer"),
 }
 """Errors that some order shows. That of ``host_managed`` without a wait for readers is not one: the wait for ids
 implies it."""

@@ -272,7 +272,11 @@ def test_a_copy_goes_to_its_stream_and_that_of_main_to_the_current_one(make: Mak
     memory, rows = host(), device.allocate(64)
     device.register(memory)
     copies = device.stream("copies", urgent=True)
-    assert torch_.calls[-1] == ("stream", 1, -1) and device.stream("guesses") and torch_.calls[-1] == ("stream", 1, 0)
+    assert (
+        torch_.calls[-1] == ("stream", 1, -1)
+        and device.stream("speculative loads")
+        and torch_.calls[-1] == ("stream", 1, 0)
+    )
     device.copy(copies, rows[:8], torch.from_numpy(memory[8:16]))
     assert library.calls[-1] == (
         "MemcpyAsync", rows.data_ptr(), memory.ctypes.data + 8, 8, 4, copies.stream.cuda_stream

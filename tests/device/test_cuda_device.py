@@ -167,7 +167,7 @@ def test_a_refused_registration_leaves_no_error_behind(device: CudaDevice) -> No
     device.unregister(memory)
 
 
-def test_demands_and_guesses_arrive(device: CudaDevice) -> None:
+def test_demands_and_speculative_loads_arrive(device: CudaDevice) -> None:
     memory = pages(4, 5 << 20)
     device.register(memory)
     rows, queue = device.allocate(memory.size).view(memory.shape), TransferQueue(device)
@@ -175,14 +175,14 @@ def test_demands_and_guesses_arrive(device: CudaDevice) -> None:
     def copy(record: int) -> Copy:
         return Copy(rows[record], torch.from_numpy(memory[record]), device.record(device.main))
 
-    guesses = [queue.guess([copy(0)]), queue.guess([copy(1)])]
+    speculation = [queue.speculate([copy(0)]), queue.speculate([copy(1)])]
     device.wait(device.main, queue.demand([copy(2), copy(3)]))
     assert np.array_equal(rows[2:].cpu().numpy(), memory[2:])
-    while not queue.settled(guesses[0]):
+    while not queue.settled(speculation[0]):
         queue.pump()
-    device.synchronize(queue.promote(guesses[1]))
+    device.synchronize(queue.promote(speculation[1]))
     assert np.array_equal(rows.cpu().numpy(), memory)
-    assert queue.demanded_bytes + queue.guessed_bytes == memory.nbytes
+    assert queue.demanded_bytes + queue.speculative_bytes == memory.nbytes
     device.unregister(memory)
 
 

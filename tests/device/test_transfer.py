@@ -1,4 +1,4 @@
-"""Copies that are waited for go before guesses, whatever the order of the device's work."""
+"""Copies that are waited for go before speculative copies, whatever the order of the device's work."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 
 from tests.device.virtual import CorruptionError, VirtualDevice, VirtualEvent
 from vllm_moe_offload.device import DeviceError
-from vllm_moe_offload.device.transfer import PIECE_BYTES, Copy, Guess, TransferQueue
+from vllm_moe_offload.device.transfer import PIECE_BYTES, Copy, SpeculativeCopy, TransferQueue
 
 
 class Memory:
@@ -48,7 +48,7 @@ def test_a_demand_of_nothing_is_behind_the_demands_before_it(lazy: VirtualDevice
     assert memory.holds(0, 0)
 
 
-def test_a_guess_goes_in_pieces_each_when_the_one_before_has_arrived(lazy: VirtualDevice) -> None:
+def test_a_speculative_load_goes_in_pieces_each_when_the_one_before_has_arrived(lazy: VirtualDevice) -> None:
     """A record of two and a half pieces of which a small component comes last."""
     sizes = (2 * PIECE_BYTES, PIECE_BYTES // 2, 8)
     queue, sources, targets = TransferQueue(lazy), [], []
@@ -57,39 +57,43 @@ def test_a_guess_goes_in_pieces_each_when_the_one_before_has_arrived(lazy: Virtu
         lazy.register(host)
         sources.append(torch.from_numpy(host))
         targets.append(lazy.allocate(nbytes))
-    guess = queue.guess([Copy(target, source) for target, source in zip(targets, sources, strict=True)])
+    speculative = queue.speculate([Copy(target, source) for target, source in zip(targets, sources, strict=True)])
     arrived = []
-    while not queue.settled(guess):
+    while not queue.settled(speculative):
         queue.pump()
         queue.pump()
-        assert queue.guessed_bytes - sum(arrived) <= PIECE_BYTES
-        arrived.append(queue.guessed_bytes - sum(arrived))
+        assert queue.speculative_bytes - sum(arrived) <= PIECE_BYTES
+        arrived.append(queue.speculative_bytes - sum(arrived))
         lazy.drain()
     assert arrived == [PIECE_BYTES, PIECE_BYTES, PIECE_BYTES // 2 + 8]
     assert all(torch.equal(target, source) for target, source in zip(targets, sources, strict=True))
 
 
-def test_a_guess_waits_for_demands_and_for_the_reader_of_its_row_without_keeping_demands(lazy: VirtualDevice) -> None:
+def test_a_speculative_load_waits_for_demands_and_for_the_reader_of_its_row_without_keeping_demands(
+    lazy: VirtualDevice,
+) -> None:
     memory, queue = Memory(lazy, 3), TransferQueue(lazy)
     lazy.kernel(lazy.main, lambda: [memory.rows[0]], lambda _: None)
-    guess = queue.guess([memory.copy(0, after=lazy.record(lazy.main))])
+    speculative = queue.speculate([memory.copy(0, after=lazy.record(lazy.main))])
     queue.pump()
     demand = queue.demand([memory.copy(1)])
     queue.pump()
     assert lazy.pending == 2
     lazy._run_until(demand)
     queue.pump()
-    assert lazy.pending == 1 and not queue.settled(guess)
+    assert lazy.pending == 1 and not queue.settled(speculative)
     lazy.drain()
     queue.pump()
     lazy.drain()
-    assert queue.settled(guess) and memory.holds(0, 0)
+    assert queue.settled(speculative) and memory.holds(0, 0)
 
 
-def test_a_cancelled_guess_gives_its_row_to_a_later_copy(lazy: VirtualDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cancelled_speculative_load_gives_its_row_to_a_later_copy(
+    lazy: VirtualDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("vllm_moe_offload.device.transfer.PIECE_BYTES", 2)
     memory, queue = Memory(lazy, 3), TransferQueue(lazy)
-    begun, waiting = queue.guess([memory.copy(0)]), queue.guess([memory.copy(2)])
+    begun, waiting = queue.speculate([memory.copy(0)]), queue.speculate([memory.copy(2)])
     queue.pump()
     queue.cancel(begun)
     queue.cancel(waiting)
@@ -100,18 +104,18 @@ def test_a_cancelled_guess_gives_its_row_to_a_later_copy(lazy: VirtualDevice, mo
         queue.promote(begun)
 
 
-def test_a_promoted_guess_is_made_before_everything_demanded_later(
+def test_a_promoted_speculative_load_is_made_before_everything_demanded_later(
     lazy: VirtualDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vllm_moe_offload.device.transfer.PIECE_BYTES", 2)
     memory, queue = Memory(lazy, 2), TransferQueue(lazy)
-    guess = queue.guess([memory.copy(0)])
+    speculative = queue.speculate([memory.copy(0)])
     queue.pump()
-    event = queue.promote(guess)
-    assert queue.promote(guess) is event
+    event = queue.promote(speculative)
+    assert queue.promote(speculative) is event
     lazy.synchronize(event)
-    assert queue.settled(guess) and memory.holds(0, 0)
-    assert (queue.guessed_bytes, queue.demanded_bytes) == (2, 2)
+    assert queue.settled(speculative) and memory.holds(0, 0)
+    assert (queue.speculative_bytes, queue.demanded_bytes) == (2, 2)
 
 
 def test_copies_that_cannot_be_made_raise_where_they_are_enqueued(lazy: VirtualDevice) -> None:
@@ -119,12 +123,12 @@ def test_copies_that_cannot_be_made_raise_where_they_are_enqueued(lazy: VirtualD
     with pytest.raises(ValueError, match="4 bytes are copied to 3"):
         queue.demand([Copy(memory.rows[0, :3], memory.host[0])])
     with pytest.raises(ValueError, match="4 bytes are copied to 3"):
-        queue.guess([Copy(memory.rows[0, :3], memory.host[0])])
-    queue.guess([memory.copy(0)])
+        queue.speculate([Copy(memory.rows[0, :3], memory.host[0])])
+    queue.speculate([memory.copy(0)])
     lazy.faults.copies = 0
     with pytest.raises(ValueError, match="refuse"):
         queue.pump()
-    assert (queue.guessed_bytes, queue.demanded_bytes) == (0, 0)
+    assert (queue.speculative_bytes, queue.demanded_bytes) == (0, 0)
 
 
 def test_a_device_that_fails_is_noticed_by_the_next_call(lazy: VirtualDevice) -> None:
@@ -138,7 +142,7 @@ def test_a_device_that_fails_is_noticed_by_the_next_call(lazy: VirtualDevice) ->
 
 
 class Windows:
-    """Layers whose experts are demanded, guessed and evicted through a queue; errors can be put in by name."""
+    """Layers whose experts are demanded, speculated on and evicted through a queue; errors can be put in by name."""
 
     layers, experts, slots = 3, 5, 3
 
@@ -148,7 +152,7 @@ class Windows:
         self.memory = Memory(self.device, self.layers * self.experts)
         self.queue = TransferQueue(self.device)
         self.expert_of = np.full((self.layers, self.slots), -1)
-        self.guesses: dict[tuple[int, int], Guess] = {}
+        self.speculation: dict[tuple[int, int], SpeculativeCopy] = {}
         self.written: dict[tuple[int, int], VirtualEvent] = {}
         self.read: dict[tuple[int, int], VirtualEvent] = {}
 
@@ -160,8 +164,8 @@ class Windows:
     def place(self, layer: int, expert: int, keep: list[int]) -> int:
         free = [slot for slot in range(self.slots) if self.expert_of[layer, slot] not in keep]
         slot = int(self.numbers.choice(free))
-        if (guess := self.guesses.pop((layer, slot), None)) and self.bug != "guess not cancelled":
-            self.queue.cancel(guess)
+        if (speculative := self.speculation.pop((layer, slot), None)) and self.bug != "speculative copy not cancelled":
+            self.queue.cancel(speculative)
         self.expert_of[layer, slot] = expert
         return slot
 
@@ -176,13 +180,15 @@ class Windows:
             self.written |= {(layer, slot): event for slot, _ in loads}
         slots = [int(np.flatnonzero(self.expert_of[layer] == expert)[0]) for expert in chosen]
         for slot in slots:
-            if guess := self.guesses.get((layer, slot)):
-                if self.bug == "guess not waited for":
+            if speculative := self.speculation.get((layer, slot)):
+                if self.bug == "speculative copy not waited for":
                     continue
                 self.written[layer, slot] = (
-                    self.queue.promote(guess) if self.bug != "guess not promoted" else guess.event or VirtualEvent(None)
+                    self.queue.promote(speculative)
+                    if self.bug != "speculative copy not promoted"
+                    else speculative.event or VirtualEvent(None)
                 )
-                del self.guesses[layer, slot]
+                del self.speculation[layer, slot]
             if self.bug != "no wait for copy":
                 self.device.wait(self.device.main, self.written[layer, slot])
         rows = [self.memory.rows[layer * self.slots + slot] for slot in slots]
@@ -195,18 +201,18 @@ class Windows:
         self.device.kernel(self.device.main, lambda: rows, check)
         self.read |= {(layer, slot): self.device.record(self.device.main) for slot in slots}
 
-    def guess(self, layer: int) -> None:
+    def speculate(self, layer: int) -> None:
         expert = int(self.numbers.integers(self.experts))
         if expert not in self.expert_of[layer]:
             slot = self.place(layer, expert, [])
-            self.guesses[layer, slot] = self.queue.guess([self.copy(layer, slot)])
+            self.speculation[layer, slot] = self.queue.speculate([self.copy(layer, slot)])
 
     def run(self) -> None:
         for _ in range(3):
             for layer in range(self.layers):
                 self.serve(layer, self.numbers.choice(self.experts, 2, replace=False).tolist())
-                self.guess((layer + 1) % self.layers)
-                self.guess((layer + 2) % self.layers)
+                self.speculate((layer + 1) % self.layers)
+                self.speculate((layer + 2) % self.layers)
                 self.queue.pump()
         self.device.drain()
         self.check_end()
@@ -214,14 +220,20 @@ class Windows:
     def check_end(self) -> None:
         """After the last of its copies each slot holds what the host believes."""
         for key in np.ndindex(self.layers, self.slots):
-            if self.expert_of[key] >= 0 and key not in self.guesses:
+            if self.expert_of[key] >= 0 and key not in self.speculation:
                 layer, slot = key
                 record = layer * self.experts + int(self.expert_of[key])
                 if not self.memory.holds(layer * self.slots + slot, record):
                     raise CorruptionError("a slot holds another record than the host believes")
 
 
-BUGS = ("no wait for reader", "no wait for copy", "guess not cancelled", "guess not waited for", "guess not promoted")
+BUGS = (
+    "no wait for reader",
+    "no wait for copy",
+    "speculative copy not cancelled",
+    "speculative copy not waited for",
+    "speculative copy not promoted",
+)
 
 
 def shown(bug: str | None, orders: int) -> bool:

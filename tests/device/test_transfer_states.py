@@ -1,4 +1,4 @@
-"""Every state that a queue of two guesses and one demand can come to, one call or one finished operation at a time."""
+"""Every state of a queue of two speculative copies and one demand, one call or one finished operation at a time."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -8,26 +8,26 @@ import pytest
 import torch
 
 from tests.device.virtual import VirtualDevice
-from vllm_moe_offload.device.transfer import Copy, Guess, TransferQueue
+from vllm_moe_offload.device.transfer import Copy, SpeculativeCopy, TransferQueue
 
-GUESSES, DEMANDS, PIECES = 2, 1, 2
+SPECULATIVE, DEMANDS, PIECES = 2, 1, 2
 
 Action = tuple[str, int]
 
 
 class Instance:
-    """A queue after some actions. Guess 1 may not be copied before a reader on the main stream has ended."""
+    """A queue after some actions. Speculative copy 1 may not be copied before a reader on the main stream has ended."""
 
     def __init__(self, queue: type[TransferQueue], actions: tuple[Action, ...] = ()):
         self.device = VirtualDevice(chance_to_run=0)
-        self.host = np.arange(1, 1 + GUESSES + DEMANDS, dtype=np.uint8).repeat(PIECES).reshape(-1, PIECES)
+        self.host = np.arange(1, 1 + SPECULATIVE + DEMANDS, dtype=np.uint8).repeat(PIECES).reshape(-1, PIECES)
         self.device.register(self.host)
         self.rows = self.device.allocate(self.host.size).view(self.host.shape)
         self.device.kernel(self.device.main, lambda: [self.rows[1]], lambda _: None, name="reader")
         self.reader = self.device.record(self.device.main)
         self.queue = queue(self.device)
         self.stream = self.device.streams[-1]
-        self.guesses: list[Guess] = []
+        self.speculation: list[SpeculativeCopy] = []
         self.promoted: set[int] = set()
         self.demands = 0
         for action in actions:
@@ -39,34 +39,36 @@ class Instance:
     def act(self, name: str, number: int) -> None:
         waiting = [self.owner(operation) for operation in self.stream.queue]
         match name:
-            case "guess":
-                self.guesses.append(self.queue.guess([self.copy(number)]))
+            case "speculative copy":
+                self.speculation.append(self.queue.speculate([self.copy(number)]))
             case "demand":
-                self.queue.demand([self.copy(GUESSES + number)])
+                self.queue.demand([self.copy(SPECULATIVE + number)])
                 self.demands += 1
             case "pump":
                 self.queue.pump()
                 enqueued = [self.owner(operation) for operation in list(self.stream.queue)[len(waiting) :]]
                 assert not (waiting and enqueued), "a piece is enqueued while another copy waits"
-                assert not any(self.guesses[number].cancelled for number in enqueued), "a cancelled guess goes on"
+                assert not any(self.speculation[number].cancelled for number in enqueued), (
+                    "a cancelled speculative copy goes on"
+                )
             case "promote":
-                self.queue.promote(self.guesses[number])
+                self.queue.promote(self.speculation[number])
                 self.promoted.add(number)
             case "cancel":
-                self.queue.cancel(self.guesses[number])
+                self.queue.cancel(self.speculation[number])
             case "copy":
                 self.device.run_next(self.stream)
             case "reader":
                 self.device.run_next(self.device.main)
 
     def actions(self) -> Iterator[Action]:
-        if len(self.guesses) < GUESSES:
-            yield "guess", len(self.guesses)
+        if len(self.speculation) < SPECULATIVE:
+            yield "speculative copy", len(self.speculation)
         if self.demands < DEMANDS:
             yield "demand", self.demands
         yield "pump", 0
-        for number, guess in enumerate(self.guesses):
-            if not guess.cancelled:
+        for number, speculative in enumerate(self.speculation):
+            if not speculative.cancelled:
                 yield "promote", number
                 yield "cancel", number
         if self.stream.queue and all(event.complete for event in self.stream.queue[0].waits):
@@ -79,41 +81,43 @@ class Instance:
         return (operation._writes()[0].data_ptr() - self.rows.data_ptr()) // PIECES
 
     def check(self) -> None:
-        guessed = [record for record in map(self.owner, self.stream.queue) if record < GUESSES]
-        alone = [record for record in guessed if record not in self.promoted]
-        assert len(alone) <= 1, "two pieces of guesses are under way"
+        speculated = [record for record in map(self.owner, self.stream.queue) if record < SPECULATIVE]
+        alone = [record for record in speculated if record not in self.promoted]
+        assert len(alone) <= 1, "two pieces of speculative copies are under way"
         begun = [
             number
-            for number, guess in enumerate(self.guesses)
-            if guess.event is not None and guess.pieces and not guess.cancelled
+            for number, speculative in enumerate(self.speculation)
+            if speculative.event is not None and speculative.pieces and not speculative.cancelled
         ]
-        assert len(begun) <= 1, "two guesses have begun"
-        for number, guess in enumerate(self.guesses):
-            under_way = number in guessed
-            assert not (under_way and self.queue.settled(guess)), "a guess under way is settled"
+        assert len(begun) <= 1, "two speculative copies have begun"
+        for number, speculative in enumerate(self.speculation):
+            under_way = number in speculated
+            assert not (under_way and self.queue.settled(speculative)), "a speculative copy under way is settled"
             arrived = self.rows[number].tolist() == self.host[number].tolist()
-            assert guess.cancelled or self.queue.settled(guess) == arrived, "a guess is settled that has not arrived"
+            assert speculative.cancelled or self.queue.settled(speculative) == arrived, (
+                "a speculative copy is settled that has not arrived"
+            )
             if number == 1 and self.rows[1].any():
                 assert self.device.finished(self.reader), "a row is written before its reader has ended"
-        enqueued = self.queue.demanded_bytes + self.queue.guessed_bytes
-        not_enqueued = sum(len(guess.pieces) for guess in self.guesses)
-        made = (len(self.guesses) + self.demands) * PIECES
+        enqueued = self.queue.demanded_bytes + self.queue.speculative_bytes
+        not_enqueued = sum(len(speculative.pieces) for speculative in self.speculation)
+        made = (len(self.speculation) + self.demands) * PIECES
         assert enqueued + not_enqueued <= made, "a piece is enqueued twice"
-        if not any(guess.cancelled for guess in self.guesses):
+        if not any(speculative.cancelled for speculative in self.speculation):
             assert enqueued + not_enqueued == made, "a piece is lost"
 
     def settles(self) -> bool:
         """Whether pumping and finishing work brings in everything that is not cancelled."""
         self.device.run_next(self.device.main)
-        for _ in range(2 * PIECES * GUESSES):
+        for _ in range(2 * PIECES * SPECULATIVE):
             self.queue.pump()
             while self.device.run_next(self.stream):
                 pass
-        return all(self.queue.settled(guess) for guess in self.guesses)
+        return all(self.queue.settled(speculative) for speculative in self.speculation)
 
     def key(self) -> tuple[object, ...]:
         return (
-            tuple((len(g.pieces), g.event and g.event.complete, g.cancelled) for g in self.guesses),
+            tuple((len(g.pieces), g.event and g.event.complete, g.cancelled) for g in self.speculation),
             tuple(self.rows.reshape(-1).tolist()),
             tuple(map(self.owner, self.stream.queue)),
             tuple(bool(operation.waits) for operation in self.stream.queue),
@@ -146,11 +150,11 @@ def pieces_of_one_byte(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm_moe_offload.device.transfer.PIECE_BYTES", 1)
 
 
-def test_no_state_is_wrong_and_none_keeps_a_guess_for_ever() -> None:
+def test_no_state_is_wrong_and_none_keeps_a_speculative_load_for_ever() -> None:
     assert explore(TransferQueue) > 1000
 
 
-class GuessesBesideDemands(TransferQueue):
+class SpeculativeBesideDemands(TransferQueue):
     def _idle(self):
         return True
 
@@ -163,51 +167,51 @@ class DemandsUnseen(TransferQueue):
 
 
 class ReaderForgotten(TransferQueue):
-    def guess(self, copies):
-        return super().guess([copy._replace(after=None) for copy in copies])
+    def speculate(self, copies):
+        return super().speculate([copy._replace(after=None) for copy in copies])
 
 
-class TwoGuessesBegun(TransferQueue):
+class TwoSpeculativeBegun(TransferQueue):
     def pump(self):
         super().pump()
-        self._guesses.rotate()
+        self._speculation.rotate()
 
 
 class CancelsOnlyWhatHasNotBegun(TransferQueue):
-    def cancel(self, guess):
-        if guess.event is None:
-            super().cancel(guess)
-        guess.cancelled = True
+    def cancel(self, speculative):
+        if speculative.event is None:
+            super().cancel(speculative)
+        speculative.cancelled = True
 
 
 class PromotesButEnqueuesLater(TransferQueue):
-    def promote(self, guess):
-        pieces = list(guess.pieces)
-        event = super().promote(guess)
+    def promote(self, speculative):
+        pieces = list(speculative.pieces)
+        event = super().promote(speculative)
         if len(pieces) == 1:
-            self._guesses.append(guess)
-            guess.pieces.extend(pieces)
+            self._speculation.append(speculative)
+            speculative.pieces.extend(pieces)
         return event
 
 
 class SettledWhenEnqueued(TransferQueue):
-    def settled(self, guess):
-        return not guess.pieces
+    def settled(self, speculative):
+        return not speculative.pieces
 
 
 class LosesTheOther(TransferQueue):
-    def cancel(self, guess):
-        super().cancel(guess)
-        self._guesses.clear()
+    def cancel(self, speculative):
+        super().cancel(speculative)
+        self._speculation.clear()
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        GuessesBesideDemands,
+        SpeculativeBesideDemands,
         DemandsUnseen,
         ReaderForgotten,
-        TwoGuessesBegun,
+        TwoSpeculativeBegun,
         CancelsOnlyWhatHasNotBegun,
         PromotesButEnqueuesLater,
         SettledWhenEnqueued,

@@ -50,14 +50,16 @@ def virtual_device(by_itself: bool = False, **device: Any) -> ExitStack:
         by_itself: the device manages them where it can, else the host.
     """
     from tests.device.virtual import VirtualDevice
-    from tests.windows.reference_kernels import ReferenceGuessKernels
+    from tests.windows.reference_kernels import ReferenceSpeculativeKernels
     from vllm_moe_offload.integration import machine
     from vllm_moe_offload.integration.cuda import mode
 
     obstacle = mode.obstacle if by_itself else lambda *_: "a test looks at the host"
     patches = ExitStack()
     patches.enter_context(patch.object(machine, "device", lambda: VirtualDevice(main_is_host=True, **device)))
-    patches.enter_context(patch.object(machine, "managing_kernels", lambda device, _: ReferenceGuessKernels(device)))
+    patches.enter_context(
+        patch.object(machine, "managing_kernels", lambda device, _: ReferenceSpeculativeKernels(device))
+    )
     patches.enter_context(patch.object(mode, "obstacle", obstacle))
     return patches
 

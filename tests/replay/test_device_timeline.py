@@ -123,7 +123,7 @@ def test_with_every_expert_in_its_memory_a_step_takes_what_its_layers_take(short
 
 
 @pytest.mark.parametrize(("hardware", "distance"), [(RTX4090, 4), (H100, 5), (GH200, 1), (RTX4090, 3)])
-def test_true_guesses_save_time(short, hardware, distance):
+def test_true_speculative_loads_save_time(short, hardware, distance):
     longer = short.select([*range(short.num_requests)] * 4)
     without, informed = run(longer, hardware=hardware), run(longer, perfect_forecast(longer, (distance,)), hardware)
     assert informed.total_seconds < without.total_seconds
@@ -135,12 +135,12 @@ def test_true_guesses_save_time(short, hardware, distance):
     )
 
 
-def test_layers_wait_for_guesses_that_take_longer_than_they_do(short):
+def test_layers_wait_for_speculative_loads_that_take_longer_than_they_do(short):
     near = run(short, perfect_forecast(short, (1,)))
     assert near.tally.late > 0 and time_of(RTX4090).record > time_of(RTX4090).layer(4, 1)
 
 
-def test_doubtful_guesses_are_not_made(short):
+def test_doubtful_speculative_loads_are_not_made(short):
     doubtful = Forecast((4,), np.full((short.num_tokens, 1, 24, 32), 0.4, np.float16))
     assert run(short, doubtful).tally.prefetch_loads == 0
 
@@ -205,18 +205,18 @@ def test_windows_are_equal_and_hold_a_token():
 
 @settings(max_examples=30, deadline=None)
 @given(st.data())
-def test_every_guess_ends_as_right_or_wasted_once(data):
+def test_every_speculative_load_ends_as_right_or_wasted_once(data):
     experts, layers = data.draw(st.integers(2, 8)), data.draw(st.integers(1, 4))
     slots = data.draw(st.lists(st.integers(2, experts), min_size=layers, max_size=layers))
     windows = Windows(slots, experts, record_bytes=4096)
-    guessed = right = wasted = 0
+    speculated = right = wasted = 0
     for _ in range(data.draw(st.integers(1, 12))):
         windows.begin_step()
         for layer in range(layers):
             absent = np.flatnonzero(windows.absent(layer))
             if len(absent) and data.draw(st.booleans()):
-                wasted += windows.guess(layer, data.draw(st.sampled_from(absent.tolist())))
-                guessed += 1
+                wasted += windows.speculate(layer, data.draw(st.sampled_from(absent.tolist())))
+                speculated += 1
             ids = np.array(data.draw(st.lists(st.integers(0, experts - 1), min_size=1, max_size=2, unique=True)))
             absent_before = windows.absent(layer)
             missing, was_right, was_wasted = windows.use(layer, ids)
@@ -224,7 +224,7 @@ def test_every_guess_ends_as_right_or_wasted_once(data):
             right, wasted = right + was_right, wasted + was_wasted
         if data.draw(st.booleans()):
             wasted += windows.lend()
-    assert guessed == right + wasted + windows.finish()
+    assert speculated == right + wasted + windows.finish()
 
 
 @pytest.fixture(scope="module")
@@ -236,13 +236,13 @@ def report(short, example):
 def test_the_report_has_both_modes_the_bound_and_prefill(report, short):
     assert json.loads(json.dumps(report)) == report
     assert report["resident_tpot_seconds"] < report["no_prefetch_tpot_seconds"] < report["host_managed_tpot_seconds"]
-    assert report["guess_distance"] == DISTANCE and report["planned"]["useful"] > 0
+    assert report["speculative_distance"] == DISTANCE and report["planned"]["useful"] > 0
     assert report["tpot_seconds"] < report["resident_tpot_seconds"] + report["stall_seconds_per_token"] + 1e-3
     assert 1 < report["most_prediction_gain"] <= 2
     assert report["prefill_seconds"] > report["prefill_link_seconds"] > 0.4
     assert report["narrow_slots"] == 24 * 4
     plain = replay(short, Setup(slots=192, predictor="none", hardware=RTX4090, model=MODEL))
-    assert plain["guess_distance"] is None
+    assert plain["speculative_distance"] is None
     assert plain["tpot_seconds"] == plain["no_prefetch_tpot_seconds"] == report["no_prefetch_tpot_seconds"]
 
 

@@ -58,8 +58,8 @@ def test_a_report_is_sane_whatever_the_model(case):
     assert report["tpot_seconds"] >= report["stall_seconds_per_token"] >= 0
 
 
-def test_a_quarter_of_few_layers_leaves_room_for_guesses():
-    """Eight layers of 64 experts, as in the bundled model: two whole layers fit, and guesses find a place."""
+def test_a_quarter_of_few_layers_leaves_room_for_speculative_loads():
+    """Eight layers of 64 experts, as in the bundled model: two whole layers fit, and speculative loads find a place."""
     trace = random_trace(8, 64, 4, lengths=(30,))
     tally = run_once(trace, Setup(slots=128), perfect_forecast(trace, DISTANCES), 0.5)
     assert tally.demand_miss_rate < 0.2 and tally.useful > 0

@@ -22,10 +22,10 @@ LAYERS, EXPERTS = 3, 6
         max_size=12,
     ),
 )
-def test_the_books_balance_whatever_is_guessed(policy, slots, passes):
+def test_the_books_balance_whatever_is_speculated(policy, slots, passes):
     cache = ReplayCache(LAYERS, EXPERTS, slots, create_policy(policy, np.repeat(np.arange(LAYERS), EXPERTS)))
     uses, tally = 0, Tally()
-    for used, guessed in passes:
+    for used, speculated in passes:
         cache.begin_step()
         for layer in range(LAYERS):
             ids = np.array(sorted(used[layer])) + layer * EXPERTS
@@ -35,8 +35,8 @@ def test_the_books_balance_whatever_is_guessed(policy, slots, passes):
             assert not cache.absent(layer)[ids - layer * EXPERTS].any()
             assert set(missing.tolist()) <= set(ids.tolist())
             if layer + 1 < LAYERS:
-                guess = np.array(sorted(guessed[layer]), np.int64) + (layer + 1) * EXPERTS
-                tally.add(cache.prefetch(layer + 1, guess)[1])
+                speculative = np.array(sorted(speculated[layer]), np.int64) + (layer + 1) * EXPERTS
+                tally.add(cache.prefetch(layer + 1, speculative)[1])
             cache.cache.check_integrity()
             cache.release(pinned)
     assert not cache.cache.pins.any()
@@ -45,7 +45,7 @@ def test_the_books_balance_whatever_is_guessed(policy, slots, passes):
     assert tally.useful + tally.late + tally.wasted == tally.prefetch_loads
 
 
-def test_a_guess_is_not_lost_before_its_layer_runs():
+def test_a_speculative_load_is_not_lost_before_its_layer_runs():
     cache = ReplayCache(2, 8, 20, create_policy("lru", np.repeat([0, 1], 8)))
     cache.begin_step()
     _, pinned, _ = cache.use(0, np.array([0, 1]))
@@ -63,7 +63,7 @@ def test_too_few_slots_for_a_step_are_refused():
         cache.use(0, np.arange(4))
 
 
-def test_a_guess_taken_back_leaves_no_trace():
+def test_a_speculative_load_taken_back_leaves_no_trace():
     cache = ReplayCache(2, 8, 20, create_policy("lru", np.repeat([0, 1], 8)))
     tally = Tally()
     tally.add(cache.prefetch(1, np.array([8, 9]))[1])

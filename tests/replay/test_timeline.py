@@ -54,12 +54,12 @@ def test_loads_side_by_side_share_the_link():
     link = Link([1.0, 1.5, 2.0], 0.25)
     link.prefetch([7, 8, 9])
     link.pass_time(1.5)
-    assert link.still_loading([7, 8, 9]) == [9], "two places for guesses: 7 and 8 went together"
+    assert link.still_loading([7, 8, 9]) == [9], "two places for speculative loads: 7 and 8 went together"
     assert link.demand(1, []) == pytest.approx(1.5)
     assert link.queue_seconds == 0, "9 went beside the demand, in the place kept for it"
 
 
-def test_a_demand_never_waits_for_a_place_that_guesses_have():
+def test_a_demand_never_waits_for_a_place_that_speculative_loads_have():
     link = Link([1.0, 1.0, 1.0], 0.25)
     link.prefetch([1, 2, 3, 4])
     link.pass_time(0.5)

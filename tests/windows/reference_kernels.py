@@ -12,7 +12,7 @@ from tests.device.virtual import Memory, VirtualDevice, VirtualStream
 from vllm_moe_offload.predict import kernels
 from vllm_moe_offload.trace.recorder import routing_shares
 from vllm_moe_offload.windows.device_tables import DeviceTables, Kernels, LayerTables, Ring
-from vllm_moe_offload.windows.guesses import GuessKernels, Head
+from vllm_moe_offload.windows.speculative_loads import Head, SpeculativeKernels
 from vllm_moe_offload.windows.tables import ABSENT, Outcomes, WindowTables
 
 NO_OUTCOMES = Outcomes(0, 0, 0)
@@ -159,8 +159,8 @@ class ReferenceKernels(Kernels):
         self.device.kernel(self.device.main, lambda: [], compute, lambda: rows, "fill")
 
 
-class ReferenceGuessKernels(ReferenceKernels, GuessKernels):
-    """The predictor's arithmetic, and ``WindowTables.guess``."""
+class ReferenceSpeculativeKernels(ReferenceKernels, SpeculativeKernels):
+    """The predictor's arithmetic, and ``WindowTables.speculate``."""
 
     @contextmanager
     def on(self, stream: VirtualStream) -> Iterator[None]:
@@ -204,7 +204,7 @@ class ReferenceGuessKernels(ReferenceKernels, GuessKernels):
         reads = [state, known, head.inner, head.outer, head.bias, given, ring.header]
         self.device.kernel(self.stream, lambda: reads, compute, lambda: [scores], "evaluate")
 
-    def select_guess(
+    def select_speculative(
         self,
         layer: LayerTables,
         given: torch.Tensor,
@@ -217,15 +217,19 @@ class ReferenceGuessKernels(ReferenceKernels, GuessKernels):
             found, (rows, step), tables, header = (np.asarray(value) for value in values)
             policy = policy_of(layer, tables)
             best = found[: rows if step == header[0] else 0].max(axis=0, initial=-np.inf)
-            guessed = policy.guess(best, int(header[0]), threshold)
-            write_misses(misses, np.column_stack([tables[3][guessed[:, 0]], guessed[:, 1]]), np.full(len(guessed), -1))
+            speculated = policy.speculate(best, int(header[0]), threshold)
+            write_misses(
+                misses, np.column_stack([tables[3][speculated[:, 0]], speculated[:, 1]]), np.full(len(speculated), -1)
+            )
             write_residents(layer, policy, tables)
-            self.guessed += len(guessed)
+            self.speculated += len(speculated)
 
         reads = [scores, given, layer.tables, ring.header]
-        self.device.kernel(self.stream, lambda: reads, compute, lambda: [layer.tables, misses], "select guess")
+        self.device.kernel(
+            self.stream, lambda: reads, compute, lambda: [layer.tables, misses], "select speculative load"
+        )
 
-    guessed = 0
+    speculated = 0
 
 
 def policy_of(layer: LayerTables, tables: NDArray[np.int32]) -> WindowTables:

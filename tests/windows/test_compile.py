@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from vllm_moe_offload.windows import guess_kernels, kernels
+from vllm_moe_offload.windows import kernels, speculative_kernels
 from vllm_moe_offload.windows.launches import COMPILE_OPTIONS
 
 CAPABILITIES = [80, 89, 90, 100, 120]
@@ -93,9 +93,9 @@ def test_no_kernel_spills(capability: int, tmp_path: Path, pytestconfig: pytest.
         ),
         (kernels.gather, 4, {"BLOCK": 1024}),
         (kernels.note, 4, {"CHUNK": 1024}),
-        (guess_kernels.observe, 4, {"S": 256}),
-        *((guess_kernels.evaluate, lanes // 32, {"P": lanes, "BLOCK": 16}) for lanes, _ in LANES),
-        (guess_kernels.select_guess, 1, {"P": 128}),
+        (speculative_kernels.observe, 4, {"S": 256}),
+        *((speculative_kernels.evaluate, lanes // 32, {"P": lanes, "BLOCK": 16}) for lanes, _ in LANES),
+        (speculative_kernels.select_speculative, 1, {"P": 128}),
     ]
     for kernel, warps, constants in jobs:
         ptx = compiled(kernel, capability, warps, **constants).asm["ptx"]

@@ -149,23 +149,23 @@ def test_an_overwritten_window_is_filled_again_and_remembers_its_heat() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(runs(), st.integers(0, 1 << 30))
-def test_a_guess_brings_in_the_likeliest_absent_expert_and_drops_no_likely_one(run: Run, seed: int) -> None:
+def test_a_speculative_load_brings_in_the_likeliest_absent_expert_and_drops_no_likely_one(run: Run, seed: int) -> None:
     rng = np.random.default_rng(seed)
     tables = run.tables()
     for step in run.steps:
         tables.serve(*step_arguments(step))
         scores = rng.normal(size=run.experts).astype(np.float32)
         before, heat = set(tables.expert_of.tolist()) - {ABSENT}, tables.heat.copy()
-        guess = tables.guess(scores, step.number, 1.0)
+        speculative = tables.speculate(scores, step.number, 1.0)
         tables.check_integrity()
         after = set(tables.expert_of.tolist()) - {ABSENT}
         absent = [expert for expert in range(run.experts) if run.owned[expert] and expert not in before]
         likely = [expert for expert in absent if scores[expert] > 1.0]
         kept = [expert for expert in before if scores[expert] > 1.0]
-        assert len(guess) == (bool(likely) and len(kept) < run.slots)
+        assert len(speculative) == (bool(likely) and len(kept) < run.slots)
         assert set(kept) <= after and (tables.heat == heat).all()
-        if len(guess):
-            assert guess[0, 0] == max(likely, key=scores.__getitem__) and after - before == {guess[0, 0]}
+        if len(speculative):
+            assert speculative[0, 0] == max(likely, key=scores.__getitem__) and after - before == {speculative[0, 0]}
             assert len(before - after) == (len(before) == run.slots)
         else:
             assert after == before

@@ -48,7 +48,7 @@ def run(host: Host, order: int, steps: int = 3) -> WindowRuntime:
     draw = random.Random(order)
     slots = {f"layer {i}": draw.randint(TOP_K, draw.choice((3, 3, EXPERTS))) for i in range(LAYERS)}
     windows = WindowRuntime(host, VirtualDevice(order), slots, seed=order)
-    windows.guess()
+    windows.speculate()
     try:
         for _ in range(steps):
             windows.step(windows.order.choice((1, 1, 1, 2, 20)), TOP_K)
@@ -75,9 +75,9 @@ def kernels_do_not_wait(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(VirtualDevice, "wait", lambda self, stream, event: stream is self.main or wait(self, stream, event))
 
 
-def kernels_do_not_wait_for_guesses(patch: pytest.MonkeyPatch) -> None:
+def kernels_do_not_wait_for_speculative(patch: pytest.MonkeyPatch) -> None:
     promote = TransferQueue.promote
-    patch.setattr(TransferQueue, "promote", lambda self, guess: promote(self, guess) and finished())
+    patch.setattr(TransferQueue, "promote", lambda self, speculative: promote(self, speculative) and finished())
 
 
 def copies_do_not_wait_for_readers(patch: pytest.MonkeyPatch) -> None:
@@ -114,13 +114,13 @@ def host_slots_are_let_go_of_at_once(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(HostReads, "demand", demand)
 
 
-def guesses_are_taken_for_copied(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(TransferQueue, "settled", lambda self, guess: True)
+def speculative_are_taken_for_copied(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(TransferQueue, "settled", lambda self, speculative: True)
 
 
 BUGS = [
     kernels_do_not_wait,
-    kernels_do_not_wait_for_guesses,
+    kernels_do_not_wait_for_speculative,
     copies_do_not_wait_for_readers,
     readers_are_those_of_earlier_steps,
     a_stage_is_refilled_at_once,
@@ -128,7 +128,7 @@ BUGS = [
     lent_windows_are_not_reset,
     stages_outlive_the_windows_that_lend_them,
     host_slots_are_let_go_of_at_once,
-    guesses_are_taken_for_copied,
+    speculative_are_taken_for_copied,
 ]
 
 
@@ -151,7 +151,7 @@ def test_windows_of_one_slot_and_layers_that_differ(tmp_path: Path) -> None:
         draw = random.Random(order)
         slots = {entry.name: draw.randint(1, entry.experts) for entry in host.store.layers}
         windows = WindowRuntime(host, VirtualDevice(order), slots, seed=order)
-        windows.guess()
+        windows.speculate()
         for _ in range(4):
             windows.step(windows.order.choice((1, 1, 2, 20)), top_k=1)
         windows.drain()

@@ -90,7 +90,7 @@ def test_damaged_records_void_the_rows_that_need_them(made: RecordStore) -> None
     for order in range(20):
         host = Host(made, slots=EXPERTS)
         windows = WindowRuntime(host, VirtualDevice(order), SLOTS, seed=order)
-        windows.guess()
+        windows.speculate()
         windows.damaged = damaged
         for layer, expert in damaged:
             made.flip(layer, expert)
@@ -146,7 +146,7 @@ def test_host_memory_that_cannot_be_registered(made: RecordStore) -> None:
         device = VirtualDevice(order)
         device.faults.registrations = 1
         windows = WindowRuntime(host, device, SLOTS, seed=order)
-        windows.guess()
+        windows.speculate()
         assert "told to refuse" in windows.windows.unregistered and not device.registered
         for rows in (1, 2, 20, 1):
             windows.step(rows, TOP_K)
@@ -166,7 +166,7 @@ def lines(made: RecordStore) -> int:
     """About how many lines of the package the steps execute."""
     host = Host(made, slots=2 * EXPERTS)
     windows = WindowRuntime(host, VirtualDevice(0), SLOTS, seed=0)
-    windows.guess()
+    windows.speculate()
     count = lines_of(partial(steps, windows))
     windows.close()
     host.close()
@@ -178,11 +178,11 @@ def lines(made: RecordStore) -> int:
 def test_an_exception_at_any_line(made: RecordStore, lines: int, share: float, order: int) -> None:
     host = Host(made, slots=2 * EXPERTS)
     windows = WindowRuntime(host, VirtualDevice(order), SLOTS, seed=0)
-    windows.guess()
+    windows.speculate()
     with suppress(KeyboardInterrupt), at_every_line(Raise(KeyboardInterrupt, 1 + int(share * lines))):
         steps(windows)
     windows.runtime.take_failures()
-    windows.guesser = windows.runtime.prefetcher = None
+    windows.speculativeer = windows.runtime.prefetcher = None
     steps(windows)
     windows.drain()
     windows.check_contents()
@@ -225,7 +225,7 @@ class Keeper:
 def test_host_pools_that_are_gone(host: Host, verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     keeper = Keeper(host)
     windows = WindowRuntime(host, VirtualDevice(1), SLOTS, seed=0, source=keeper)
-    windows.guess()
+    windows.speculate()
     steps(windows)
     first = windows.runtime.pools
 

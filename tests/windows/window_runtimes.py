@@ -21,7 +21,7 @@ from vllm_moe_offload.windows.memory import View
 from vllm_moe_offload.windows.plan import WindowPlan
 
 
-class Guesser:
+class Speculativeer:
     """Prefetches at random between two layers, as a prefetcher does."""
 
     predicts = False
@@ -88,17 +88,17 @@ class WindowRuntime:
         self.numbers = np.random.default_rng(seed)
         self.views: set[int] = set()
         self.damaged: set[tuple[int, int]] = set()
-        self.guesser: Guesser | None = None
+        self.speculativeer: Speculativeer | None = None
 
-    def guess(self) -> None:
+    def speculate(self) -> None:
         """From now on, prefetch at random between the layers."""
-        self.guesser = Guesser(self.runtime, self.order)
-        self.runtime.prefetcher = self.guesser  # type: ignore[assignment]
+        self.speculativeer = Speculativeer(self.runtime, self.order)
+        self.runtime.prefetcher = self.speculativeer  # type: ignore[assignment]
 
     def step(self, rows: int, top_k: int) -> None:
         self.runtime.begin_step(Batch(rows))
-        if self.guesser is not None:
-            self.guesser.begin_step()
+        if self.speculativeer is not None:
+            self.speculativeer.begin_step()
         for layer in self.runtime.layers.values():
             order = self.numbers.random((rows, layer.experts)) * self.numbers.random(layer.experts)
             self.serve(layer, order.argsort(axis=1)[:, :top_k].astype(np.int32))
@@ -145,8 +145,8 @@ class WindowRuntime:
         for layer in self.runtime.layers.values():
             cache = layer.pool.cache
             cache.check_integrity()
-            guessed = layer.pool._guessed
-            assert np.flatnonzero(cache.pins).tolist() == ([] if guessed is None else [guessed.slot])
+            speculated = layer.pool._speculated
+            assert np.flatnonzero(cache.pins).tolist() == ([] if speculated is None else [speculated.slot])
 
     def check_contents(self) -> None:
         """Every record that is said to be in a slot is there, and nothing of the host pools is held."""

@@ -49,7 +49,7 @@ def _print_device(console: Console, report: dict[str, Any]) -> None:
     console.print(f"\n{device}, calculated from its data sheet and estimates; nothing was measured", soft_wrap=True)
     table = Table("", "ms per token", "of it stalled", "uses that wait")
     table.add_row("every expert in its memory", _ms(report["resident_tpot_seconds"]), "", "")
-    ahead = report["guess_distance"]
+    ahead = report["speculative_distance"]
     names = {"": f"device-managed, {report['predictor']} {ahead} layers ahead"} if ahead else {}
     for prefix, name in (names | {"no_prefetch_": "device-managed", "host_managed_": "host-managed"}).items():
         times = (_ms(report[f"{prefix}{what}"]) for what in ("tpot_seconds", "stall_seconds_per_token"))

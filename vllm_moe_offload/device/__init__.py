@@ -5,17 +5,17 @@ It must never decide what is copied, nor let a copy that was refused pass for on
 
 from .base import Device, DeviceError, Event, OutOfDeviceMemoryError, RegistrationError, Stream
 from .registered import RegisteredMemory
-from .transfer import Copy, Guess, TransferQueue
+from .transfer import Copy, SpeculativeCopy, TransferQueue
 
 __all__ = [
     "Copy",
     "Device",
     "DeviceError",
     "Event",
-    "Guess",
     "OutOfDeviceMemoryError",
     "RegisteredMemory",
     "RegistrationError",
+    "SpeculativeCopy",
     "Stream",
     "TransferQueue",
 ]

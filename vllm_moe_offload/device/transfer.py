@@ -1,4 +1,4 @@
-"""Copies of records to a device: those that the forward pass waits for go before those made on a guess."""
+"""Copies of records to a device: those that the forward pass waits for go before those that are speculative."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 PIECE_BYTES = 2 << 20
-"""A guess under way delays a demand by the copy of no more."""
+"""A speculative copy under way delays a demand by the copy of no more."""
 
 
 class Copy(NamedTuple):
@@ -22,7 +22,7 @@ class Copy(NamedTuple):
     """The last work of another stream that reads or writes the target: the copy starts after it."""
 
 
-class Guess:
+class SpeculativeCopy:
     """Copies of one record that nobody waits for, in pieces of ``PIECE_BYTES``."""
 
     __slots__ = ("cancelled", "event", "pieces")
@@ -39,11 +39,12 @@ class TransferQueue:
     """Copies to one device on a stream of their own.
 
     *Order.* Copies are made in the order in which they are enqueued: of two into the same memory the later one stays,
-    whatever became of the other. A demand is enqueued when it is made. A piece of a guess is enqueued by ``pump``, when
-    no other copy of this queue is under way and the target is free; the next guess begins when all of one is enqueued.
+    whatever became of the other. A demand is enqueued when it is made. A piece of a speculative copy is enqueued by
+    ``pump``, when no other copy of this queue is under way and the target is free; the next speculative copy begins
+    when all of one is enqueued.
 
-    *Memory.* The caller keeps targets and sources as they are until the event of a demand is finished, or a guess is
-    ``settled``.
+    *Memory.* The caller keeps targets and sources as they are until the event of a demand is finished, or a
+    speculative copy is ``settled``.
 
     *Failures.* A copy that the device refuses raises from the call that enqueues it. Nothing is tried twice.
     """
@@ -51,11 +52,11 @@ class TransferQueue:
     def __init__(self, device: Device):
         self.demanded_bytes = 0
         """Enqueued because the forward pass waits for them."""
-        self.guessed_bytes = 0
+        self.speculative_bytes = 0
         """Enqueued by ``pump``."""
         self._device = device
         self._stream = device.stream("copies", urgent=True)
-        self._guesses: deque[Guess] = deque()
+        self._speculation: deque[SpeculativeCopy] = deque()
         """With pieces not enqueued yet. Pieces of the first one may have been."""
         self._last: Event | None = None
         """Behind everything enqueued so far."""
@@ -66,53 +67,53 @@ class TransferQueue:
         self._last = self._device.record(self._stream)
         return self._last
 
-    def guess(self, copies: Sequence[Copy]) -> Guess:
-        """Have the copies of one record made behind the guesses made before, when nothing else is to be copied.
+    def speculate(self, copies: Sequence[Copy]) -> SpeculativeCopy:
+        """Have the copies of one record made behind the speculative ones before, when nothing else is to be copied.
 
         Raises:
             ValueError: the sizes of a target and its source differ.
         """
-        guess = Guess(copies)
-        assert guess.pieces, "a record has bytes"
-        self._guesses.append(guess)
-        return guess
+        speculative = SpeculativeCopy(copies)
+        assert speculative.pieces, "a record has bytes"
+        self._speculation.append(speculative)
+        return speculative
 
     def pump(self) -> None:
-        """Enqueue the next piece of a guess if its turn has come. To be called at least once a layer."""
-        if not self._guesses or not self._idle() or not self._free(self._guesses[0].pieces[0]):
+        """Enqueue the next piece of a speculative copy if its turn has come. To be called at least once a layer."""
+        if not self._speculation or not self._idle() or not self._free(self._speculation[0].pieces[0]):
             return
-        guess = self._guesses[0]
-        self.guessed_bytes += self._enqueue(guess.pieces.popleft())
-        guess.event = self._last = self._device.record(self._stream)
-        if not guess.pieces:
-            self._guesses.popleft()
+        speculative = self._speculation[0]
+        self.speculative_bytes += self._enqueue(speculative.pieces.popleft())
+        speculative.event = self._last = self._device.record(self._stream)
+        if not speculative.pieces:
+            self._speculation.popleft()
 
-    def promote(self, guess: Guess) -> Event:
-        """The forward pass waits for ``guess``, which has not been cancelled: enqueue what is left of it now.
+    def promote(self, speculative: SpeculativeCopy) -> Event:
+        """The forward pass waits for ``speculative``, which has not been cancelled: enqueue what is left of it now.
 
         Returns the event behind all of it.
         """
-        assert not guess.cancelled, "a cancelled guess is not promoted"
-        if guess.pieces:
-            guess.event = self.demand([copy for piece in self._take_back(guess) for copy in piece])
-        assert guess.event is not None, "a guess without pieces has been enqueued"
-        return guess.event
+        assert not speculative.cancelled, "a cancelled speculative copy is not promoted"
+        if speculative.pieces:
+            speculative.event = self.demand([copy for piece in self._take_back(speculative) for copy in piece])
+        assert speculative.event is not None, "a speculative copy without pieces has been enqueued"
+        return speculative.event
 
-    def cancel(self, guess: Guess) -> None:
-        """Enqueue no more of ``guess``; the target may be given to a later copy of this queue at once."""
-        guess.cancelled = True
-        if guess.pieces:
-            self._take_back(guess)
+    def cancel(self, speculative: SpeculativeCopy) -> None:
+        """Enqueue no more of ``speculative``; the target may be given to a later copy of this queue at once."""
+        speculative.cancelled = True
+        if speculative.pieces:
+            self._take_back(speculative)
 
-    def settled(self, guess: Guess) -> bool:
-        """Whether no piece of ``guess`` is under way or will be: its record has arrived unless it was cancelled."""
-        return not guess.pieces and (guess.event is None or self._device.finished(guess.event))
+    def settled(self, speculative: SpeculativeCopy) -> bool:
+        """Whether no piece of it is under way or will be: its record has arrived unless it was cancelled."""
+        return not speculative.pieces and (speculative.event is None or self._device.finished(speculative.event))
 
-    def _take_back(self, guess: Guess) -> list[list[Copy]]:
-        """The pieces of ``guess`` that have not been enqueued and will not be by ``pump``."""
-        self._guesses.remove(guess)
-        pieces = list(guess.pieces)
-        guess.pieces.clear()
+    def _take_back(self, speculative: SpeculativeCopy) -> list[list[Copy]]:
+        """The pieces of ``speculative`` that have not been enqueued and will not be by ``pump``."""
+        self._speculation.remove(speculative)
+        pieces = list(speculative.pieces)
+        speculative.pieces.clear()
         return pieces
 
     def _idle(self) -> bool:

@@ -9,7 +9,7 @@ import vllm
 from vllm.platforms import current_platform
 
 from ..device import Device
-from ..windows.guesses import GuessKernels
+from ..windows.speculative_loads import SpeculativeKernels
 
 
 def platform() -> tuple[str, bool]:
@@ -26,7 +26,7 @@ def device() -> Device | None:
     return CudaDevice()
 
 
-def managing_kernels(device: Device, most_experts: int) -> GuessKernels:
+def managing_kernels(device: Device, most_experts: int) -> SpeculativeKernels:
     """By which ``device`` manages windows of layers of so many experts, at most."""
     from ..windows.launches import TritonKernels
 

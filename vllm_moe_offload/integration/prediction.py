@@ -28,10 +28,10 @@ from ..runtime import OffloadRuntime, RoutingTracer, WarmStart
 from ..stats import Stats
 from ..threads import keep_blas_on_one_thread
 from ..trace.recorder import Recorder
-from ..windows.guesses import HeadSizes
 from ..windows.host_tier import LINK_BYTES_PER_SECOND
 from ..windows.pool import WindowPool
 from ..windows.speculation import MOST_ROWS
+from ..windows.speculative_loads import HeadSizes
 from . import relied_on, seams
 from .cuda.managed import ManagedWindows
 from .embedding import prompt_embedder, token_rows

@@ -186,7 +186,7 @@ class HostPool(SlotPool):
     def hold_resident(self, layer: Span, experts: IntArray) -> tuple[Hold, LoadReport]:
         """Hold those of ``experts`` (distinct, of ``layer``) that are in slots already; nothing is waited for.
 
-        It counts as no use. Guesses among them are withdrawn: whoever copies an expert on has its own guess.
+        It counts as no use. Speculative loads among them are withdrawn: whoever copies an expert on has its own.
         """
 
     @property

@@ -1,4 +1,4 @@
-"""What a GPU would make of a trace, as plain data: both modes, guesses, prefill, and the bounds beside them."""
+"""What a GPU would make of a trace, as plain data: both modes, speculative loads, prefill, and the bounds."""
 
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -17,7 +17,7 @@ from .schedule import PREFILL_CHUNK
 from .step_time import StepTime, most_gain
 from .timeline import TimelineReport, prefill_rows
 
-WITHOUT_GUESSES = "no_prefetch_"
+WITHOUT_SPECULATION = "no_prefetch_"
 HOST_MANAGED = "host_managed_"
 RESIDENT = "resident_"
 
@@ -28,12 +28,12 @@ def on_device(
     slots: int,
     hardware: HardwareProfile,
     model: ModelProfile,
-    guesses: Forecast | None,
+    speculation: Forecast | None,
 ) -> dict[str, Any]:
     """Replay ``trace`` on a GPU; the keys are described in docs/gpu.md.
 
     Args:
-        guesses: from the one distance at which they are in time; None where nothing is guessed.
+        speculation: from the one distance; None where nothing is loaded speculatively.
 
     Raises:
         ConfigError: a layer's share of ``slots`` is too small for one token.
@@ -43,15 +43,15 @@ def on_device(
     steps = list(schedule)
     everything = trace.num_layers * trace.num_experts
     arms: dict[str, tuple[int, float, Forecast | None]] = {
-        WITHOUT_GUESSES: (slots, by_device, None),
+        WITHOUT_SPECULATION: (slots, by_device, None),
         HOST_MANAGED: (slots, by_host, None),
         RESIDENT: (everything, by_device, None),
     }
-    if guesses is not None:
-        arms[""] = slots, by_device, guesses
+    if speculation is not None:
+        arms[""] = slots, by_device, speculation
     jobs = [partial(_replay, trace, steps, hardware, model, *arm) for arm in arms.values()]
     outcomes = dict(zip(arms, run_all(jobs), strict=True))
-    plain = outcomes[WITHOUT_GUESSES]
+    plain = outcomes[WITHOUT_SPECULATION]
     outcomes.setdefault("", plain)
     time = StepTime(hardware, model, *trace.shape)
     report: dict[str, Any] = {"hardware": asdict(hardware)}
@@ -69,7 +69,7 @@ def on_device(
             "late": tally.late,
             "wasted": tally.wasted,
         },
-        "guess_distance": None if guesses is None else guesses.distances[0],
+        "speculative_distance": None if speculation is None else speculation.distances[0],
         "most_prediction_gain": most_gain(plain.decoding.seconds - plain.decoding.stalled, plain.decoding.stalled),
         "prefill_tokens": PREFILL_CHUNK,
         "prefill_seconds": time.prefill(PREFILL_CHUNK),
@@ -85,6 +85,6 @@ def _replay(
     model: ModelProfile,
     slots: int,
     manager_seconds: float,
-    guesses: Forecast | None,
+    speculation: Forecast | None,
 ) -> TimelineReport:
-    return DeviceTimeline(trace, slots, hardware, model, manager_seconds, guesses).run(steps)
+    return DeviceTimeline(trace, slots, hardware, model, manager_seconds, speculation).run(steps)

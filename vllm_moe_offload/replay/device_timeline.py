@@ -1,4 +1,4 @@
-"""Replay on a GPU: a window of slots per layer in its memory, all experts in host memory, guesses beside layers."""
+"""Replay on a GPU: a window of slots per layer in its memory, all experts in host memory, loads beside layers."""
 
 from collections.abc import Iterable
 
@@ -34,7 +34,7 @@ class DeviceTimeline:
     Args:
         slots: in all windows together.
         manager_seconds: what deciding costs per layer: one of ``hardware.manager``.
-        forecast: from one distance; None where nothing is guessed.
+        forecast: from one distance; None where nothing is loaded speculatively.
         warm_up: as in ``Timeline``.
 
     Raises:
@@ -97,7 +97,7 @@ class DeviceTimeline:
             self._pass(computing / 2)
             self._load(layer, ids)
             if probabilities is not None:
-                self._guess(layer, probabilities)
+                self._speculate(layer, probabilities)
             self._side.fork()
             self._pass(computing / 2)
 
@@ -117,7 +117,7 @@ class DeviceTimeline:
         tally.late += was_late
         tally.wasted += wasted
 
-    def _guess(self, layer: int, probabilities: NDArray[np.float32]) -> None:
+    def _speculate(self, layer: int, probabilities: NDArray[np.float32]) -> None:
         """One record at most."""
         assert self._forecast is not None
         distance = self._forecast.distances[0]
@@ -127,7 +127,7 @@ class DeviceTimeline:
         worth = np.where(self._windows.absent(target), probabilities[target], 0)
         expert = int(worth.argmax())
         if worth[expert] > THRESHOLD:
-            self._tally.wasted += self._windows.guess(target, expert)
+            self._tally.wasted += self._windows.speculate(target, expert)
             self._tally.prefetch_loads += 1
             self._side.start(self._latency + self._time.record, distance)
 

@@ -101,7 +101,7 @@ def replay(trace: Trace, setup: Setup, history: Trace | None = None, progress: P
         ConfigError, TraceError: as ``prepare_predictor``, and as ``check``.
     """
     sequence = check(trace, setup)
-    far = _guess_distance(trace, setup)
+    far = _speculative_distance(trace, setup)
     distances = sorted({*DISTANCES, *far})
     seen, accuracy = forecast_trace(prepare_predictor(setup.predictor, trace, history), trace, distances)
     prediction = seen.at(*DISTANCES)
@@ -144,8 +144,8 @@ def replay(trace: Trace, setup: Setup, history: Trace | None = None, progress: P
     assert setup.model is not None
     if setup.hardware.manager is None:
         return report | on_hardware(few, setup, None if setup.predictor == "none" else few_prediction)
-    guesses = seen.at(*far).select(trace, sample) if far and setup.predictor != "none" else None
-    return report | on_device(few, _schedule(few, setup), setup.slots, setup.hardware, setup.model, guesses)
+    speculation = seen.at(*far).select(trace, sample) if far and setup.predictor != "none" else None
+    return report | on_device(few, _schedule(few, setup), setup.slots, setup.hardware, setup.model, speculation)
 
 
 def check(trace: Trace, setup: Setup) -> list[list[int]]:
@@ -205,8 +205,8 @@ def _run_timeline(trace: Trace, setup: Setup, prediction: Forecast | None) -> Ti
     return timeline.run(_schedule(trace, setup))
 
 
-def _guess_distance(trace: Trace, setup: Setup) -> tuple[int, ...]:
-    """The distance at which a GPU guesses; empty where there is none, or nothing so far ahead."""
+def _speculative_distance(trace: Trace, setup: Setup) -> tuple[int, ...]:
+    """The distance at which a GPU loads ahead; empty where there is none, or nothing so far ahead."""
     if setup.hardware is None or setup.hardware.manager is None or trace.num_layers <= DISTANCE:
         return ()
     return (DISTANCE,)

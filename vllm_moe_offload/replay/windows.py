@@ -40,7 +40,7 @@ class Windows:
         """Slots of the smallest window: a step that may use more experts is too wide for windows."""
         self._tables = [WindowTables(experts, count) for count in slots]
         self._lent = sorted(WindowPlan.of([experts] * len(slots), slots, [record_bytes]).lent)
-        self._guessed = SpeculativeLoads()
+        self._speculated = SpeculativeLoads()
         self._step = -1
 
     def begin_step(self) -> None:
@@ -48,26 +48,26 @@ class Windows:
         self._step += 1
 
     def use(self, layer: int, ids: NDArray[np.int64]) -> tuple[int, int, int]:
-        """A layer reads the distinct ``ids``: how many have to be loaded, and guesses that were right and wasted."""
+        """A layer reads the distinct ``ids``: how many have to be loaded, and speculative loads right and wasted."""
         before = self._tables[layer].expert_of.copy()
         served = self._tables[layer].serve(ids[None], self._step)
         wasted = self._evicted(layer, before)
-        return len(served.misses), self._guessed.use(self._flat(layer, ids)), wasted
+        return len(served.misses), self._speculated.use(self._flat(layer, ids)), wasted
 
     def absent(self, layer: int) -> NDArray[np.bool_]:
         """Which experts of a layer have no slot, ``[E]``."""
         return self._tables[layer].slot_of == ABSENT
 
-    def guess(self, layer: int, expert: int) -> int:
-        """Give a slot to an absent expert that ``layer`` will probably use; returns how many guesses that wasted."""
+    def speculate(self, layer: int, expert: int) -> int:
+        """Give a slot to an absent expert that ``layer`` will probably use; returns how many that wasted."""
         before = self._tables[layer].expert_of.copy()
         self._tables[layer].admit(expert, self._step)
         wasted = self._evicted(layer, before)
-        self._guessed.start(self._flat(layer, np.array([expert])))
+        self._speculated.start(self._flat(layer, np.array([expert])))
         return wasted
 
     def lend(self) -> int:
-        """A step too wide for windows passes: those that lie in its stages are empty. Returns wasted guesses."""
+        """A step too wide for windows passes: those that lie in its stages are empty. Returns wasted loads."""
         wasted = 0
         for layer in self._lent:
             before = self._tables[layer].expert_of.copy()
@@ -76,12 +76,12 @@ class Windows:
         return wasted
 
     def finish(self) -> int:
-        """The replay is over. Returns how many guesses were never used."""
-        return self._guessed.finish()
+        """The replay is over. Returns how many speculative loads were never used."""
+        return self._speculated.finish()
 
     def _evicted(self, layer: int, before: NDArray[np.integer]) -> int:
         gone = before[(before != self._tables[layer].expert_of) & (before != ABSENT)]
-        return self._guessed.evict(self._flat(layer, gone))
+        return self._speculated.evict(self._flat(layer, gone))
 
     def _flat(self, layer: int, ids: NDArray[np.integer]) -> NDArray[np.int64]:
         return layer * self.experts + ids.astype(np.int64)

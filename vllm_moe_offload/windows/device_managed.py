@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from ..device.base import Device, Event
 from ..device.registered import RegisteredMemory
 from .device_tables import DeviceTables, Kernels, Window, zeros
-from .guesses import Guesses, GuessKernels, HeadSizes
 from .memory import View, WindowMemory
 from .speculation import DISTANCE, THRESHOLD
+from .speculative_loads import DeviceSpeculation, HeadSizes, SpeculativeKernels
 from .step_log import RoutedStep, StepLog
 from .warming import Warming
 
@@ -94,19 +94,19 @@ class DeviceManaged:
         self._misses = zeros(device, (1 + 3 * self.tables.most_experts,), torch.int32)
         most_ids = self.narrow_rows * top_k
         self._out = {dtype: zeros(device, (most_ids,), dtype) for dtype in (torch.int32, torch.int64, torch.uint32)}
-        self._guesses: Guesses | None = None
+        self._speculation: DeviceSpeculation | None = None
         self._copies = device.stream("stages")
         self._fills: dict[int, Event] = {}
         """By layer, behind the copies of all its experts to its stage that main has not waited for."""
 
-    def guess(
-        self, sizes: HeadSizes, kernels: GuessKernels, *, distance: int = DISTANCE, threshold: float = THRESHOLD
-    ) -> Guesses:
-        """From now on narrow steps of few rows guess, as soon as there are heads and what is known of their rows.
+    def speculate(
+        self, sizes: HeadSizes, kernels: SpeculativeKernels, *, distance: int = DISTANCE, threshold: float = THRESHOLD
+    ) -> DeviceSpeculation:
+        """From now on narrow steps of few rows load ahead, as soon as there are heads and what is known of their rows.
 
         Before any graph is captured.
         """
-        self._guesses = Guesses(
+        self._speculation = DeviceSpeculation(
             self._device,
             sizes,
             self.tables,
@@ -116,13 +116,13 @@ class DeviceManaged:
             distance=distance,
             threshold=threshold,
         )
-        return self._guesses
+        return self._speculation
 
     def begin_step(self) -> None:
         """A step is enqueued next, outside of graphs or as one."""
         self._log.begin_step()
-        if self._guesses is not None:
-            self._guesses.begin_step(self._log.step)
+        if self._speculation is not None:
+            self._speculation.begin_step(self._log.step)
 
     def launch(
         self,
@@ -145,13 +145,13 @@ class DeviceManaged:
         assert len(topk_ids) <= self.narrow_rows, "a wide step is served through stages"
         assert topk_ids.is_contiguous() and topk_weights.is_contiguous()
         out = self._out[topk_ids.dtype][: topk_ids.numel()].view(topk_ids.shape)
-        if self._guesses is not None:
-            self._guesses.join()
+        if self._speculation is not None:
+            self._speculation.join()
         tables, ring = self.tables.layers[layer], self._log.ring
         self._kernels.manage(tables, topk_ids, topk_weights, real_rows, out, self._misses, ring)
         self._kernels.gather(tables, self._into_window[layer], self._misses, ring)
-        if self._guesses is not None:
-            self._guesses.follow(layer, topk_ids, topk_weights)
+        if self._speculation is not None:
+            self._speculation.follow(layer, topk_ids, topk_weights)
         return out
 
     def launch_wide(
@@ -196,8 +196,8 @@ class DeviceManaged:
             DeviceError: the device cannot be used any more.
         """
         self._settle()
-        if self._guesses is not None:
-            self._guesses.end_step()
+        if self._speculation is not None:
+            self._speculation.end_step()
         self._warming.end_step()
         self._log.end_step(rows)
         return self._log.finished()
@@ -244,9 +244,9 @@ class DeviceManaged:
         self._fills[layer] = self._device.record(self._copies)
 
     def _settle(self) -> None:
-        """Main waits for copies to stages, and guesses, of a step that was left early."""
-        if self._guesses is not None:
-            self._guesses.join()
+        """Main waits for copies to stages, and speculative loads, of a step that was left early."""
+        if self._speculation is not None:
+            self._speculation.join()
         for event in self._fills.values():
             self._device.wait(self._device.main, event)
         self._fills.clear()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..cache.base import IntArray
 from ..device.base import Device, Event, RegistrationError
 from ..device.registered import RegisteredMemory
-from ..device.transfer import Copy, Guess, TransferQueue
+from ..device.transfer import Copy, SpeculativeCopy, TransferQueue
 from ..load_report import NOTHING, LoadReport
 from ..pool.base import Failure, Hold, HostPool, Span
 from ..pool.operations import Operations
@@ -40,7 +40,7 @@ class Carried(NamedTuple):
 class _Read(NamedTuple):
     source: HostPool
     hold: Hold
-    copies: Event | Guess
+    copies: Event | SpeculativeCopy
 
 
 class HostReads:
@@ -61,11 +61,11 @@ class HostReads:
         self._reads.append(_Read(source, hold, event))
         return event
 
-    def guess(self, source: HostPool, hold: Hold, copies: Sequence[Copy]) -> Guess:
+    def speculate(self, source: HostPool, hold: Hold, copies: Sequence[Copy]) -> SpeculativeCopy:
         """Copy out of the slots of ``hold`` when nothing is demanded."""
-        guess = self.queue.guess(copies)
-        self._reads.append(_Read(source, hold, guess))
-        return guess
+        speculative = self.queue.speculate(copies)
+        self._reads.append(_Read(source, hold, speculative))
+        return speculative
 
     def held(self, source: HostPool) -> int:
         """Slots of ``source`` that are read, at most."""
@@ -74,7 +74,11 @@ class HostReads:
     def reap(self) -> None:
         """Let go of what has been copied."""
         for read in list(self._reads):
-            if self.queue.settled(read.copies) if isinstance(read.copies, Guess) else self.device.finished(read.copies):
+            if (
+                self.queue.settled(read.copies)
+                if isinstance(read.copies, SpeculativeCopy)
+                else self.device.finished(read.copies)
+            ):
                 self._let_go(read)
 
     def make_room(self, source: HostPool, count: int) -> float:
@@ -91,13 +95,13 @@ class HostReads:
             self._complete(self._reads[0])
 
     def close(self) -> None:
-        """No slot is read or written any more, whatever has been enqueued. Guesses that wait are not made."""
+        """No slot is read or written any more, whatever has been enqueued. Speculative loads that wait are not made."""
         self.device.synchronize(self.queue.demand(()))
         while self._reads:
             self._let_go(self._reads[0])
 
     def _complete(self, read: _Read) -> None:
-        if isinstance(read.copies, Guess):
+        if isinstance(read.copies, SpeculativeCopy):
             event = self.queue.promote(read.copies) if read.copies.pieces else read.copies.event
         else:
             event = read.copies
@@ -223,10 +227,10 @@ class HostTier:
             self._operations.loader.make_room(self.source, self.source.capacity)
         return hold.failures
 
-    def guess(self, hold: Hold, target: Parts, after: Event) -> Guess:
+    def speculate(self, hold: Hold, target: Parts, after: Event) -> SpeculativeCopy:
         """Copy the one record that ``hold`` holds, of ``resident``, when nothing is demanded, and after ``after``."""
         record = copies([target], self._in_place(hold.slots), after)
-        return self._operations.loader.guess(self.source, hold, record)
+        return self._operations.loader.speculate(self.source, hold, record)
 
     def copied(self, records: int, *, prefetched: bool = False, streamed: bool = False) -> LoadReport:
         """So many records have been copied, on a prediction, through a stage, or because kernels wait for them."""

@@ -1,4 +1,4 @@
-"""The kernels of ``kernels.py`` and ``guess_kernels.py`` launched on torch's current stream."""
+"""The kernels of ``kernels.py`` and ``speculative_kernels.py`` launched on torch's current stream."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -6,9 +6,9 @@ import torch
 import triton
 
 from ..device.base import Stream
-from . import guess_kernels, kernels
+from . import kernels, speculative_kernels
 from .device_tables import DeviceTables, LayerTables, Ring
-from .guesses import Head
+from .speculative_loads import Head
 from .tables import ABSENT
 
 COMPILE_OPTIONS = {} if torch.version.hip else {"maxnreg": 128}
@@ -26,7 +26,7 @@ _LANES_PER_WARP = 128
 
 
 class TritonKernels:
-    """``guesses.GuessKernels`` of one engine; nothing here allocates or looks at results.
+    """``speculative_loads.SpeculativeKernels`` of one engine; nothing here allocates or looks at results.
 
     Args:
         most_experts: of any layer.
@@ -119,7 +119,7 @@ class TritonKernels:
         ring: Ring,
     ) -> None:
         rows, width = before.shape
-        guess_kernels.observe[(rows,)](
+        speculative_kernels.observe[(rows,)](
             *(given, ids, weights, ids.shape[1], head.added, before, after, width, ring.header),
             S=triton.next_power_of_2(width),
             **COMPILE_OPTIONS,
@@ -135,7 +135,7 @@ class TritonKernels:
         ring: Ring,
     ) -> None:
         rows, width = state.shape
-        guess_kernels.evaluate[(rows,)](
+        speculative_kernels.evaluate[(rows,)](
             *(given, state, known, head.inner, head.outer, head.bias, scores),
             *(scores.shape[1], width, known.shape[1], ring.header),
             P=self._lanes,
@@ -144,7 +144,7 @@ class TritonKernels:
             **COMPILE_OPTIONS,
         )
 
-    def select_guess(
+    def select_speculative(
         self,
         layer: LayerTables,
         given: torch.Tensor,
@@ -154,7 +154,7 @@ class TritonKernels:
         ring: Ring,
     ) -> None:
         window, tables = layer.window, layer.tables
-        guess_kernels.select_guess[(1,)](
+        speculative_kernels.select_speculative[(1,)](
             *(given, scores, len(scores), threshold, tables, tables.shape[1]),
             *(window.base, window.experts, window.slots, misses, ring.header),
             P=self._lanes,

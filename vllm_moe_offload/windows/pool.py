@@ -15,7 +15,7 @@ from ..cache.cache import ABSENT
 from ..cache.outcomes import SpeculativeLoads
 from ..cache.policies import PredictionAwarePolicy
 from ..device.base import Event
-from ..device.transfer import Guess
+from ..device.transfer import SpeculativeCopy
 from ..load_report import NOTHING, LoadReport
 from ..pool.base import Hold, SlotPool, Span, residency_of
 from ..pool.operations import Operations
@@ -40,7 +40,7 @@ class _WindowHold(Hold):
         self.window_slots: NDArray[np.int32] | None = None
 
 
-class _Guessed(NamedTuple):
+class _Speculated(NamedTuple):
     """A speculative copy. Its slot is pinned until the copy is made."""
 
     expert: int
@@ -48,7 +48,7 @@ class _Guessed(NamedTuple):
     slot: int
     hold: Hold
     """In host memory."""
-    copy: Guess
+    copy: SpeculativeCopy
 
 
 class WindowPool(SlotPool):
@@ -56,7 +56,7 @@ class WindowPool(SlotPool):
 
     A miss is held in the host pool, which may have to read it from disk, and copied from there; kernels wait for the
     copy, the host does not. A layer that needs more experts than there are slots, or a long prefill, passes through a
-    stage. At most one guess is under way.
+    stage. At most one speculative load is under way.
 
     Args:
         memory: of all layers of the layout.
@@ -87,7 +87,7 @@ class WindowPool(SlotPool):
         self._device = memory.device
         self._base = np.int32(memory.plan.base(member))
         self._lends = member in memory.plan.lent
-        self._guessed: _Guessed | None = None
+        self._speculated: _Speculated | None = None
         self._read_at = -1
         """When its kernel last read it, by ``clock``."""
         self._void = VoidExperts(cache)
@@ -123,7 +123,7 @@ class WindowPool(SlotPool):
             return carried.report
 
     def find(self, experts: IntArray) -> tuple[NDArray[np.int32], LoadReport] | None:
-        if self._guessed is not None or self._void or self._operations.interrupted:
+        if self._speculated is not None or self._void or self._operations.interrupted:
             return None
         slots = self.cache.find(experts - self._layer.start)
         if slots is None:
@@ -136,7 +136,7 @@ class WindowPool(SlotPool):
         assert layer == self._layer
         with self._operations:
             wanted = experts - layer.start
-            report = self._settle_guess(wanted)
+            report = self._settle_speculative(wanted)
             acquired = self.cache.acquire(wanted)
             report += LoadReport(useful=self.speculative.use(wanted)) + self._evicted(acquired)
             hold = self._new_hold(experts, acquired.slots + self._base, View.WINDOW)
@@ -152,7 +152,7 @@ class WindowPool(SlotPool):
         assert layer == self._layer
         with self._operations:
             wanted = experts - layer.start
-            report = self._settle_guess(wanted)
+            report = self._settle_speculative(wanted)
             stage, lent = self._stages.take(self.member)
             report += lent + LoadReport(useful=self.speculative.use(wanted))
             self._check_ahead(stage)
@@ -216,15 +216,15 @@ class WindowPool(SlotPool):
         """Nothing is in a slot, under way or held any more. Whoever calls it has ended all copies."""
         self.cache.clear()
         self.speculative = SpeculativeLoads()
-        self._guessed = None
+        self._speculated = None
         self._void.clear()
         self._stages.forget()
 
     def lend(self) -> LoadReport:
         """Nothing is in the slots any more: a stage is written where they were."""
-        if self._guessed is not None:
-            self._operations.loader.queue.cancel(self._guessed.copy)
-            self._guessed = None
+        if self._speculated is not None:
+            self._operations.loader.queue.cancel(self._speculated.copy)
+            self._speculated = None
         self.cache.clear()
         self._void.clear()
         return LoadReport(wasted=self.speculative.finish())
@@ -251,12 +251,12 @@ class WindowPool(SlotPool):
         with self._operations:
             report = self._note_landing()
             on_disk = self.tier.source.absent(layer)[experts - layer.start]
-            if self._guessed is None:
+            if self._speculated is None:
                 for expert in experts[~on_disk].tolist():
                     hold, found = self.tier.resident(layer, np.array([expert]))
                     report += found
                     if hold is not None:
-                        report += self._guess(hold)
+                        report += self._speculate(hold)
                         break
             if on_disk.any():
                 report += self.tier.source.prefetch(layer, experts[on_disk])
@@ -264,8 +264,8 @@ class WindowPool(SlotPool):
             return report
 
     def queued(self) -> int:
-        """Guesses of this layer that have not been copied; of the one that leads, also those that go to host memory."""
-        own = int(self._guessed is not None)
+        """Speculative loads of this layer not copied yet; of the one that leads, also those that go to host memory."""
+        own = int(self._speculated is not None)
         return own + self.tier.source.queued() if self._leads else own
 
     def close(self) -> None:
@@ -299,8 +299,8 @@ class WindowPool(SlotPool):
         """Copy those of ``experts`` that are in the window to a stage, and return the others."""
         slots = self.cache.slot_of[experts]
         here = (slots != ABSENT) & ~np.isin(experts, list(self._void))
-        if self._guessed is not None:
-            here &= experts != self._guessed.expert
+        if self._speculated is not None:
+            here &= experts != self._speculated.expert
         if here.any():
             targets = self._rows(stage, experts[here])
             stage.ready = self._operations.loader.queue.demand(copies(targets, self._slots(slots[here]), stage.free))
@@ -335,7 +335,7 @@ class WindowPool(SlotPool):
         self.cache.release(kept.missing_slots)
         return self._evicted(kept)
 
-    def _guess(self, hold: Hold) -> LoadReport:
+    def _speculate(self, hold: Hold) -> LoadReport:
         """Copy the expert that is held in host memory when nothing is demanded, if a slot can be spared for it."""
         expert = int(hold.experts[0]) - self._layer.start
         admitted = self.cache.admit(np.array([expert]))
@@ -343,30 +343,30 @@ class WindowPool(SlotPool):
             self.tier.source.release(hold)
             return NOTHING
         slot = int(admitted.missing_slots[0])
-        copy = self.tier.guess(hold, self.memory.slot(self.member, slot), self._readers())
-        self._guessed = _Guessed(expert, slot, hold, copy)
+        copy = self.tier.speculate(hold, self.memory.slot(self.member, slot), self._readers())
+        self._speculated = _Speculated(expert, slot, hold, copy)
         evicted = self._evicted(admitted)
         self.speculative.start(admitted.missing)
         return evicted + LoadReport(started=1)
 
     def _note_landing(self) -> LoadReport:
-        """Unpin the slot of a guess whose copy has been made."""
-        guessed = self._guessed
-        if guessed is None or not self._operations.loader.queue.settled(guessed.copy):
+        """Unpin the slot of a speculative load whose copy has been made."""
+        speculated = self._speculated
+        if speculated is None or not self._operations.loader.queue.settled(speculated.copy):
             return NOTHING
-        return self._end_guess(guessed)
+        return self._end_speculative(speculated)
 
-    def _end_guess(self, guessed: _Guessed) -> LoadReport:
+    def _end_speculative(self, speculated: _Speculated) -> LoadReport:
         """Its copy has been made, or kernels wait for it."""
-        self.cache.release(np.array([guessed.slot]))
-        self._guessed = None
-        if self.tier.failures(guessed.hold):
-            return self._undo_guess(guessed)
+        self.cache.release(np.array([speculated.slot]))
+        self._speculated = None
+        if self.tier.failures(speculated.hold):
+            return self._undo_speculative(speculated)
         return self.tier.copied(1, prefetched=True)
 
-    def _undo_guess(self, guessed: _Guessed) -> LoadReport:
-        self.cache.forget(np.array([guessed.expert]))
-        self.speculative.cancel(guessed.expert)
+    def _undo_speculative(self, speculated: _Speculated) -> LoadReport:
+        self.cache.forget(np.array([speculated.expert]))
+        self.speculative.cancel(speculated.expert)
         return LoadReport(withdrawn=1)
 
     def _check_ahead(self, stage: Stage) -> None:
@@ -376,22 +376,22 @@ class WindowPool(SlotPool):
             lost = [failure.expert - self._layer.start for failure in self.tier.failures(ahead)]
             stage.filled[lost] = False
 
-    def _settle_guess(self, wanted: IntArray) -> LoadReport:
-        """The layer needs ``wanted``: have kernels wait for the guess if it is among them, else take it back.
+    def _settle_speculative(self, wanted: IntArray) -> LoadReport:
+        """The layer needs ``wanted``: have kernels wait for the speculative one if it is among them, else take it back.
 
         A wrong one that is on its way as a whole keeps its slot, unless the layer cannot do without.
         """
         report = self._note_landing()
-        guessed, queue = self._guessed, self._operations.loader.queue
-        if guessed is None:
+        speculated, queue = self._speculated, self._operations.loader.queue
+        if speculated is None:
             return report
-        if guessed.expert in wanted:
-            self._device.wait(self._device.main, queue.promote(guessed.copy))
-            report += self._end_guess(guessed)
-            return report + LoadReport(late=self.speculative.use(np.array([guessed.expert])))
-        if guessed.copy.pieces or len(wanted) == self.capacity:
-            queue.cancel(guessed.copy)
-            self.cache.release(np.array([guessed.slot]))
-            self._guessed = None
-            return report + self._undo_guess(guessed)
+        if speculated.expert in wanted:
+            self._device.wait(self._device.main, queue.promote(speculated.copy))
+            report += self._end_speculative(speculated)
+            return report + LoadReport(late=self.speculative.use(np.array([speculated.expert])))
+        if speculated.copy.pieces or len(wanted) == self.capacity:
+            queue.cancel(speculated.copy)
+            self.cache.release(np.array([speculated.slot]))
+            self._speculated = None
+            return report + self._undo_speculative(speculated)
         return report

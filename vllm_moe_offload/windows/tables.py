@@ -112,7 +112,7 @@ class WindowTables:
         self.slot_of[expert], self.expert_of[slot] = slot, expert
         return slot
 
-    def guess(self, scores: NDArray[np.float32], step: int, threshold: float) -> NDArray[np.int32]:
+    def speculate(self, scores: NDArray[np.float32], step: int, threshold: float) -> NDArray[np.int32]:
         """Give a slot to the absent expert that most likely is used next, if it is likely: ``[0 or 1, 2]`` as misses.
 
         It counts as no use. Experts that are likely themselves keep their slots.

@@ -13,7 +13,7 @@ from vllm.forward_context import override_forward_context
 
 from tests.device.virtual import VirtualDevice
 from tests.runtime.record_stores import RecordStore, build_store, layout
-from tests.windows.reference_kernels import ReferenceGuessKernels
+from tests.windows.reference_kernels import ReferenceSpeculativeKernels
 from vllm_moe_offload.integration.cuda.expert_map import SlotMap, mapped_with
 from vllm_moe_offload.integration.cuda.managed import ManagedWindows, RegisteredRecords
 from vllm_moe_offload.integration.method import OffloadedMoEMethod
@@ -93,7 +93,7 @@ def test_a_device_that_manages_shows_kernels_the_records_of_this_ranks_experts(m
         made.store.layers,
         {SHARED: plan},
         RegisteredRecords(device, made.store.layers, pools),
-        ReferenceGuessKernels(device),
+        ReferenceSpeculativeKernels(device),
         Stats(),
         top_k=TOP_K,
         most_rows=ROWS,

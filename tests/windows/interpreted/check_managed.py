@@ -97,7 +97,7 @@ def test_speculative_loads_between_steps_are_counted() -> None:
     started, outcomes = 0, np.zeros(3, np.int64)
     for step in range(1, 60):
         for _ in range(int(rng.integers(3))):
-            started += layer.guess(rng.normal(-1, 1, 24).astype(np.float32), step)
+            started += layer.speculate(rng.normal(-1, 1, 24).astype(np.float32), step)
         layer.serve(routed(rng, 24, 4, 2, 3), step, 2)
         outcomes += layer.ring.notes[step % len(layer.ring.notes), layer.layer.number, 6:].numpy()
         if step % 20 == 0:

@@ -117,16 +117,16 @@ class WindowedLayer:
         loaded = len(used) * sum(part.host.shape[1] for part in self.parts)
         self.compare_ring(ids, weights, step, [real * ids.shape[1], len(used), len(used), 0, loaded, *NOTHING])
 
-    def guess(self, scores: NDArray[np.float32], step: int) -> int:
+    def speculate(self, scores: NDArray[np.float32], step: int) -> int:
         """Load an absent expert with a score above 0 in two halves; how many that were."""
         self.ring.step[0] = step
         misses, given = torch.full((4,), -9, dtype=torch.int32), torch.tensor([1, step])
-        self.kernels.select_guess(self.layer, given, torch.from_numpy(scores[None]), 0.0, misses, self.ring)
+        self.kernels.select_speculative(self.layer, given, torch.from_numpy(scores[None]), 0.0, misses, self.ring)
         for half in range(2):
             self.kernels.gather(self.layer, self.into_window, misses, self.loaded, half, 2)
-        guessed = self.policy.guess(scores, step, 0.0)
+        speculated = self.policy.speculate(scores, step, 0.0)
         self._compare_tables()
-        return len(guessed)
+        return len(speculated)
 
     def forget(self) -> None:
         """The window has been overwritten."""

@@ -20,9 +20,9 @@ from ...store.layout import RecordLayout
 from ...store.manifest import LayerEntry
 from ...store.pools import pools_of
 from ...windows.device_managed import DeviceManaged, ManagedLayer
-from ...windows.guesses import Guesses, GuessKernels, HeadSizes
 from ...windows.memory import View, WindowMemory
 from ...windows.plan import WindowPlan
+from ...windows.speculative_loads import DeviceSpeculation, HeadSizes, SpeculativeKernels
 from ...windows.step_log import RoutedStep
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class ManagedWindows:
         layers: Sequence[LayerEntry],
         plans: Mapping[RecordLayout, WindowPlan],
         records: RegisteredRecords,
-        kernels: GuessKernels,
+        kernels: SpeculativeKernels,
         stats: Stats,
         *,
         top_k: int,
@@ -130,9 +130,9 @@ class ManagedWindows:
         """From now on ``runtime`` hears late of steps, from here, and through its queue."""
         self._runtime, runtime.queue = runtime, RoutingQueue(runtime.activity)
 
-    def predict(self, sizes: HeadSizes) -> Guesses:
+    def predict(self, sizes: HeadSizes) -> DeviceSpeculation:
         """Make room for heads. Before any graph is captured."""
-        return self._windows.guess(sizes, self._kernels)
+        return self._windows.speculate(sizes, self._kernels)
 
     def begin_with(self, prefetcher: "DevicePrefetcher") -> None:
         """From now on ``prefetcher`` hears of passes before they are enqueued, and of steps when they are known."""
@@ -255,10 +255,10 @@ class ManagedWindows:
             stats.hits += int(step.used.sum()) - misses
             stats.misses += misses
             stats.host_hits += misses
-            demanded, guessed = (int(records @ self._record_bytes) for records in (step.misses, step.started))
-            stats.copied_bytes += demanded + guessed
+            demanded, speculated = (int(records @ self._record_bytes) for records in (step.misses, step.started))
+            stats.copied_bytes += demanded + speculated
             stats.copied_demanded_bytes += demanded
-            stats.copied_prefetched_bytes += guessed
+            stats.copied_prefetched_bytes += speculated
             stats.prefetches += int(step.started.sum())
             stats.prefetch_useful += int(step.useful.sum())
             stats.prefetch_wasted += int(step.wasted.sum())

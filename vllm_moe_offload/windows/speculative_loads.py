@@ -1,12 +1,12 @@
-"""Guesses inside a step: while a layer computes, the device predicts a layer ahead and loads what that lacks.
+"""Speculative loads inside a step: while a layer computes, the device predicts a layer ahead and loads what that lacks.
 
 The learned heads (``predict/heads.py``) are evaluated where routing is, on a stream of their own. At most one record a
 layer goes straight into the window of the layer ahead, in as many parts as there are layers before: a part moves while
-one layer computes, and never beside what a layer waits for. A guess may be wrong, never harmful: it changes what is
+one layer computes, and never beside what a layer waits for. Such a load may be wrong, never harmful: it changes what is
 loaded, not what is computed.
 
 What changes between steps are contents of memory, never addresses: graphs captured once remain valid when heads are
-replaced, and where nothing is to be guessed.
+replaced, and where nothing is to be loaded speculatively.
 """
 
 import math
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _RECORDS = 1 + 3
 """Numbers of a list of one miss."""
 _GIVEN = 2
-"""int64: the rows that are guessed for, and the number of the step in which they run."""
+"""int64: the rows that are loaded for ahead, and the number of the step in which they run."""
 
 
 class HeadSizes(NamedTuple):
@@ -42,7 +42,7 @@ class HeadSizes(NamedTuple):
 
 
 class Head(NamedTuple):
-    """One layer's weights on the device, float32; ``guess_kernels`` has the shapes."""
+    """One layer's weights on the device, float32; ``speculative_kernels`` has the shapes."""
 
     added: torch.Tensor
     inner: torch.Tensor
@@ -50,8 +50,8 @@ class Head(NamedTuple):
     bias: torch.Tensor
 
 
-class GuessKernels(Kernels, Protocol):
-    """Work of guesses. ``given``: int64 ``[2]``, rows and their step: in any other step there are none."""
+class SpeculativeKernels(Kernels, Protocol):
+    """Work of speculative loads. ``given``: int64 ``[2]``, rows and their step: in any other step there are none."""
 
     def on(self, stream: Stream) -> AbstractContextManager[None]:
         """What is enqueued meanwhile goes to ``stream``."""
@@ -79,7 +79,7 @@ class GuessKernels(Kernels, Protocol):
     ) -> None:
         """``scores`` ``[rows, experts]``: the logits of each expert's use."""
 
-    def select_guess(
+    def select_speculative(
         self,
         layer: LayerTables,
         given: torch.Tensor,
@@ -88,16 +88,16 @@ class GuessKernels(Kernels, Protocol):
         misses: torch.Tensor,
         ring: Ring,
     ) -> None:
-        """``WindowTables.guess`` by the best of the rows; lists what it loads."""
+        """``WindowTables.speculate`` by the best of the rows; lists what it loads."""
 
 
-class Guesses:
+class DeviceSpeculation:
     """Of one model's layers, whose heads are all of the same sizes.
 
     Args:
         into_window: by layer the table by which ``gather`` finds its components.
         ring: that of the steps.
-        distance: layers that a guess is ahead.
+        distance: layers that a speculative load is ahead.
         threshold: probability above which an expert is loaded.
     """
 
@@ -107,7 +107,7 @@ class Guesses:
         sizes: HeadSizes,
         tables: DeviceTables,
         into_window: Sequence[torch.Tensor],
-        kernels: GuessKernels,
+        kernels: SpeculativeKernels,
         ring: Ring,
         *,
         distance: int = DISTANCE,
@@ -126,16 +126,16 @@ class Guesses:
         self._misses = zeros(device, (distance, _RECORDS), torch.int32)
         """What is on its way to the next ``distance`` layers."""
         self._loaded = Ring(device, 1, layers, 1)
-        """Where the bytes of guesses are counted."""
-        self._stream = device.stream("guesses")
+        """Where the bytes of speculative loads are counted."""
+        self._stream = device.stream("speculative loads")
         self._under_way: Event | None = None
-        """Behind what guesses do beside a layer, until main has waited for it."""
+        """Behind what speculative loads do beside a layer, until main has waited for it."""
         self.step = 0
         """The number of the step that is next or under way, in the ring."""
         self._followed: int | None = None
         """The layer of the running step that was followed last; None where none was."""
         self.enabled = True
-        """Whether layers launched now guess. What is captured in a graph must; what runs at once need not."""
+        """Whether layers launched now load ahead. What is captured in a graph must; what runs at once need not."""
 
     @property
     def loaded(self) -> bool:
@@ -143,11 +143,11 @@ class Guesses:
         return self._heads.complete
 
     def load(self, weights: "HeadWeights") -> None:
-        """Guess by these heads as soon as they are on the device: a layer's are copied before each step."""
+        """Predict by these heads as soon as they are on the device: a layer's are copied before each step."""
         self._heads.replace(weights)
 
     def begin_step(self, step: int) -> None:
-        """Before a step, outside of graphs. Nothing is guessed in it unless ``begin`` follows.
+        """Before a step, outside of graphs. Nothing is loaded speculatively in it unless ``begin`` follows.
 
         Args:
             step: its number in the ring.
@@ -163,7 +163,7 @@ class Guesses:
             known: ``[layers, rows, hidden]``, as ``HeadWeights.hidden_before``.
 
         Returns:
-            whether the step guesses: not while heads are on their way.
+            whether the step loads ahead: not while heads are on their way.
         """
         assert 0 < len(state) <= MOST_ROWS
         self.enabled = self.loaded and self._given.give(self.step, state, known)
@@ -179,7 +179,7 @@ class Guesses:
         self._followed, self.enabled = None, True
 
     def follow(self, layer: int, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        """What ``layer`` lacked has been enqueued on main: go on with the guesses for the layers ahead. Capture-safe.
+        """What ``layer`` lacked has been enqueued on main: go on with loads for the layers ahead. Capture-safe.
 
         Args:
             ids, weights: ``[rows, top_k]``: the routing of ``layer``; of more than ``MOST_ROWS`` rows, nothing is done.
@@ -208,7 +208,7 @@ class Guesses:
             self._under_way = None
 
     def _targets(self, layer: int, last: int) -> range:
-        """Layers up to ``last`` of whose guesses a part moves beside ``layer``."""
+        """Layers up to ``last`` of whose speculative loads a part moves beside ``layer``."""
         return range(max(layer + 1, self._distance), min(last + 1, len(self._tables.layers)))
 
     def _choose(self, layer: int, state: torch.Tensor) -> None:
@@ -217,7 +217,7 @@ class Guesses:
         scores, tables = self._scores[:rows], self._tables.layers[layer]
         self._kernels.evaluate(head, given.rows, state, given.known[layer, :rows], scores, self._ring)
         misses = self._misses[layer % self._distance]
-        self._kernels.select_guess(tables, given.rows, scores, self._threshold, misses, self._ring)
+        self._kernels.select_speculative(tables, given.rows, scores, self._threshold, misses, self._ring)
 
     def _go_on(self, target: int, layer: int) -> None:
         """Load the part that moves beside ``layer`` of what was chosen for ``target``."""

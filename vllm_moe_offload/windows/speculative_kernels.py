@@ -1,4 +1,4 @@
-"""Kernels of guesses: a learned head evaluated for a few rows, and the one expert that it puts into a window.
+"""Kernels of speculative loads: a learned head evaluated for a few rows, and the one expert that it puts into a window.
 
 Small matrices times vectors, in float32; see ``predict/network.py`` for what they mean. Constants are powers of two.
 """
@@ -11,7 +11,7 @@ from .kernels import _HALF_LIFE, _NEVER, _NOBODY, _keys
 
 @triton.jit
 def _rows_of(given, ring):
-    """How many rows are guessed for: those that were given for the step under way."""
+    """How many rows are loaded for ahead: those that were given for the step under way."""
     return tl.where(tl.load(given + 1) == tl.load(ring), tl.load(given), 0).to(tl.int32)
 
 
@@ -94,13 +94,13 @@ def evaluate(
 
 
 @triton.jit(do_not_specialize=["most_rows", "threshold", "width", "base", "experts", "slots"])
-def select_guess(
+def select_speculative(
     given, scores, most_rows, threshold, tables, width, base, experts, slots, misses, ring, P: tl.constexpr
 ):
-    """``WindowTables.guess`` by the best row of scores; ``kernels`` has the other arguments.
+    """``WindowTables.speculate`` by the best row of scores; ``kernels`` has the other arguments.
 
     Args:
-        given: as in ``observe``; without rows nothing is guessed.
+        given: as in ``observe``; without rows nothing is loaded speculatively.
         scores: float32 ``[most_rows, experts]``.
     """
     rows = tl.minimum(_rows_of(given, ring), most_rows)
