@@ -35,8 +35,9 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[_OWNER] = str(os.getpid())
     root = Path(os.environ["MOE_OFFLOAD_TEST_ROOT"])
     os.environ["VLLM_MOE_OFFLOAD_STORE_ROOT"] = str(root / "stores")
-    # Engines under test must not find a daemon that happens to run here.
+    # Engines under test must not find a daemon that happens to run here, nor be seen by readers of reports.
     os.environ["XDG_RUNTIME_DIR"] = str(root)
+    os.environ["VLLM_MOE_OFFLOAD_REPORTS"] = str(root / "reports")
     # A compiled graph of an earlier session must not hide what today's code does.
     os.environ["VLLM_CACHE_ROOT"] = str(root / "vllm-cache")
     if "PYTEST_XDIST_WORKER" in os.environ or not hasattr(config.option, "dist") or config.option.dist == "no":

@@ -76,7 +76,7 @@ def test_vllms_own_offloading_has_as_much_memory_as_ours() -> None:
     assert found["vllm-prefetch", 25].engine["offload_num_in_group"] == 3
     assert found["vllm-prefetch", 50].engine["offload_num_in_group"] == 2
     assert found["device-managed", 25].offload == {"cache": "25%", "predictor": "none"}
-    assert "predictor" not in found["with-prediction", 25].offload
+    assert found["with-prediction", 25].offload == {"cache": "25%", "predictor": "history", "history": "off"}
     in_pieces = engine_arguments(Path("m"), found["host-managed-pieces", 25], [1, 8], 256, {})["compilation_config"]
     assert (in_pieces["mode"], in_pieces["cudagraph_mode"]) == (3, "PIECEWISE")
     for arm in found.values():

@@ -56,6 +56,7 @@ def virtual_device(by_itself: bool = False, **device: Any) -> ExitStack:
 
     obstacle = mode.obstacle if by_itself else lambda *_: "a test looks at the host"
     patches = ExitStack()
+    patches.enter_context(patch.object(machine, "computes_on_device", lambda: True))
     patches.enter_context(patch.object(machine, "device", lambda: VirtualDevice(main_is_host=True, **device)))
     patches.enter_context(
         patch.object(machine, "managing_kernels", lambda device, _: ReferenceSpeculativeKernels(device))

@@ -50,7 +50,10 @@ def test_an_engine_finds_what_was_prepared_and_builds_nothing(tmp_path: Path) ->
     [
         (["--", "--enable-lora"], "error: UnsupportedError: moe-offload does not work with LoRA"),
         (["--", "--moe-offload-cache", "lots"], "error: argument --moe-offload-cache: 'lots' is not a share"),
-        (["--", "--skip-tokenizer-init"], "error: moe-offload is on, but {model} has no MoE layers it could offload"),
+        (
+            ["--", "--skip-tokenizer-init"],
+            "error: UnsupportedError: moe-offload is on, but {model} has no MoE layers it could offload",
+        ),
     ],
 )
 def test_what_cannot_be_served_is_not_prepared(tmp_path: Path, words: list[str], said: str) -> None:

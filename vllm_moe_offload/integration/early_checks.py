@@ -6,14 +6,13 @@ A worker would refuse the same, but only once it has loaded the model.
 from pathlib import Path
 from typing import Any
 
-from vllm.platforms import current_platform
-
 from ..client.joining import refuse_missing_daemon
 from ..config import OffloadConfig
 from ..errors import ConfigError
 from ..store.root import StoreRoot
 from ..trace.archive import HistoryArchive
 from ..trace.trace_recording import refuse_unusable_file
+from . import machine
 
 
 def refuse_what_is_known(vllm_config: Any, config: OffloadConfig, serves: bool) -> None:
@@ -40,7 +39,7 @@ def refuse_memory_of_gpus(config: OffloadConfig) -> None:
     Raises:
         ConfigError: it was given, and experts are computed on the CPU.
     """
-    if "host_cache" in config.model_fields_set and current_platform.is_cpu():
+    if "host_cache" in config.model_fields_set and not machine.computes_on_device():
         raise ConfigError(
             "host_cache is memory behind slots of a GPU, and this engine computes on the CPU, whose slots are host "
             "memory: leave host_cache out; cache says how much there is"

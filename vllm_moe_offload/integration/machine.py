@@ -17,9 +17,14 @@ def platform() -> tuple[str, bool]:
     return str(current_platform.device_type), current_platform.is_cpu() or current_platform.is_cuda_alike()
 
 
+def computes_on_device() -> bool:
+    """Whether kernels of workers run elsewhere than on this processor. Any process may ask."""
+    return not current_platform.is_cpu()
+
+
 def device() -> Device | None:
     """What kernels of this worker run on, if that is not this processor."""
-    if current_platform.is_cpu():
+    if not computes_on_device():
         return None
     from ..device.cuda import CudaDevice
 
