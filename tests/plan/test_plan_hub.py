@@ -148,4 +148,4 @@ def test_what_is_no_model_is_refused_in_one_sentence(model: str, said: str, tmp_
 def test_a_name_that_the_hub_does_not_know(hub: Hub, tmp_path: Path) -> None:
     told = read("someone/else", tmp_path, HF_ENDPOINT=hub.address)
     assert told.returncode == 1 and len(told.stderr.splitlines()) == 1
-    assert "the hub has no such model, or shows it only to whom it knows (`hf auth login`)" in told.stderr
+    assert "the hub has no such model, or shows it only to users with access (`hf auth login`)" in told.stderr

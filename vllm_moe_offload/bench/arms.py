@@ -10,7 +10,7 @@ ENGINE_BYTES = 2 << 30
 """Of an engine besides weights: its processes, and the KV cache that every arm gets."""
 KV_CACHE_BYTES = 1 << 30
 _DENSE_SHARE = 0.15
-"""About the most of a MoE checkpoint that is not routed experts, where nobody has looked."""
+"""About the most of a MoE checkpoint that is not routed experts, where that is not known."""
 
 
 class Arm(NamedTuple):

@@ -1,4 +1,4 @@
-"""What the engines of a comparison are asked where nobody gives prompts: about many things, so that experts change."""
+"""What the engines of a comparison are asked where no prompts are given: about many things, so that experts change."""
 
 PROMPTS = (
     'def is_palindrome(text: str) -> bool:\n    """Whether text reads the same backwards, spaces ignored."""\n',

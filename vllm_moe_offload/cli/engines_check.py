@@ -27,5 +27,5 @@ def _faults(report: WorkerReport, now: float) -> Iterator[Check]:
         detail = f"{worker}: {failed} of its threads have ended by an error"
         yield Check("running engines", WARNING, detail, "its log has the error; restart the engine")
     if now - report.time > STALE_SECONDS:
-        detail = f"{worker} lives and has not reported for {now - report.time:.0f} s"
+        detail = f"{worker} is running and has not reported for {now - report.time:.0f} s"
         yield Check("running engines", WARNING, detail, "see its log; restart the engine if it does not answer")

@@ -49,7 +49,7 @@ def progress_bar(description: str, total: float | None, in_bytes: bool = False, 
 
     Args:
         description: what is being done.
-        total: in steps, or bytes if ``in_bytes``; None where nobody knows.
+        total: in steps, or bytes if ``in_bytes``; None where that is unknown.
         forking: processes are forked meanwhile, so that no thread may draw: it is drawn when it is told something.
     """
     amount = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(),)

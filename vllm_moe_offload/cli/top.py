@@ -25,7 +25,7 @@ from .top_view import model_view
 
 ANSWER_SECONDS = 10.0
 _SECOND_SAMPLE_SECONDS = 2.5
-"""In which every worker that lives has reported again."""
+"""In which every running worker has reported again."""
 
 
 class Seen(msgspec.Struct):

@@ -45,7 +45,7 @@ _SAMPLED = tuple(name for name in Sample.__struct_fields__ if name in _COUNTERS 
 
 @dataclass(frozen=True)
 class Model:
-    """One model, whoever computes with it."""
+    """One model, in whichever engines."""
 
     name: str
     """No other model's of the same source."""
@@ -56,7 +56,7 @@ class Model:
     totals: Mapping[str, Number]
     """Of all workers, by the names in ``stats.Stats``."""
     parallel: int
-    """How many forward passes run side by side, whose waiting ``totals`` adds up; 0 while nobody uses the model."""
+    """How many forward passes run side by side, whose waiting ``totals`` adds up; 0 while no engine uses the model."""
     reports: Sequence[WorkerReport]
     """Of its workers, as far as they can be read."""
 

@@ -19,7 +19,7 @@ class _Server(ThreadingMixIn, WSGIServer):
 
 class _Handler(WSGIRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
-        """Nobody wants a line for each request."""
+        """No line for each request."""
 
 
 def serve(app: WsgiApp, address: str, port: int) -> WSGIServer:

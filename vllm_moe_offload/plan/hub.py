@@ -49,7 +49,7 @@ def _config_of(model: str) -> Path:
         ) from error
     except RepositoryNotFoundError as error:
         raise ConfigError(
-            f"MODEL {model}: the hub has no such model, or shows it only to whom it knows (`hf auth login`); "
+            f"MODEL {model}: the hub has no such model, or shows it only to users with access (`hf auth login`); "
             f"{_WAYS_OUT}"
         ) from error
     except (HfHubHTTPError, OSError) as error:

@@ -119,7 +119,7 @@ class _Rates(NamedTuple):
     operation_seconds: float
     """One operation on few numbers, as a layer makes hundreds of."""
     memory_bytes_per_second: float
-    """Reading a matrix that no cache holds."""
+    """Reading a matrix larger than the caches of a core from end to end."""
     flops_per_second: float
 
 

@@ -286,7 +286,7 @@ def _notes(
     if on_gpu:
         notes.append("no GPU was measured: its figures are from data sheets and estimates")
     if question.enforce_eager and question.hardware != MEASURE:
-        notes.append("--enforce-eager makes steps longer than these figures, which know of torch.compile only")
+        notes.append("--enforce-eager makes steps longer than these figures, which are of engines with torch.compile")
     if on_gpu and placed.experts_on_disk_bytes and placed.host_bytes:
         notes.append("times are as if every load came from the disk; those that host memory holds are faster")
     if question.concurrency > MOST_REQUESTS:

@@ -1,4 +1,4 @@
-"""Routing for a model that nobody has traced: as that of another, as far as it can be carried over.
+"""Routing for a model without a trace: as that of another, as far as it can be carried over.
 
 Router scores are taken to be correlated normal numbers: an expert's score at one token tells something about its score
 at the next, at later tokens of the request, and in other requests. How much is read off a trace, from how many experts

@@ -79,7 +79,7 @@ def bundled() -> tuple[RoutingStatistics, ...]:
 
 
 def routing_for(shape: tuple[int, int, int], model_type: str, batch: int) -> tuple[Trace, RoutingSource]:
-    """A trace for a model that nobody has traced, enough for ``batch`` requests at a time.
+    """A trace for a model without a trace, enough for ``batch`` requests at a time.
 
     Args:
         shape: MoE layers, experts, experts per token.

@@ -16,7 +16,7 @@ Progress = Callable[[int, int], None]
 
 
 def unseen(done: int, total: int) -> None:
-    """The progress that nobody looks at."""
+    """Progress that is not shown."""
 
 
 def run_all(jobs: Sequence[Callable[[], T]], progress: Progress = unseen) -> list[T]:

@@ -93,7 +93,7 @@ class ReportFile:
 
 
 def read_reports(folder: Path | None = None) -> list[WorkerReport]:
-    """Of all workers that live, by engine, replica and rank. Removes what workers have left that were killed.
+    """Of all running workers, by engine, replica and rank. Removes what workers have left that were killed.
 
     A file that is no report, as of another version, is passed over, which is logged once.
 
@@ -115,7 +115,7 @@ def read_reports(folder: Path | None = None) -> list[WorkerReport]:
 
 
 def _content(path: Path) -> bytes | None:
-    """What a worker that lives has written; None where it has ended, or may not be read."""
+    """What a running worker has written; None where it has ended, or may not be read."""
     try:
         with path.open("rb") as file:
             if not try_lock(file.fileno(), shared=True):

@@ -36,7 +36,7 @@ _HALF_LIFE = tl.constexpr(HALF_LIFE)
 _USE = tl.constexpr(USE)
 _MOST_HEAT = tl.constexpr(MOST_HEAT)
 _NEVER = tl.constexpr((1 << 63) - 1)
-_NOBODY = tl.constexpr(0xFFFF)
+_NO_EXPERT = tl.constexpr(0xFFFF)
 _LOWER = tl.constexpr(0xFFFF)
 
 _SIZES = ["n_ids", "top_k", "width", "base", "experts", "slots", "keep_ids", "keeps", "layer"]
@@ -138,9 +138,9 @@ def _make_room(missing, n_missing, used, cooled, row, who, record, base, slots, 
     n_loaded = tl.where(n_missing <= tl.sum((key != _NEVER).to(tl.int32), axis=0), n_missing, 0)
     for i in range(0, n_loaded):
         victim = tl.min(key, axis=0)
-        slot = ((victim >> 16) & _NOBODY).to(tl.int32)
-        left = (victim & _NOBODY).to(tl.int32)
-        expert = tl.min(tl.where(missing, lane, _NOBODY), axis=0)
+        slot = ((victim >> 16) & _NO_EXPERT).to(tl.int32)
+        left = (victim & _NO_EXPERT).to(tl.int32)
+        expert = tl.min(tl.where(missing, lane, _NO_EXPERT), axis=0)
         key = tl.where(lane == slot, _NEVER, key)
         missing = missing & (lane != expert)
         row = tl.where(lane == left, -1, tl.where(lane == expert, base + slot, row))
@@ -157,7 +157,7 @@ def _keys(spared, cooled, who, slots, lane):
     whom = tl.maximum(who, 0)
     kept = (who >= 0) & (tl.gather(spared.to(tl.int32), whom, 0) == 1)
     worth = tl.where(who < 0, 0, tl.gather(cooled, whom, 0) + 1).to(tl.int64)
-    key = (worth << 32) | (lane.to(tl.int64) << 16) | (who.to(tl.int64) & _NOBODY)
+    key = (worth << 32) | (lane.to(tl.int64) << 16) | (who.to(tl.int64) & _NO_EXPERT)
     return tl.where((lane < slots) & (kept == 0), key, _NEVER)
 
 

@@ -6,7 +6,7 @@ Small matrices times vectors, in float32; see ``predict/network.py`` for what th
 import triton
 import triton.language as tl
 
-from .kernels import _HALF_LIFE, _NEVER, _NOBODY, _keys
+from .kernels import _HALF_LIFE, _NEVER, _NO_EXPERT, _keys
 
 
 @triton.jit
@@ -125,9 +125,9 @@ def select_speculative(
     victim = tl.min(_keys(likely & (row >= 0), warm >> tl.minimum(epoch - since, 31), who, slots, lane), axis=0)
     count = tl.where(best > threshold, 1, 0) * tl.where(victim != _NEVER, 1, 0)
     if count == 1:
-        expert = tl.min(tl.where(absent == best, lane, _NOBODY), axis=0)
-        slot = ((victim >> 16) & _NOBODY).to(tl.int32)
-        left = (victim & _NOBODY).to(tl.int32)
+        expert = tl.min(tl.where(absent == best, lane, _NO_EXPERT), axis=0)
+        slot = ((victim >> 16) & _NO_EXPERT).to(tl.int32)
+        left = (victim & _NO_EXPERT).to(tl.int32)
         row = tl.where(lane == left, -1, tl.where(lane == expert, base + slot, row))
         tl.store(tables + lane, row, mask=is_expert)
         tl.store(tables + 4 * width + lane, tl.where(lane == slot, expert, who), mask=lane < slots)
